@@ -1,0 +1,123 @@
+"""A dataclass is the command line: one field, one option; the field's comment is its `--help`.
+
+    @dataclass
+    class Args:
+        steps: int = 40  # PPO steps
+
+    args = parse(Args)  # takes --steps 40
+
+Both `--a_b` and `--a-b` are taken. Kinds of fields: int, float, str, bool (`--flag`, `--no_flag`)
+and `Literal` (a list of choices). Everything that a user can get wrong ends as one line on standard
+error and exit status 2 (`UserError`, printed by `launch`, on rank 0 only). Under torchrun the line
+stands above torchrun's own report, and torchrun itself exits with 1.
+
+Not covered: configuration files, nested groups, sub-commands.
+"""
+
+import argparse
+import dataclasses
+import errno
+import inspect
+import os
+import re
+import sys
+import typing
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: option or file, found, expected."""
+
+
+def require(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def comments(cls):
+    """{field name: comment} read from the class's source: on the field's line or just above it."""
+    found, above = {}, []
+    for line in inspect.getsource(cls).splitlines():
+        field = re.match(r"\s+(\w+)\s*:[^#]*?(?:#\s*(.*))?$", line)
+        lone = re.match(r"\s+#\s*(.*)$", line)
+        if lone:
+            above.append(lone.group(1))
+        elif field:
+            found[field.group(1)] = " ".join([*above, field.group(2) or ""]).strip()
+            above = []
+        else:
+            above = []
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def _number(kind):
+    def convert(text):
+        value = kind(text)
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid int value: 'x'"
+    return convert
+
+
+def parse(cls, argv=None):
+    """Build `cls` from `argv` (default: the process's own). Raises UserError; exits 0 on --help."""
+    description = (inspect.getmodule(cls).__doc__ or "").strip().split("\n\n")[0]
+    parser = _Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    helps = comments(cls)
+    for field in dataclasses.fields(cls):
+        default = "" if field.default in ("", None) else f" [{field.default}]"
+        option = {"default": field.default, "help": (helps[field.name] + default).replace("%", "%%")}
+        if field.type is bool:
+            parser.add_argument(
+                f"--{field.name}", f"--no_{field.name}", action=_Flag, nargs=0, **option
+            )
+        elif typing.get_origin(field.type) is typing.Literal:
+            parser.add_argument(f"--{field.name}", choices=typing.get_args(field.type), **option)
+        else:
+            kind = field.type if field.type is str else _number(field.type)
+            parser.add_argument(f"--{field.name}", type=kind, metavar=field.type.__name__, **option)
+    argv = sys.argv[1:] if argv is None else argv
+    return cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
+
+
+class _Flag(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no_"))
+
+
+def _underscored(word):
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def launch(main, cls):
+    """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2."""
+    try:
+        main(parse(cls))
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        _fail(f"{error.filename or 'file system'}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
