@@ -77,7 +77,8 @@ def parse(cls, argv=None):
     helps = comments(cls)
     for field in dataclasses.fields(cls):
         default = "" if field.default in ("", None) else f" [{field.default}]"
-        option = {"default": field.default, "help": (helps[field.name] + default).replace("%", "%%")}
+        text = (helps[field.name] + default).replace("%", "%%")
+        option = {"default": field.default, "help": text}
         if field.type is bool:
             parser.add_argument(
                 f"--{field.name}", f"--no_{field.name}", action=_Flag, nargs=0, **option
