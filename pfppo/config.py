@@ -17,11 +17,14 @@ Not covered: configuration files, nested groups, sub-commands.
 import argparse
 import dataclasses
 import errno
+import importlib
+import importlib.util
 import inspect
 import os
 import re
 import sys
 import typing
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -102,6 +105,29 @@ def _underscored(word):
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def load_function(spec, option):
+    """The function named by `package.module:function` or `path/to/file.py:function`.
+
+    Raises UserError naming `option` where there is no such file, module or function.
+    """
+    place, _, name = spec.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            require(Path(place).is_file(), f"--{option} {spec}: there is no file {place}")
+            module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(module_spec)
+            module_spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--{option} {spec}: cannot import {place}: {error!r}") from error
+    function = getattr(module, name, None)
+    require(callable(function), f"--{option} {spec}: {place} has no function {name!r}")
+    return function
 
 
 def launch(main, cls):

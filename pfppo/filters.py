@@ -18,14 +18,11 @@ exactly two. `pow_k` is drawn with replacement in the paper; here the weight is 
 that draw: the same gradient on average, with less noise.
 """
 
-import importlib
-import importlib.util
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from pfppo.config import UserError, require
+from pfppo.config import UserError, load_function, require
 
 
 def ranking(rewards, generator):
@@ -107,29 +104,6 @@ FILTERS = {
     "pow_2": partial(power, k=2),
     "pow_3": partial(power, k=3),
 }
-
-
-def load_function(spec, option):
-    """The function named by `package.module:function` or `path/to/file.py:function`.
-
-    Raises UserError naming `option` where there is no such file, module or function.
-    """
-    place, _, name = spec.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            require(Path(place).is_file(), f"--{option} {spec}: there is no file {place}")
-            module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--{option} {spec}: cannot import {place}: {error!r}") from error
-    function = getattr(module, name, None)
-    require(callable(function), f"--{option} {spec}: {place} has no function {name!r}")
-    return function
 
 
 def load_filter(spec, samples):

@@ -93,7 +93,7 @@ def policy_loss(logp, old_logp, adv, coefficients, clip=0.2):
     """Clipped surrogate (arXiv 1707.06347, eq. 7). All [B, T]; `coefficients` sum to 1 globally.
 
     Returns (loss, metrics): scalars, each a sum over tokens, to be added over microbatches and
-    ranks. approx_kl is k3 of the update; ratio is exactly 1 in the first minibatch.
+    ranks. approx_kl is k3 of the update; ratio_sum / tokens is exactly 1 in the first minibatch.
     """
     log_ratio = (logp - old_logp).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
@@ -105,7 +105,8 @@ def policy_loss(logp, old_logp, adv, coefficients, clip=0.2):
             "policy_loss": loss.detach(),
             "clip_fraction": ((clipped > unclipped) * coefficients).sum(),
             "approx_kl": ((ratio - 1 - log_ratio) * coefficients).sum(),
-            "ratio": (ratio * coefficients).sum(),
+            "ratio_sum": (ratio * (coefficients > 0)).sum(),
+            "tokens": (coefficients > 0).sum().to(loss.dtype),
         }
     return loss, metrics
 
@@ -122,7 +123,7 @@ def value_loss(values, old_values, returns, coefficients, clip=0.2):
 
 
 def explained_variance(values, returns, weights, reduce=_same):
-    """1 - Var(returns - values) / Var(returns), weighted, over the global batch; NaN if constant."""
+    """1 - Var(returns - values) / Var(returns), weighted, global; NaN if constant."""
     errors = returns - values
     residual = (errors - weighted_mean(errors, weights, reduce)) ** 2
     spread = (returns - weighted_mean(returns, weights, reduce)) ** 2

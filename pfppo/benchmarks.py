@@ -1,0 +1,387 @@
+"""Problems in HumanEval form: reading benchmark files, code out of responses, programs, pass@k.
+
+Every benchmark becomes `Problem`s: `setup + prompt + canonical_solution` is a Python program, and
+`test` is run against a candidate program.
+
+    problems = load_problems("HumanEval.jsonl.gz")  # form: humaneval, mbpp, leetcode
+    sandbox.run([assemble(problem, response)])  # what a model said
+    sandbox.run([check_of(problem, program)])  # a whole program from a samples file, as it stands
+
+`extract_code` looks at margins, strings and brackets, in linear time and without parsing, so that
+no response can raise or stall a training step. The first rule that fits:
+1. The first line is indented: a function body, up to the first line that starts at the margin (def,
+   class, if, print, prose, fence; a comment too, unless the body goes on below it).
+2. A fenced block, or text before the first fence, defines the entry point. The first such block,
+   Python ones first, is taken whole if it is closed. Open blocks and bare text are taken from the
+   first line of code to the first line that is prose, a call, or a definition not yet mentioned.
+   Imports and helpers that the prompt has above its signature are kept.
+3. A fenced block without the definition is a body, and gets the indentation the prompt asks for.
+4. Anything else continues the prompt exactly as it stands.
+
+Not covered: a solution spread over several blocks; helpers that a completion defines *after* its
+body (cut, as by Codex's stop words); EvalPlus's extra inputs in its own raw MBPP+ file (its base
+asserts are used; the Hugging Face file has all inputs in `test`); chat templates and few-shots.
+"""
+
+import ast
+import functools
+import gzip
+import json
+import re
+import textwrap
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from pfppo.config import UserError, require
+from pfppo.sandbox import Check
+
+# What LeetCode gives every submission; builtins come last because math has a `pow` of its own.
+PREAMBLE = """\
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string
+from bisect import *; from collections import *; from functools import *; from heapq import *
+from itertools import *; from math import *; from typing import *; from builtins import *
+"""
+KINDS = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list"}
+KINDS |= {dict: "an object", type(None): "null"}
+MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
+
+
+@dataclass(frozen=True)
+class Problem:
+    task_id: str
+    prompt: str  # code that a completion continues
+    entry_point: str  # function name, or "Solution().method"
+    canonical_solution: str  # continues the prompt, or defines the entry point itself; may be ""
+    test: str  # defines check(candidate), or bare asserts
+    setup: str = ""  # trusted code that stands before every program: imports, ListNode
+    instruction: str = ""  # what an instruction-tuned model is asked, where the file says it
+
+
+def read_jsonl(path):
+    """[(line number, object)] of a JSONL file, gzipped or not; blank lines are skipped.
+
+    One JSON array of objects is read too (Google's sanitized-mbpp.json); its numbers count entries.
+    UserError: unreadable, not UTF-8, not JSON, not an object, no rows.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    rows, number = [], 1
+    try:
+        if re.match(r"\s*\[\s*\{", text):
+            rows = list(enumerate(json.loads(text), 1))
+        else:
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((number, json.loads(line)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    for number, row in rows:
+        found = f"expected an object {{...}}, found {KINDS[type(row)]}"
+        require(isinstance(row, dict), f"{path}, line {number}: {found}")
+    require(rows, f"{path}: no rows (expected one JSON object per line)")
+    return rows
+
+
+class _Row(dict):
+    """One object of a file. `row("field")`: its value, checked, or a UserError that says where."""
+
+    where = ""
+
+    def __call__(self, name, *kinds, empty=False):
+        kinds = kinds or (str,)
+        expected = f"expected {' or '.join(KINDS[kind] for kind in kinds)}"
+        expected += " (may be empty)" if empty else ""
+        has = f"has: {', '.join(self) or 'no field'}"
+        require(name in self, f"{self.where}: field '{name}' is missing ({expected}; {has})")
+        value = self[name]
+        fits = type(value) in kinds and (empty or value not in ("", []))
+        found = KINDS[type(value)] if type(value) not in kinds else f"an empty one ({value!r})"
+        require(fits, f"{self.where}: field '{name}': {expected}, found {found}")
+        return _lines(value) if isinstance(value, str) else value
+
+    def text(self, name):
+        """The field's string, or its list of strings as lines; "" where it is missing."""
+        value = self(name, str, list, empty=True) if name in self else ""
+        odd = [KINDS[type(part)] for part in value if not isinstance(part, str)]
+        expected = f"field '{name}': expected a list of strings, found {odd[:1]} in it"
+        require(not odd, f"{self.where}: {expected}")
+        return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
+
+
+def load_problems(path, form="humaneval"):
+    """The problems of a file, in its order. `form`: a key of FORMS; variants are told by fields.
+
+    UserError: file, line and field with what was found and expected; a repeated task_id.
+    """
+    require(form in FORMS, f"form {form!r} is unknown: expected one of {', '.join(FORMS)}")
+    problems, lines = [], {}
+    for number, fields in read_jsonl(path):
+        row = _Row(fields)
+        row.where = f"{path}, line {number}"
+        problem = FORMS[form](row)
+        first = lines.setdefault(problem.task_id, number)
+        message = f"{row.where}: task_id {problem.task_id!r} was on line {first} already"
+        require(first == number, message)
+        problems.append(problem)
+    return problems
+
+
+def _lines(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _humaneval(row):
+    prompt, solution = row("prompt", empty=True), row("canonical_solution", empty=True)
+    return Problem(row("task_id"), prompt, row("entry_point"), solution, row("test"))
+
+
+def _mbpp(row):
+    """Google's full (`text`) and sanitized (`prompt`) forms, and MBPP+ from EvalPlus (`assertion`)
+    or Hugging Face (`test`). The task id is "Mbpp/11" in all, as EvalPlus has it; the prompt is a
+    docstring, the instruction the sentence of the MBPP paper, both with the asserts of the file."""
+    task = str(row("task_id", int, str)).removeprefix("Mbpp/")
+    message = f"{row.where}: field 'task_id': expected 11 or 'Mbpp/11', found {row['task_id']!r}"
+    require(task.isdecimal(), message)
+    prompt = row("text" if "text" in row else "prompt")
+    code = row("canonical_solution" if "canonical_solution" in row else "code")
+    test = row.text("assertion") or row.text("test")
+    if not test:
+        row("test_list", list)
+        test = row.text("test_imports") + row.text("test_setup_code") + "\n" + row.text("test_list")
+    shown = row.text("test_list") or row.text("assertion")
+    calls = re.findall(r"(?<![\w.])(\w+)\s*\(", shown + test)
+    defined = re.findall(r"^def\s+(\w+)", code, re.M)
+    name = row("entry_point") if "entry_point" in row else max(defined, key=calls.count, default="")
+    require(name in calls, f"{row.where}: the tests call no function that the reference defines")
+    text = prompt.strip().strip('"').strip().partition("\nassert ")[0]
+    instruction = f"You are an expert Python programmer, and here is your task: {text} "
+    instruction += f"Your code should pass these tests:\n\n{shown}"
+    prompt = prompt if prompt.lstrip().startswith('"""') else _docstring(f"{text}\n{shown}")
+    return Problem(f"Mbpp/{task}", prompt, name, code, test, instruction=instruction)
+
+
+def _docstring(text):
+    escaped = text.strip().replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    return f'"""\n{escaped}\n"""\n'
+
+
+def mbpp_split(problems, name="test"):
+    """The MBPP problems of one split of the paper (its three shots are tasks 2, 3 and 4)."""
+    message = f"split {name!r} is unknown: expected one of {', '.join(MBPP_SPLITS)}"
+    require(name in MBPP_SPLITS, message)
+    low, high = MBPP_SPLITS[name]
+    return [p for p in problems if low <= int(p.task_id.removeprefix("Mbpp/")) <= high]
+
+
+def _leetcode(row):
+    """DeepSeek-Coder's contest form (`prompt_sft`; no reference solutions), or newfacade's
+    LeetCodeDataset (`starter_code`). The prompt is the statement as a docstring, then the stub."""
+    task, prompt, test = row("task_id"), row("prompt"), row("test")
+    if "prompt_sft" in row:
+        method = re.search(r"\bmy_solution\.(\w+)\(", test)
+        require(method, f"{row.where}: field 'test': expected a call 'my_solution.NAME(...)'")
+        name = f"Solution().{method[1]}"
+        return Problem(task, prompt, name, "", test, PREAMBLE, row("prompt_sft"))
+    found = "needs 'prompt_sft' (DeepSeek's contest form) or 'starter_code' (LeetCodeDataset)"
+    require("starter_code" in row, f"{row.where}: {found}; has: {', '.join(row)}")
+    stub = _docstring(row("problem_description")) + row("starter_code")
+    solution = row("completion")
+    return Problem(task, stub, row("entry_point"), solution, test, prompt, row("query"))
+
+
+FORMS = {"humaneval": _humaneval, "mbpp": _mbpp, "leetcode": _leetcode}
+
+
+def assemble(problem, response):
+    """The Check of a model's response: its code, the problem's tests, the reference."""
+    return check_of(problem, extract_code(response, problem))
+
+
+def check_of(problem, program):
+    """The Check of a whole program, unchanged: `prompt + completion`, or a sample's `solution`
+    (with `problem.setup` before it, where the benchmark has one)."""
+    return Check(program, problem.test, problem.entry_point, _reference(problem))
+
+
+def reference_check(problem):
+    """The problem's own solution as the candidate. UserError where the benchmark has none."""
+    code = problem.canonical_solution
+    require(code.strip(), f"{problem.task_id} has no reference solution")
+    return check_of(problem, _program(problem, code, bool(_definition(problem).search(code))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _reference(problem):
+    """Trusted source of the names that the tests use; "" if the file's own is not Python."""
+    code = problem.canonical_solution
+    if not code.strip():  # the names of the prompt and of the setup still serve the tests
+        code = "pass\n" if problem.prompt.endswith(" ") else "    pass\n"
+    program = _program(problem, code, bool(_definition(problem).search(code)))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ""
+    return program
+
+
+def _definition(problem):
+    """Finds the entry point's definition at the margin: `def f`, `class Solution`, `f = ...`."""
+    name = re.escape(re.split(r"[.(]", problem.entry_point)[0])
+    return re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*=(?!=)", re.M)
+
+
+def _program(problem, code, whole):
+    """setup + the prompt down to the entry point's signature + code if whole, else all + code."""
+    head, setup, future = problem.prompt, problem.setup, ""
+    if whole:
+        signature = _definition(problem).search(head)
+        head = head[: signature.start()] if signature else ""
+    elif code[:1].isspace():  # a prompt may end with the indentation that the code has too
+        head = head.rstrip(" \t")
+    if setup and re.search(r"\b(?:np|numpy)\b", code):  # slow to import, so only where it is named
+        setup += "import numpy\nimport numpy as np\n"
+    if "from __future__" in code and (head or setup):  # stands first or not at all
+        line = re.compile(r"^from __future__ import .*\n?", re.M)
+        future, code = "".join(line.findall(code)), line.sub("", code)
+    return f"{future}{setup}{head}{code}"
+
+
+_FENCE = re.compile(r"^([ \t]*)(```|~~~)[ \t]*([\w+#.-]*)[^\n]*\n?", re.M)
+_LINE = (  # a line at the margin that belongs to a solution
+    r"import[ \t]+[\w.]+(?=[ \t]*(?:,|;|#|as[ \t]|$))|from[ \t]+[\w.]+[ \t]+import[ \t]|@[\w.]+"
+    r"|(?:async[ \t]+)?def[ \t]+\w+[ \t]*[(\[]|class[ \t]+\w+[ \t]*[(:\[]"
+    r"|[A-Za-z_][\w.]*[ \t]*=[^=]"
+)
+_CODE = re.compile(rf"^(?:{_LINE})", re.M)
+_PROSE = re.compile(rf"^(?!{_LINE}|[#)\]}}\s]).", re.M)
+# Strings, closed or not; comments; joined lines; brackets; the ends of lines before a margin.
+_TOKEN = re.compile(
+    r'"""(?:[^"\\]|\\.?|"(?!""))*+(?:"""|\Z)|"(?:[^"\\\n]|\\.?)*+"?'
+    r"|'''(?:[^'\\]|\\.?|'(?!''))*+(?:'''|\Z)|'(?:[^'\\\n]|\\.?)*+'?"
+    r"|#[^\n]*|\\\n|[()\[\]{}]|\n(?=\S)",
+    re.DOTALL,
+)
+
+
+def extract_code(response, problem):
+    """The whole program in a model's response, for `check_of`. Takes any text and never raises."""
+    text = _lines(response.removeprefix("\ufeff"))
+    define, rest = _definition(problem), text.lstrip()
+    indent = text[: len(text) - len(rest)].rpartition("\n")[2]
+    if indent and define.match(rest):  # an indented signature, unless it is a helper of a body
+        moved = _moved(indent + rest, indent)
+        text, indent = (text, indent) if re.search(r"^return\b", moved, re.M) else (moved, "")
+    if len(indent.expandtabs()) > 1 and not _FENCE.match(rest):
+        return _program(problem, _body(text), whole=False)
+    blocks = sorted(_blocks(text))
+    defining = [block for block in blocks if define.search(block[2])]
+    bare = define.search(text)
+    if bare and not (defining and bare.start() > min(offset for _, offset, *_ in blocks)):
+        return _program(problem, _solution(text, define), whole=True)
+    if defining:
+        _, _, code, closed = defining[0]
+        return _program(problem, code if closed else _solution(code, define), whole=True)
+    margin = problem.prompt.rpartition("\n")[2]  # of a stub that ends inside its body's first line
+    fenced = blocks and (_FENCE.match(rest) or blocks[0][0] == 0)
+    if rest and not indent and not fenced and margin.isspace():
+        return _program(problem, text[:1] + _body(" " + text[1:])[1:], whole=False)
+    if blocks:
+        code = textwrap.dedent(blocks[0][2])
+        wanted = margin if margin.isspace() else "    "
+        text = textwrap.indent(code, wanted) if define.search(problem.prompt) else code
+    return _program(problem, text, whole=False)
+
+
+def _moved(text, indent):
+    return "\n".join(line.removeprefix(indent) for line in text.split("\n"))
+
+
+def _blocks(text):
+    """[(0 Python, 1 unnamed, 2 other; offset; code, moved to the margin; closed)] of the blocks."""
+    blocks, opened = [], None
+    for fence in [*_FENCE.finditer(text), None]:
+        if opened is None:
+            opened = fence
+        elif fence is None or (fence[2] == opened[2] and len(fence[1]) < len(opened[1]) + 4):
+            code = text[opened.end() : fence.start() if fence else len(text)]
+            kind = {"python": 0, "python3": 0, "py": 0, "": 1}.get(opened[3].lower(), 2)
+            blocks.append((kind, opened.start(), _moved(code, opened[1]), fence is not None))
+            opened = None
+    return blocks
+
+
+def _margins(text):
+    """Offsets where a body may end: lines at the margin outside strings, brackets and joined lines,
+    save for comments with indented code below; the end of the text, unless something is open."""
+    depth, comment = 0, None
+    for token in _TOKEN.finditer(f"\n{text}\n."):
+        symbol = token[0][0]
+        depth += (symbol in "([{") - (symbol in ")]}")
+        if symbol == "\n" and depth == 0:
+            start = token.end() - 1
+            if comment is not None and not text[comment:start].partition("\n")[2].strip():
+                yield comment
+            comment = start if text.startswith("#", start) else None
+            if comment is None:
+                yield min(start, len(text))
+
+
+def _body(text):
+    return text[: next(_margins(text), len(text))]
+
+
+def _solution(text, define):
+    """A program that stands in prose: the code above its definition, and what follows up to a line
+    that is no longer its own."""
+    entry = define.search(text).start()
+    prose = max((line.end() for line in _PROSE.finditer(text, 0, entry)), default=0)
+    first = _CODE.search(text, prose)
+    begin = min(entry, first.start()) if first else entry
+    text, entry = text[begin:], entry - begin
+    words, last, end = set(), 0, None  # end: where the comments and decorators just above begin
+    for start in _margins(text):
+        words.update(re.findall(r"\w+", text[last:start]))
+        line, last = text[start : start + 200], start
+        name = re.match(r"(?:async\s+)?(?:def|class)\s+(\w+)", line)
+        mine = _CODE.match(line) and (not name or name[1] in words) and not define.match(line)
+        if line.startswith(("#", "@")):
+            end = start if end is None else end
+        elif start <= entry or mine:
+            end = None
+        else:
+            return text[: start if end is None else end]
+    return text
+
+
+def pass_at_k(n, c, k):
+    """Unbiased chance that one of k samples passes, from c passes among n: 1 - C(n-c, k) / C(n, k).
+
+    arXiv 2107.03374, eq. 1, as a stable product. UserError unless 1 <= k <= n and 0 <= c <= n.
+    """
+    require(1 <= k <= n, f"pass@{k} needs at least {max(k, 1)} samples of each problem, found {n}")
+    require(0 <= c <= n, f"{c} of {n} samples passed: expected 0 to {n}")
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def pass_at_k_interval(counts, k, resamples=1000, seed=0):
+    """(mean, low, high) of pass@k over problems [(n, c), ...]: 95 % bootstrap over problems.
+
+    The interval speaks of the choice of problems, not of sampling; equal problems give width 0.
+    """
+    values = np.array([pass_at_k(n, c, k) for n, c in counts])
+    require(len(values), "pass@k of no problems")
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)

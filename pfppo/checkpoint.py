@@ -1,0 +1,268 @@
+"""Everything in a run directory, written so that it can be killed at any instant.
+
+    args.json             the arguments
+    metrics.jsonl         one object per step
+    samples.jsonl         one object per sample
+    checkpoints/step_N/   complete state after N steps: sharded weights and optimizers, state.json
+    policy/               the policy that was best on validation, in Hugging Face form
+
+A checkpoint is written under a temporary name, listed with the sizes of its files in
+`manifest.json`, flushed, and renamed; so a folder named step_N is complete unless somebody damaged
+it, and then the manifest tells. There is no random state to save: every draw of a run is a function
+of (seed, step), see data.py and sampler.py. On resume the JSONL files are cut back to the
+checkpoint's step.
+
+Not covered: other numbers of ranks on resume, saving while training goes on.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from pfppo.config import UserError, require
+from pfppo.fsdp import full_state
+
+# Arguments that may differ between a run and its continuation: they change no number of a step.
+FREE = ("resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
+
+
+def open_run(folder, args, ranks):
+    """Make the run directory, or check that the one there holds this very run. Raises UserError."""
+    problem = None
+    if ranks.is_main:
+        folder = Path(folder)
+        try:
+            problem = _mismatch(folder, dataclasses.asdict(args))
+            if problem is None:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (folder / "args.json").exists():
+                    write_json(folder / "args.json", dataclasses.asdict(args))
+        except OSError as error:
+            problem = f"{error.strerror}"
+    box = [problem]
+    dist.broadcast_object_list(box, 0)
+    require(box[0] is None, f"--run_dir {folder}: {box[0]}")
+    return Path(folder)
+
+
+def _mismatch(folder, args):
+    """Why this folder cannot be used for a run with these arguments, or None."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    try:
+        there = json.loads((folder / "args.json").read_text())
+    except (OSError, ValueError):
+        return "is not empty and holds no run (no readable args.json), choose another name"
+    differ = [
+        f"{name} {there.get(name)!r} there, {value!r} here"
+        for name, value in args.items()
+        if name not in FREE and there.get(name) != value
+    ]
+    if differ:
+        advice = "choose another name, or give --resume and the arguments of that run"
+        return f"holds a run with other arguments ({'; '.join(differ)}): {advice}"
+    if not args["resume"]:
+        return "holds a run with these arguments: give --resume to go on with it, or another name"
+    return None
+
+
+def unused(folder):
+    """The folder, or the first of folder-2, folder-3, ... that does not exist."""
+    folder, number = Path(folder), 1
+    candidate = folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def write_json(path, value):
+    """Write a JSON file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def append_jsonl(path, rows):
+    """Append objects to a JSONL file and flush them. Raises UserError where the disk is full."""
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def cut_jsonl(path, step):
+    """Drop the rows after `step`, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    with open(path) as file:
+        for line in file:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)
+
+
+def _state(model, optimizer):
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def save(run, step, trained, state, ranks, keep):
+    """Write checkpoints/step_N and remove all but the last `keep`. A collective.
+
+    trained: {name: (sharded model, optimizer)}; state: a JSON-serialisable dict, equal on all
+    ranks. Raises UserError if it cannot be written; earlier checkpoints are then untouched.
+    """
+    folder = run / "checkpoints"
+    target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
+    try:
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        for name, (model, optimizer) in trained.items():
+            dcp.save(_state(model, optimizer), checkpoint_id=temporary / name)
+        if ranks.is_main:
+            _seal(temporary, {"step": step, "world": ranks.world, **state})
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            _sync(folder)
+            for old in complete(run)[0][keep:]:
+                shutil.rmtree(old)
+        dist.barrier()
+    except (OSError, dcp.api.CheckpointException) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = (complete(run)[0] or ["none"])[0]
+        reason = _reason(error)
+        raise UserError(f"{target}: cannot save ({reason}); last complete one: {last}") from error
+
+
+def _reason(error):
+    inner = list(getattr(error, "failures", {}).values())
+    error = inner[0][0] if inner else error
+    return getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
+
+
+def _seal(folder, state):
+    write_json(folder / "state.json", state)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_json(folder / "manifest.json", sizes)
+    for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        _sync(inner)
+
+
+def _sync(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def complete(run):
+    """(complete checkpoints, damaged ones), newest first."""
+    folders = [
+        path
+        for path in (run / "checkpoints").glob("step_*")
+        if path.name.removeprefix("step_").isdigit()
+    ]
+    folders.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    whole = [path for path in folders if _is_whole(path)]
+    return whole, [path for path in folders if path not in whole]
+
+
+def _is_whole(folder):
+    try:
+        sizes = json.loads((folder / "manifest.json").read_text())
+        json.loads((folder / "state.json").read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def load(run, trained, ranks):
+    """Restore the newest complete checkpoint in place; returns its state, or None. A collective.
+
+    Damaged checkpoints are named, skipped and removed, and the JSONL files cut back. Raises
+    UserError where the checkpoint was written by another number of ranks.
+    """
+    box = [None, []]
+    if ranks.is_main:
+        whole, damaged = complete(run)
+        newer = [path for path in damaged if not whole or _number(path) > _number(whole[0])]
+        box = [whole[0] if whole else None, newer]
+    dist.broadcast_object_list(box, 0)
+    newest, damaged = box
+    for path in damaged:
+        ranks.say(f"{path}: incomplete, falling back to {newest or 'the start of the run'}")
+        if ranks.is_main:
+            shutil.rmtree(path)
+    state = json.loads((newest / "state.json").read_text()) if newest else None
+    if newest:
+        found = state["world"]
+        require(
+            found == ranks.world,
+            f"{newest}: written by {found} ranks, expected {found}, found {ranks.world}",
+        )
+        for name, (model, optimizer) in trained.items():
+            loaded = _state(model, optimizer)
+            dcp.load(loaded, checkpoint_id=newest / name)
+            set_state_dict(
+                model,
+                optimizer,
+                model_state_dict=loaded["model"],
+                optim_state_dict=loaded["optimizer"],
+            )
+    if ranks.is_main:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            cut_jsonl(run / name, state["step"] if state else 0)
+    dist.barrier()
+    return state
+
+
+def _number(path):
+    return int(path.name.removeprefix("step_"))
+
+
+def export(sharded, folder, config_source, tokenizer, ranks, extra=()):
+    """Write a sharded model in Hugging Face form, whole or not at all. A collective.
+
+    config_source: the unsharded twin inside the wrapper, for `save_pretrained` and its config;
+    extra: functions called with the temporary folder on rank 0, to write more files into it.
+    """
+    weights = full_state(sharded)
+    failure = None
+    if ranks.is_main:
+        folder = Path(folder)
+        temporary = folder.with_name(folder.name + ".tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            config_source.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            for write in extra:
+                write(temporary)
+            previous = folder.with_name(folder.name + ".old")
+            shutil.rmtree(previous, ignore_errors=True)
+            if folder.exists():
+                folder.rename(previous)
+            temporary.rename(folder)
+            shutil.rmtree(previous, ignore_errors=True)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            shutil.rmtree(temporary, ignore_errors=True)
+            failure = f"{folder}: cannot be written: {_reason(error)}"
+    box = [failure]
+    dist.broadcast_object_list(box, 0)
+    require(box[0] is None, box[0])

@@ -1,0 +1,87 @@
+"""Answers and their marks: sample responses to problems from a model, and execute their tests.
+
+`examine` is what evaluation, pair building and the RM's normaliser have in common; PPO's own
+rollouts are in train_ppo.py, and share `execute`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from pfppo.batch import owned
+from pfppo.benchmarks import assemble
+from pfppo.data import decode
+from pfppo.fsdp import gather_lists
+from pfppo.sampler import draw_uniforms, sample
+from pfppo.sandbox import Verdict
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response. `verdict` is None where its problem has no tests."""
+
+    ids: list[int]  # EOS included where there is one
+    text: str
+    finished: bool
+    verdict: Verdict | None
+
+    @property
+    def passed(self):
+        return self.verdict is not None and self.verdict.passed
+
+
+@dataclass
+class Examiner:
+    """What stays the same from one examination to the next."""
+
+    tokenizer: object
+    stop: list[int]  # end-of-sequence ids
+    sandbox: object
+    ranks: object
+    seed: int
+    max_new_tokens: int
+    batch: int = 256  # rows that decode together
+
+    def __call__(self, model, problems, prompts, tag, temperature, samples=1, bars=False, **how):
+        """`samples` answers to each problem, on all ranks: [[Answer] * samples] * problems.
+
+        prompts: token ids, one list per problem; the problems are spread over the ranks. tag: which
+        draw this is, hashed with the seed. bars: show progress on rank 0. how: top_k, top_p.
+        """
+        mine = owned(len(problems), self.ranks.rank, self.ranks.world)
+        rows = [(i, j) for i in mine for j in range(samples)]
+        quiet = {"mininterval": 1, "disable": not (bars and self.ranks.is_main)}
+        with tqdm(total=len(rows), desc="samples", **quiet) as bar:
+            drawn = sample(
+                model,
+                [prompts[i] for i in mine],
+                draw_uniforms(self.seed, tag, rows, self.max_new_tokens),
+                stop=self.stop,
+                samples_per_prompt=samples,
+                temperature=temperature,
+                batch=self.batch,
+                progress=bar.update,
+                **how,
+            )
+        texts = [decode(ids, self.tokenizer) for ids in drawn.ids]
+        with tqdm(total=len(rows), desc="tests", **quiet) as bar:
+            asked = [problems[i] for i, _ in rows]
+            verdicts = execute(asked, texts, self.sandbox, bar.update)
+        answers = list(map(Answer, drawn.ids, texts, drawn.finished, verdicts))
+        groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+        return gather_lists(groups, self.ranks)
+
+
+def execute(problems, texts, sandbox, progress=None):
+    """Verdicts of the responses `texts` to `problems`; None where a problem has no tests."""
+    tested = [i for i, problem in enumerate(problems) if problem.test]
+    checks = [assemble(problems[i], texts[i]) for i in tested]
+    verdicts = dict(zip(tested, sandbox.run(checks, progress) if checks else [], strict=True))
+    return [verdicts.get(i) for i in range(len(texts))]
+
+
+def scores_of(verdicts):
+    """Actual scores [B]: 1 passed, 0 failed, NaN without tests."""
+    scores = [float("nan") if v is None else float(v.passed) for v in verdicts]
+    return torch.tensor(scores, dtype=torch.float32)

@@ -1,0 +1,175 @@
+"""Ranks and sharding: process group, `fully_shard` by plan, whole-phase gathering, reductions.
+
+One to many ranks run the same lines, started by torchrun or, as a single rank, by plain python.
+
+Models start on the meta device (structure without memory), are sharded block by block, and are
+filled from a full copy that rank 0 has read. Parameters and optimizer states stay fp32 (master
+weights); on GPU forward and backward run in bf16 with fp32 reductions.
+
+Sampling would gather every block at every token. So the policy is gathered once for the whole phase
+into a plain twin without hooks (`gathered`), and the twin is emptied afterwards.
+
+FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
+loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
+
+Not covered: tensor and pipeline parallelism, gradient checkpointing, reading slices per rank.
+"""
+
+import contextlib
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from pfppo.config import UserError, require
+
+TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 makes the lab while the others wait
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        """Print on rank 0."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def init_ranks(device="auto"):
+    """Join the process group that torchrun describes, or be a world of one. Raises UserError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    require(
+        device != "cuda" or torch.cuda.is_available(),
+        "--device cuda: torch finds no CUDA device here, expected --device cpu or auto",
+    )
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    where = torch.device(device)
+    if device == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(where)
+    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
+    return Ranks(dist.get_rank(), dist.get_world_size(), where, mesh)
+
+
+def find_blocks(model):
+    """The transformer blocks: of all lists of equal modules, the one with most parameters."""
+    lists = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+    ]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: no list of transformer blocks found to shard")
+    return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters())))
+
+
+def shard(empty, full, ranks, param_dtype="auto", trainable=True):
+    """Shard a model on the meta device and fill it from `full`, which only rank 0 needs to have.
+
+    The plan has two kinds of units: every transformer block, and the root with the rest
+    (embedding, last norm, head; tied weights stay tied there). Returns the sharded model.
+    """
+    if param_dtype == "auto":
+        param_dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    precision = MixedPrecisionPolicy(
+        param_dtype=None if param_dtype == "float32" else getattr(torch, param_dtype),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # inputs are token ids
+    )
+    empty.requires_grad_(trainable)
+    for block in find_blocks(empty):
+        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
+    fully_shard(empty, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=True)
+    empty.to_empty(device=ranks.device)
+    source = dict(full.named_parameters()) | dict(full.named_buffers()) if full else {}
+    with torch.no_grad():
+        for name, parameter in empty.named_parameters():
+            value = source.get(name, torch.empty(parameter.shape)).to(ranks.device)
+            placed = distribute_tensor(value, ranks.mesh, parameter.placements, src_data_rank=0)
+            parameter.to_local().copy_(placed.to_local())
+        for name, buffer in empty.named_buffers():  # rotary frequencies are in no checkpoint
+            if ranks.is_main:
+                buffer.copy_(source[name])
+            dist.broadcast(buffer, 0)
+    return empty
+
+
+@contextlib.contextmanager
+def gathered(sharded, twin, dtype=None):
+    """Fill `twin`, a copy on the meta device, with the whole weights of `sharded` for a phase.
+
+    All ranks must enter together; inside there are no collectives, so they may do different amounts
+    of work. The twin shares nothing with the optimizer: updating inside has no effect on it.
+    """
+    dtype = dtype or (torch.bfloat16 if next(sharded.parameters()).is_cuda else torch.float32)
+    whole = {n: p.detach().full_tensor().to(dtype) for n, p in sharded.named_parameters()}
+    twin.load_state_dict(whole, strict=False, assign=True)
+    for name, buffer in sharded.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(owner), leaf, buffer)
+    twin.tie_weights()
+    try:
+        yield twin
+    finally:
+        twin.to("meta")
+
+
+def full_state(sharded):
+    """{name: whole fp32 tensor on the CPU} on every rank, tied names once. A collective."""
+    return {n: p.detach().full_tensor().cpu() for n, p in sharded.named_parameters()}
+
+
+def sum_over_ranks(tensor):
+    """The sum of a tensor over all ranks, on all ranks."""
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def gather_rows(tensor, ranks):
+    """[B/W, ...] on each rank -> [B, ...] on all, interleaved: row i came from rank i mod W."""
+    parts = [torch.empty_like(tensor) for _ in range(ranks.world)]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def gather_lists(values, ranks):
+    """A list on each rank -> all values on all ranks, interleaved like `gather_rows`."""
+    parts = [None] * ranks.world
+    dist.all_gather_object(parts, values)
+    longest = max(map(len, parts))
+    return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+def from_main(value, ranks):
+    """Rank 0's value on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def clip_gradients(model, limit):
+    """Scale the gradients to a global norm of at most `limit`; returns the norm before, a float."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return norm.full_tensor().item()

@@ -1,0 +1,159 @@
+"""The embedded default: problems, a tokenizer and an SFT policy, made on first use in `runs/lab/`.
+
+    train.jsonl  rm.jsonl  validation.jsonl  test.jsonl     problems of world.py, HumanEval form
+    policy/                                                 tokenizer and SFT policy
+    reward_model/                                           made by train_rm.py from rm.jsonl
+
+Everything is a function of `SEED` and takes about two minutes on two CPU cores. The policy is a
+Llama of 4 layers and width 128, trained from scratch to the end of its schedule on programs with
+common bugs: it knows the tasks and makes the mistakes of the corpus. No network, no GPU.
+
+Not covered: continuing a half-made policy; it is made again.
+"""
+
+import dataclasses
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pfppo import world
+from pfppo.batch import collate
+from pfppo.model import Policy
+
+FOLDER = Path("runs/lab")
+SEED = 0
+PROBLEMS = {"train": 2000, "rm": 700, "validation": 200, "test": 500}
+VOCABULARY = 512
+SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
+EOS, PAD = "<eos>", "<pad>"
+
+
+def path_of(name):
+    """Where a part of the lab lies: policy, reward_model, or a file of problems."""
+    return str(FOLDER / (name if name in ("policy", "reward_model") else f"{name}.jsonl"))
+
+
+def make(ranks):
+    """Make what is missing of problems and policy, on rank 0 while the others wait."""
+    if ranks.is_main:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        make_problems()
+        if not (FOLDER / "policy").exists():
+            make_policy(ranks.device)
+    torch.distributed.barrier()
+
+
+def make_problems():
+    """The four files of problems. Their compositions do not overlap between splits."""
+    taken = set()
+    for name, count in PROBLEMS.items():
+        path = FOLDER / f"{name}.jsonl"
+        split = "train" if name == "rm" else name
+        problems = world.draw_problems(f"{SEED} {name}", split, count, taken)
+        taken |= {problem.prompt for problem in problems}
+        if not path.exists():
+            temporary = path.with_suffix(".tmp")
+            with open(temporary, "w") as file:
+                for problem in tqdm(problems, f"{name} problems", mininterval=1):
+                    row = dataclasses.asdict(problem)
+                    row = {k: v for k, v in row.items() if v or k == "prompt"}
+                    file.write(json.dumps(row) + "\n")
+            temporary.rename(path)
+            print(f"lab: {count} problems in {path}")
+
+
+def make_tokenizer(corpus):
+    """A byte-level BPE whose tokens stay within a line and never join digits."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n|[0-9]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((p + y for p, y in corpus), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
+
+
+def make_policy(device):
+    """Train the SFT policy and write it, with its tokenizer, to `policy/`."""
+    corpus = world.draw_corpus(SEED, SFT_STEPS * SFT_BATCH)
+    tokenizer = make_tokenizer(corpus[:4000])
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)  # transformers draws initial weights from the global state
+        model = LlamaForCausalLM(config).to(device)
+    loss = train_policy(Policy(model), rows_of(corpus, tokenizer), tokenizer.pad_token_id, device)
+    folder = FOLDER / "policy.tmp"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    folder.rename(FOLDER / "policy")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"lab: SFT policy of {size:,} parameters, loss {loss:.3f} nats per token")
+
+
+def rows_of(corpus, tokenizer):
+    """[(prompt ids, response ids with EOS)]"""
+    prompts = tokenizer([prompt for prompt, _ in corpus])["input_ids"]
+    responses = tokenizer([response for _, response in corpus])["input_ids"]
+    return [(p, [*y, tokenizer.eos_token_id]) for p, y in zip(prompts, responses, strict=True)]
+
+
+def train_policy(policy, rows, pad_id, device):
+    """One epoch of supervised fine-tuning; returns the mean loss of the last fifty steps.
+
+    Rows of similar length share a batch: padding would be a third of the work.
+    """
+    rng = random.Random(SEED)
+    batches = []
+    pool = 20 * SFT_BATCH
+    for start in range(0, len(rows), pool):
+        ordered = sorted(rows[start : start + pool], key=lambda row: len(row[0]) + len(row[1]))
+        parts = [ordered[i : i + SFT_BATCH] for i in range(0, len(ordered), SFT_BATCH)]
+        batches += rng.sample(parts, len(parts))
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=SFT_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    losses = []
+    bar = tqdm(batches, "SFT policy", mininterval=1)
+    for step, batch in enumerate(bar):
+        warm = min(1.0, (step + 1) / 20)
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / len(batches))
+        optimizer.param_groups[0]["lr"] = SFT_LR * warm * cosine
+        prompts, responses = zip(*batch, strict=True)
+        data = collate(prompts, responses, pad_id, device)
+        logp, _ = policy(data.ids, data.states, data.responses, data.mask)
+        loss = -logp.sum() / data.mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return sum(losses[-50:]) / len(losses[-50:])

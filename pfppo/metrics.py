@@ -1,0 +1,158 @@
+"""What is measured: every metric of `metrics.jsonl` is named, defined and summed over ranks here.
+
+Over all P x N samples of the step (`of_samples`), "kept" means weight > 0:
+    reward_all, reward_kept        mean normalised reward; of kept samples weighted by the filter
+    score_all, score_kept, score_dropped    share that passes its tests, likewise
+    kept                           share of samples with weight > 0
+    response_length, truncated     mean tokens; share without EOS
+Over kept samples, before the update (`Meter.mean`):
+    kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
+    entropy                        nats per token
+    explained_variance             of returns by old values
+Over the optimizer steps of the step (`Meter.share`): policy_loss, value_loss, approx_kl (k3 of the
+update, nats per token), clip_fraction, grad_norm_actor, grad_norm_critic.
+    ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1
+Of the run: kl_coef (beta of this step), validation (greedy pass@1), empty_steps (nothing was kept)
+and skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of
+sampling; seconds_sample, seconds_score (tests and reward), seconds_update (all after scoring).
+
+What is missing (scores without tests, anything kept in an empty step) is null.
+"""
+
+import math
+import resource
+import time
+
+import torch
+
+from pfppo.benchmarks import pass_at_k_interval
+from pfppo.fsdp import sum_over_ranks
+
+
+def mean(values, weights=None):
+    """Weighted mean, values that are NaN left out; None of nothing. A float."""
+    weights = torch.ones_like(values) if weights is None else weights
+    weights = weights * ~values.isnan()
+    total = weights.sum().item()
+    return (values.nan_to_num() * weights).sum().item() / total if total else None
+
+
+def of_samples(rewards, weights, scores, lengths, finished):
+    """Metrics of all samples of a step. All [P, N], of all ranks."""
+    dropped = (weights == 0).to(scores.dtype)
+    return {
+        "reward_all": mean(rewards),
+        "reward_kept": mean(rewards, weights),
+        "score_all": mean(scores),
+        "score_kept": mean(scores, weights),
+        "score_dropped": mean(scores, dropped),
+        "kept": 1 - mean(dropped),
+        "response_length": mean(lengths.float()),
+        "truncated": 1 - mean(finished.float()),
+    }
+
+
+class Meter:
+    """Collects sums on one rank; `result` adds them up over ranks and divides."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, name, total, count):
+        """A sum and what it is divided by."""
+        pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
+        self.sums[name] = self.sums.get(name, 0) + pair
+
+    def mean(self, name, values, weights):
+        """A mean over rows or tokens of all ranks."""
+        self.add(name, (values * weights).sum(), weights.sum())
+
+    def share(self, name, part):
+        """This rank's part of a number that is already divided by a global denominator."""
+        self.add(name, part, torch.zeros(()))
+
+    def result(self, updates):
+        """{name: float}; shares are averaged over the optimizer steps. A collective."""
+        if not self.sums:
+            return {}
+        totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+        return {
+            name: total / (count or updates)
+            for name, (total, count) in zip(self.sums, totals, strict=True)
+        }
+
+
+class Clock:
+    """Seconds between calls of `lap`."""
+
+    def __init__(self):
+        self.laps, self.at = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[f"seconds_{name}"] = now - self.at
+        self.at = now
+
+
+SECONDS = ("tokens_per_second", "seconds_sample", "seconds_score", "seconds_update")
+NAMES = (
+    *("step", "reward_all", "reward_kept", "score_all", "score_kept", "score_dropped", "kept"),
+    *("kl_k1", "kl_k3", "kl_coef", "entropy", "policy_loss", "value_loss", "approx_kl"),
+    *("clip_fraction", "ratio_first_minibatch", "explained_variance"),
+    *("grad_norm_actor", "grad_norm_critic", "response_length", "truncated"),
+    *("validation", "empty_steps", "skipped_updates"),
+    *SECONDS,
+)
+
+
+def complete(metrics):
+    """All of NAMES in their order; None where a value is missing or not finite."""
+    unknown = set(metrics) - set(NAMES)
+    assert not unknown, f"metrics without a definition: {unknown}"
+    values = {name: metrics.get(name) for name in NAMES}
+    known = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
+    return dict.fromkeys(NAMES) | known
+
+
+def line(metrics, steps):
+    """The few numbers that matter, for the console."""
+
+    def show(name, form):
+        value = metrics.get(name)
+        return "-" if value is None else format(value, form)
+
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
+    text = (
+        f"step {metrics['step']:>3}/{steps}  reward {show('reward_all', '+.2f')} "
+        f"(kept {show('reward_kept', '+.2f')})  score {show('score_all', '.2f')} "
+        f"(kept {show('score_kept', '.2f')})  kl {show('kl_k1', '.2f')}  "
+        f"clip {show('clip_fraction', '.3f')}  length {show('response_length', '.0f')}  "
+        f"{seconds:.1f} s"
+    )
+    if metrics.get("validation") is not None:
+        text += f"  validation {metrics['validation']:.3f}"
+    return text if metrics["kept"] else text + "  nothing kept: no update"
+
+
+def pass_rate(passed):
+    """[0 or 1] of one answer per problem -> "0.512 [0.468, 0.556]": mean, 95 % bootstrap."""
+    value, low, high = pass_at_k_interval([(1, int(p)) for p in passed], 1)
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table(rates, count):
+    """{row: {column: text}} as the last lines of a run."""
+    columns = list(next(iter(rates.values())))
+    width = max(len(name) for name in rates)
+    title = f"pass@1 on {count} test problems, with 95 % intervals"
+    head = f"{'':{width}}  " + "  ".join(f"{column:22}" for column in columns)
+    body = [
+        f"{name:{width}}  " + "  ".join(f"{row[column]:22}" for column in columns)
+        for name, row in rates.items()
+    ]
+    return "\n".join(["", title, head, *body, ""])
+
+
+def peak_gib():
+    """Most memory that this process has held, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,175 @@
+"""The two kinds of network: a policy that gives token log-probs, and a scalar head on a backbone.
+
+`Policy` wraps a causal LM of transformers, `ScalarModel` a sequence classifier with one label: the
+reward model (RM) reads it at the last response token, the critic before every token. Both are fed
+right-padded rows *without* mask or position ids: attention is causal, so padding on the right
+cannot be seen by what stands before it, and the fast causal kernel is taken.
+
+The largest thing in memory would be the logits, B x T x V numbers. So log-probs are computed at
+response positions only, `CHUNK` of them at a time, and recomputed in the backward pass. This knob
+does not change a number.
+
+Not covered: encoder-decoder models, heads with a bias that depends on the position, several labels.
+"""
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from pfppo.config import UserError, require
+
+CHUNK = 4096  # response positions whose logits exist at one time
+
+transformers.logging.set_verbosity_error()  # its warnings are for other uses than ours
+transformers.logging.disable_progress_bar()
+
+
+def positions_of(hidden, positions):
+    """hidden [B, L, D], positions [B, K] -> [B, K, D]; positions off the end are cut to the end."""
+    positions = positions.clamp(max=hidden.shape[1] - 1)
+    return hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+
+class Policy(nn.Module):
+    """Causal LM. `policy.lm` is the model of transformers."""
+
+    def __init__(self, lm):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids, positions, targets, mask, temperature=1.0):
+        """Log-probs of `targets` [B, T] in the states at `positions` [B, T] of `ids` [B, L].
+
+        Old, new and reference log-probs all come from here: fp32, logits divided by the sampling
+        temperature. Returns (logp, entropy), both [B, T], 0 off the mask; entropy has no gradient.
+        """
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
+        there = mask > 0
+        states = positions_of(hidden, positions)[there]  # [K, D]
+        parts = [
+            checkpoint(self._chunk, *part, temperature, use_reentrant=False)
+            for part in zip(states.split(CHUNK), targets[there].split(CHUNK), strict=True)
+        ]
+        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        blank = torch.zeros_like(mask, dtype=torch.float32)
+        return blank.masked_scatter(there, logp), blank.masked_scatter(there, entropy)
+
+    def _chunk(self, states, targets, temperature):
+        logits = head_logits(self.lm, states).float() / temperature  # [K, V]
+        logp = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logp.exp() * logp).sum(-1)
+        return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def head_logits(lm, states):
+    """Hidden states [..., D] -> logits [..., V], with the scaling that some families add."""
+    logits = lm.get_output_embeddings()(states)
+    config = lm.config.get_text_config()
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        logits = logits * config.logit_scale
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        logits = logits / config.logits_scaling
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+class ScalarModel(nn.Module):
+    """Reward model and critic: one number per position, in normalised units.
+
+    What comes out is (raw - mean) / std with the normaliser stored beside the RM (reward.py), so
+    rewards and values have the same scale, and a critic that starts from the RM starts as its
+    prediction of the final reward.
+    """
+
+    def __init__(self, classifier, mean=0.0, std=1.0):
+        super().__init__()
+        self.classifier = classifier
+        self.mean, self.std = mean, std
+
+    def forward(self, ids, positions):
+        """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32."""
+        hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        raw = scalar_head(self.classifier)(positions_of(hidden, positions)).float()
+        return (raw - self.mean) / self.std
+
+
+def scalar_head(classifier):
+    """The last linear layer of a sequence classifier."""
+    for name in ("score", "classifier"):
+        if isinstance(getattr(classifier, name, None), nn.Linear):
+            return getattr(classifier, name)
+    raise UserError(f"{type(classifier).__name__}: no linear layer `score` or `classifier` found")
+
+
+def read_config(path, option):
+    """The transformers configuration in a directory. Raises UserError naming the option."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--{option} {path}: not a model of transformers: {reason}") from error
+
+
+def empty_causal_lm(config):
+    """The causal LM of a configuration, on the meta device: structure without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def empty_classifier(config):
+    """The sequence classifier with one label of a configuration, on the meta device."""
+    config.num_labels = 1
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+
+
+def read_causal_lm(path, option="policy"):
+    """A causal LM with its weights, fp32, on the CPU, dropout off. Raises UserError."""
+    return _read(AutoModelForCausalLM, path, option)[0]
+
+
+def read_classifier(path, option="reward_model"):
+    """A sequence classifier with one label, read strictly. Raises UserError.
+
+    A causal LM is refused: its scalar head would be made of random numbers.
+    """
+    config = read_config(path, option)
+    require(
+        config.num_labels == 1,
+        f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}",
+    )
+    model, missing = _read(AutoModelForSequenceClassification, path, option)
+    require(
+        not missing,
+        f"--{option} {path}: not a reward model, it has no {', '.join(sorted(missing)[:3])} "
+        f"(found {', '.join(config.architectures or ['no architecture'])}, expected "
+        "a sequence classifier with one label, as train_rm.py writes it)",
+    )
+    return model
+
+
+def classifier_from_causal_lm(path, seed, option="policy"):
+    """A classifier whose backbone is a causal LM's and whose head is new, drawn from the seed."""
+    model, _ = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
+    head = scalar_head(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+        if head.bias is not None:
+            head.bias.zero_()
+    return model
+
+
+def _read(auto, path, option, **kwargs):
+    read_config(path, option)
+    try:
+        model, report = auto.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    except Exception as error:  # a damaged file fails in a dozen ways
+        reason = str(error).strip().split("\n")[0] or repr(error)
+        raise UserError(f"--{option} {path}: cannot read the weights: {reason}") from error
+    return model.eval(), report["missing_keys"]

@@ -1,0 +1,205 @@
+"""How far a reward model (RM) can be trusted under a filter: the tool for choosing a filter before
+training (PF-PPO, section 4).
+
+R^2: samples of the filtered policy mu are grouped by similar reward; one line is fitted through the
+groups' (mean reward, mean actual score); R^2 = 1 - SS_res / SS_tot. The paper gives neither number
+nor kind of bins. Here a sample counts with its expected weight under the filter, bins hold equal
+weight, a sample on a boundary is split between its bins, and samples of equal reward are spread
+evenly. So the result does not depend on the order of the samples, and weight 2 is the same as the
+sample twice. Beside it Spearman's rank correlation and AUC, which need no bins.
+
+Words: reward is what the RM says, score is the truth (tests passed, 0 or 1). P prompts, N samples
+per prompt. Where a number is undefined it is NaN with a reason, never an exception; ValueError is
+for arrays that do not fit together.
+
+Not covered: uncertainty about few samples within a prompt (the bootstrap takes prompts whole), and
+R^2's own optimism: with b bins of pure noise its mean is 1 / (b - 1), not 0.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Binned:
+    """Bins in order of reward (none if there is nothing to bin). `note` says why r2 is NaN, or what
+    to beware of; else it is ""."""
+
+    r2: float
+    mean_reward: np.ndarray  # [bins]
+    mean_score: np.ndarray  # [bins]
+    weight: np.ndarray  # [bins], equal
+    note: str = ""
+
+
+def binned_r2(rewards, scores, weights=None, bins=10):
+    """Binned of samples [n]; weights [n] >= 0 (default: all 1), only their proportions matter."""
+    rewards, scores, weights = _samples(rewards, scores, weights)
+    if bins < 1:
+        raise ValueError(f"expected at least 1 bin, found {bins}")
+    return _fit(*np.unique(rewards, return_inverse=True), scores, weights, bins)
+
+
+def _samples(rewards, scores, weights=None):
+    """The three as flat float arrays [n], checked."""
+    rewards = np.asarray(rewards, dtype=float)
+    scores = np.asarray(scores, dtype=float)
+    weights = np.ones(rewards.shape) if weights is None else np.asarray(weights, dtype=float)
+    if not rewards.shape == scores.shape == weights.shape:
+        found = f"{rewards.shape}, {scores.shape}, {weights.shape}"
+        raise ValueError(f"expected rewards, scores and weights of one shape, found {found}")
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError("expected weights that are finite and >= 0")
+    return rewards.ravel(), scores.ravel(), weights.ravel()
+
+
+def _fit(values, group, scores, weights, bins):
+    """Binned from the distinct rewards `values` (ascending) and each sample's index in them [n]."""
+    mass = np.bincount(group, weights, len(values))
+    ends = np.concatenate([[0.0], np.cumsum(mass)])
+    total, kept = ends[-1], weights > 0
+    finite = np.isfinite(values).all() and np.isfinite(scores).all()
+    if not (finite and total > 0):
+        note = "no sample is kept" if finite else "a reward or score is not finite"
+        return Binned(np.nan, np.empty(0), np.empty(0), np.empty(0), note)
+    middle = values[len(values) // 2]
+
+    def means(sums):  # of each bin, from sums per distinct reward
+        upto = np.concatenate([[0.0], np.cumsum(sums)])
+        return np.diff(np.interp(np.linspace(0, total, bins + 1), ends, upto)) * bins / total
+
+    reward = means(mass * (values - middle)) + middle
+    score = means(np.bincount(group, weights * scores, len(values)))
+    x, y = reward - reward.mean(), score - score.mean()
+    note = ""
+    if np.count_nonzero(mass) == 1:
+        note = "all rewards are equal"
+    elif np.ptp(scores[kept]) == 0:
+        note = "all scores are equal"
+    elif bins == 1:
+        note = "one bin"
+    elif y @ y <= 1e-20 * bins * np.ptp(scores[kept]) ** 2:
+        note = "all bins have the same mean score"
+    elif x @ x == 0:
+        note = "all bins have the same mean reward"
+    if note:
+        return Binned(np.nan, reward, score, np.full(bins, total / bins), note)
+    residual = y - x * (x @ y) / (x @ x)
+    note = "two bins: a line always fits" if bins == 2 else ""
+    r2 = float(1 - (residual @ residual) / (y @ y))
+    return Binned(r2, reward, score, np.full(bins, total / bins), note)
+
+
+def bootstrap_r2(rewards, scores, weights, bins, resamples, rng):
+    """(low, high): 95 % interval of R^2; rewards, scores, weights [P, N].
+
+    Prompts are resampled whole, because the samples of one prompt are alike. Resamples in which R^2
+    is undefined are left out; NaN if all are, or if there is one prompt only. `rng` is advanced by
+    the same amount whatever the weights, so equal seeds compare filters on equal resamples.
+    """
+    shape = np.shape(rewards)
+    if len(shape) != 2:
+        raise ValueError(f"expected rewards [P, N], found shape {shape}")
+    rewards, scores, weights = _samples(rewards, scores, weights)
+    values, group = np.unique(rewards, return_inverse=True)
+    found = []
+    for _ in range(resamples):
+        times = np.bincount(rng.integers(shape[0], size=shape[0]), minlength=shape[0])
+        again = weights * np.repeat(times, shape[1])
+        found.append(_fit(values, group, scores, again, bins).r2)
+    found = np.array(found)[~np.isnan(found)]
+    if shape[0] < 2 or not len(found):
+        return np.nan, np.nan
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def spearman(rewards, scores, weights=None):
+    """Rank correlation of rewards and scores, ties at mid-rank; NaN if either is constant."""
+    rewards, scores, weights = _samples(rewards, scores, weights)
+    if not (np.isfinite(rewards).all() and np.isfinite(scores).all() and weights.any()):
+        return np.nan
+    if min(np.ptp(rewards[weights > 0]), np.ptp(scores[weights > 0])) == 0:
+        return np.nan
+    weights = weights / weights.sum()
+    x, y = _midranks(rewards, weights) - 0.5, _midranks(scores, weights) - 0.5  # 0.5 is their mean
+    return float((weights * x) @ y / np.sqrt((weights @ x**2) * (weights @ y**2)))
+
+
+def _midranks(values, weights):
+    """For each value: the weight below it plus half the weight equal to it, as shares [n]."""
+    distinct, group = np.unique(values, return_inverse=True)
+    mass = np.bincount(group, weights, len(distinct))
+    return ((np.cumsum(mass) - mass / 2) / mass.sum())[group]
+
+
+def auc(rewards, scores, weights=None):
+    """Chance that a passing sample (score >= 1) has a higher reward than a failing one; ties half.
+
+    NaN if no sample passes or none fails.
+    """
+    rewards, scores, weights = _samples(rewards, scores, weights)
+    passed, failed = weights * (scores >= 1), weights * (scores < 1)
+    if not (np.isfinite(rewards).all() and np.isfinite(scores).all()):
+        return np.nan
+    if not (passed.any() and failed.any()):
+        return np.nan
+    return float(_midranks(rewards, failed) @ passed / passed.sum())
+
+
+def reliability_table(rewards, scores, weights_by_filter, bins=10, resamples=500, seed=0):
+    """One dict of plain numbers per filter, ready for JSON; None where undefined, `note` says why.
+
+    rewards, scores [P, N]; weights_by_filter {name: expected weights [P, N]}: the chance of
+    being kept under a filter that keeps at random, not one draw. `kept` is the mean of
+    min(weight, 1): the share kept, if the filter keeps or drops. `pass_kept` and `pass_dropped` are
+    mean scores weighted by what is kept and by the rest. `r2_low` and `r2_high` are the 95 %
+    interval over prompts, all filters on the same resamples.
+    """
+    rows = []
+    for name, expected in weights_by_filter.items():
+        _, flat_scores, weights = _samples(rewards, scores, expected)
+        binned = binned_r2(rewards, scores, expected, bins)
+        rng = np.random.default_rng(seed)
+        low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng)
+        share = np.minimum(weights, 1.0)
+        numbers = {
+            "kept": share.mean() if share.size else np.nan,
+            "pass_kept": _mean(flat_scores, weights),
+            "pass_dropped": _mean(flat_scores, 1.0 - share),
+            "r2": binned.r2,
+            "r2_low": low,
+            "r2_high": high,
+            "spearman": spearman(rewards, scores, expected),
+            "auc": auc(rewards, scores, expected),
+        }
+        numbers = {key: float(x) if np.isfinite(x) else None for key, x in numbers.items()}
+        rows.append({"filter": name, **numbers, "note": binned.note})
+    return rows
+
+
+def _mean(values, weights):
+    """Weighted mean; NaN where rounding is all the weight there is."""
+    return values @ weights / weights.sum() if weights.sum() > 1e-9 * len(weights) else np.nan
+
+
+def format_table(rows):
+    """`reliability_table`'s rows as aligned text, best R^2 not singled out; "-" where undefined."""
+
+    def number(value):
+        return "-" if value is None else f"{value:.3f}"
+
+    head = ["filter", "kept", "pass kept", "pass dropped", "R^2", "95 %", "Spearman", "AUC", "note"]
+    lines = [head]
+    for row in rows:
+        interval = "-" if row["r2_low"] is None else f"{row['r2_low']:.3f} .. {row['r2_high']:.3f}"
+        before = [number(row[key]) for key in ("kept", "pass_kept", "pass_dropped", "r2")]
+        after = [number(row[key]) for key in ("spearman", "auc")]
+        lines.append([row["filter"], *before, interval, *after, row["note"]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for first, *cells, note in lines:
+        middle = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True))
+        text.append(f"{first.ljust(widths[0])}  {middle}  {note}".rstrip())
+    return "\n".join(text)

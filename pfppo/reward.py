@@ -1,0 +1,148 @@
+"""The reward: Bradley-Terry loss, pairs from executed samples, the normaliser, and the reward slot.
+
+A reward model (RM) learns from pairs (chosen, rejected) of responses to one prompt:
+
+    loss = -log sigmoid(r(chosen) - r(rejected))                      (Bradley-Terry)
+
+The paper takes, of five samples of the SFT policy, the two of maximum edit distance. How it decides
+which one is chosen is not stated; here the tests decide: the pair is the passing and the failing
+sample of maximum edit distance, counted in tokens.
+
+Beside an RM stands `reward_model.json`: mean and standard deviation of its raw score over samples
+of the SFT policy (rewards are used normalised), and the hashes of prompt template and vocabulary
+that it was trained with.
+
+The reward slot: `--reward model` (the RM), `--reward tests` (the execution oracle: +1 passed, -1
+failed), or a user's own `score(prompts, responses, problems) -> [B]` by `module:function` or
+`file.py:function`.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from pfppo.config import UserError, load_function, require
+
+CARD = "reward_model.json"
+REWARDS = ("model", "tests")
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What must be known of an RM to use it."""
+
+    mean: float  # raw score over samples of the SFT policy
+    std: float
+    template: str  # data.template_hash
+    vocabulary: str  # data.vocabulary_hash
+
+    def save(self, folder):
+        (Path(folder) / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def load_card(folder):
+    """The card of an RM, or None where there is none (an RM from elsewhere). Raises UserError."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        return None
+    try:
+        card = RewardCard(**json.loads(path.read_text()))
+        return RewardCard(float(card.mean), float(card.std), card.template, card.vocabulary)
+    except (ValueError, TypeError) as error:
+        expected = "mean, std, template, vocabulary"
+        raise UserError(f"{path}: damaged ({error}), expected an object with {expected}") from error
+
+
+def check_agreement(card, template, vocabulary, reward_model, policy):
+    """Raise UserError unless the RM was trained with the policy's vocabulary and template."""
+    for what, ours, theirs in (
+        ("vocabulary", vocabulary, card.vocabulary),
+        ("prompt template", template, card.template),
+    ):
+        require(
+            ours == theirs,
+            f"--reward_model {reward_model}: its {what} differs from that of --policy {policy} "
+            f"(hash {theirs} there, {ours} here)",
+        )
+
+
+def bradley_terry_loss(chosen, rejected):
+    """-log sigmoid(chosen - rejected), summed over pairs. Both [B]. Returns (loss, metrics)."""
+    margin = chosen - rejected
+    loss = -logsigmoid(margin).sum()
+    return loss, {"loss": loss.detach(), "accuracy": (margin > 0).float().sum()}
+
+
+def edit_distance(a, b):
+    """Levenshtein distance of two sequences: insertions, deletions, substitutions."""
+    previous = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        current = [i]
+        for j, y in enumerate(b, 1):
+            substituted = previous[j - 1] + (x != y)
+            current.append(min(substituted, previous[j] + 1, current[j - 1] + 1))
+        previous = current
+    return previous[-1]
+
+
+def farthest_pair(responses, passed):
+    """Indices (chosen, rejected) of the passing and the failing response of maximum edit distance.
+
+    responses: token ids of one prompt's samples. None where all pass or all fail. The first wins a
+    tie.
+    """
+    pairs = [
+        (edit_distance(responses[good], responses[bad]), good, bad)
+        for good in range(len(responses))
+        for bad in range(len(responses))
+        if passed[good] and not passed[bad]
+    ]
+    return max(pairs, key=lambda pair: pair[0])[1:] if pairs else None
+
+
+@dataclass
+class Answers:
+    """What a reward may look at: one rank's B rows, as tokens and as text."""
+
+    rollout: object  # batch.Rollout
+    prompts: list[str]
+    responses: list[str]
+    problems: list  # benchmarks.Problem
+    scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
+
+
+def load_reward(spec, reward_model, microbatch, limit=10.0):
+    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU. Raises UserError."""
+    if spec == "model":
+        require(reward_model is not None, "--reward model: needs --reward_model")
+        return lambda answers: model_rewards(reward_model, answers.rollout, microbatch, limit)
+    if spec == "tests":
+        return lambda answers: 2 * answers.scores - 1
+    expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
+    require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
+    score = load_function(spec, "reward")
+
+    def own(answers):
+        rewards = score(answers.prompts, answers.responses, answers.problems)
+        rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
+        count = len(answers.responses)
+        require(
+            rewards.shape == (count,) and torch.isfinite(rewards).all(),
+            f"--reward {spec}: expected {count} finite numbers, found shape {tuple(rewards.shape)}",
+        )
+        return rewards
+
+    return own
+
+
+@torch.no_grad()
+def model_rewards(reward_model, rollout, microbatch, limit=float("inf")):
+    """The RM's normalised score at the last response token of each row, clipped to +-limit.
+
+    [B], fp32, on the CPU. A collective: all ranks need equally many microbatches.
+    """
+    parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rollout.microbatches(microbatch)]
+    return torch.cat(parts).clamp(-limit, limit).float().cpu()

@@ -1,0 +1,519 @@
+"""Loaders against real and broken files, code extraction by behaviour, programs, pass@k.
+
+Programs are run here by plain `exec`: all of them stand in this file or are reference solutions.
+"""
+
+import gzip
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pfppo.benchmarks import (
+    Problem,
+    assemble,
+    check_of,
+    extract_code,
+    load_problems,
+    mbpp_split,
+    pass_at_k,
+    pass_at_k_interval,
+    read_jsonl,
+    reference_check,
+)
+from pfppo.config import UserError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def data(name):
+    path = DATA / name
+    return path if path.exists() else pytest.skip(f"benchmark file {name} is not in shared/data")
+
+
+def run(check):
+    """Run a trusted Check in this process."""
+    names = {"__name__": "candidate"}
+    exec(compile(check.program, "program", "exec"), names)
+    exec(compile(check.test, "test", "exec"), names)
+    if "def check(" in check.test:
+        names["check"](eval(check.entry_point, names))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------------------------- extraction
+
+CODEX = Problem(
+    "T/0",
+    "import math\nfrom typing import List\n\n\ndef half(x: int) -> int:\n    return x // 2\n\n\n"
+    'def f(xs: List[int]) -> int:\n    """Describe xs.\n    >>> f([4, 9])\n    5\n    """\n',
+    "f",
+    "    return int(sum(math.sqrt(x) for x in xs))\n",
+    "def check(candidate):\n    assert candidate([4, 9]) == 5\n",
+)
+STUB = Problem(
+    "T/1",
+    '"""\nSay something about xs.\n"""\nclass Node:\n    pass\nclass Solution:\n'
+    "    def f(self, xs: List[int]) -> int:\n        ",
+    "Solution().f",
+    "",
+    "my_solution = Solution()\nassert my_solution.f([4, 9]) == 5\n",
+    "from typing import *\nfrom collections import *\n",
+)
+BARE = Problem(
+    "T/2", '"""\nWrite f.\n"""\n', "f", "def f(xs): return 5\n", "assert f([4, 9]) == 5\n"
+)
+
+TABS = Problem(
+    "T/3", 'def f(xs):\n\t"""Write f."""\n', "f", "\treturn 5\n", "assert f([4, 9]) == 5\n"
+)
+
+SIGNATURE = "def f(xs: List[int]) -> int:\n"
+CASES = [  # name, problem, response, f([4, 9]) or the exception
+    ("body", CODEX, "    return 1\n", 1),
+    ("body without newline", CODEX, "    return 2", 2),
+    ("body after blank lines", CODEX, "\n\n    return 3\n", 3),
+    ("body with CRLF", CODEX, "    y = 4\r\n    return y\r\n", 4),
+    ("body indented by tabs", BARE, "def f(xs):\n\ty = 5\n\treturn y\n", 5),
+    ("body with the prompt's import and helper", CODEX, "    return half(math.ceil(11.5))", 6),
+    ("body, then a def", CODEX, "    return 7\n\ndef g(x:\n", 7),
+    ("body, then a class", CODEX, "    return 8\n\nclass A(\n", 8),
+    ("body, then an if", CODEX, "    return 9\n\nif __name__ == '__main__':\n    f(", 9),
+    ("body, then a print", CODEX, "    return 10\nprint(f([1)\n", 10),
+    ("body, then a comment and a test", CODEX, "    return 11\n# Test\nassert f([) == 1\n", 11),
+    ("body, then prose", CODEX, "    return 12\n\nThis function isn't slow: it's O(n).\n", 12),
+    ("body, then a fence", CODEX, "    return 13\n```\n\nExplanation: none.\n", 13),
+    ("body, then the next few-shot marker", CODEX, "    return 14\n[DONE]\n\nYou are an\n", 14),
+    ("body with a comment at the margin", CODEX, "    y = 15\n# why\n\n    return y\n", 15),
+    ("body with a string at the margin", CODEX, '    s = """\ndef x\n"""\n    return 16', 16),
+    ("body with brackets at the margin", CODEX, "    y = [\n17\n]\n    return y[0]\n", 17),
+    ("body with joined lines", CODEX, "    return 9 + \\\n9\n", 18),
+    ("body with quotes in comments", CODEX, "    # (it's \"\"\"\n    return 19\nHere's\n", 19),
+    ("body with escaped quotes", CODEX, "    s = 'it\\'s ('\n    return 20\nSo (\n", 20),
+    ("body with a helper f", CODEX, "    def f(x):\n        return x\n    return f(21)", 21),
+    ("signature repeated, indented", CODEX, "    def f(xs):\n        return 22\n", 22),
+    ("signature repeated, bare", CODEX, SIGNATURE + "    return half(46)\n", 23),
+    ("one leading space", CODEX, " " + SIGNATURE + "    return 24\n", 24),
+    ("function in prose", CODEX, f"Sure! Here's it:\n\n{SIGNATURE}    return 25\n\nIt's (so.", 25),
+    ("prose between imports and function", CODEX,
+     f"import os\nNow f:\nimport re\n{SIGNATURE}    return len(re.escape('x' * 26))", 26),
+    ("helper above", CODEX, f"def g():\n    return 27\n\n{SIGNATURE}    return g()\n\nDone.", 27),
+    ("helper below", CODEX, f"{SIGNATURE}    return g()\n\n# g\ndef g():\n    return 28\nSo", 28),
+    ("rambling below", CODEX, f"{SIGNATURE}    return 29\n\n@cache\ndef other(x):\n  y = (", 29),
+    ("f again below", CODEX, f"{SIGNATURE}    return 30\n\n{SIGNATURE}    return (", 30),
+    ("constant above", CODEX, f"N = [\n    31,\n]\n\n{SIGNATURE}    return N[0]\n", 31),
+    ("lambda", CODEX, "```python\nf = lambda xs: 32\n```", 32),
+    ("async helper", CODEX, f"async def g():\n    pass\n\n\n{SIGNATURE}    return 33\nSo", 33),
+    ("future import", CODEX,
+     f"```python\nfrom __future__ import annotations\n{SIGNATURE}    return 34\n```", 34),
+    ("fence", CODEX, f"Sure:\n```python\n{SIGNATURE}    return 35\n```\nIt's good.", 35),
+    ("fence without a language", CODEX, f"```\n{SIGNATURE}    return 36\n```", 36),
+    ("fence of tildes", CODEX, f"~~~py\n{SIGNATURE}    return 37\n~~~\n", 37),
+    ("closing fence indented", CODEX, f"```\n{SIGNATURE}    return 62\n  ```\nSo", 62),
+    ("fence left open", CODEX, f"Code:\n```python\n{SIGNATURE}    return 38\n", 38),
+    ("fence left open, cut off", CODEX, f"```python\n{SIGNATURE}    return 39\n\nprint(f([1", 39),
+    ("second block has the function", CODEX,
+     f"```python\nf([1])\n```\nso\n```python\n{SIGNATURE}    return 40\n```", 40),
+    ("first of two functions", CODEX,
+     f"```python\n{SIGNATURE}    return 41\n```\nor\n```python\n{SIGNATURE}    return 0\n```", 41),
+    ("Python block before others", CODEX,
+     f"```text\nf = nothing (\n```\n```python\n{SIGNATURE}    return 42\n```", 42),
+    ("indented fence in a list", CODEX,
+     f"1. Code:\n   ```python\n   {SIGNATURE}       return 43\n   ```\n", 43),
+    ("block with the body alone", CODEX, "Body:\n```python\n    return 44\n```\n", 44),
+    ("block with the body at the margin", CODEX, "```python\ny = 45\nreturn y\n```\n", 45),
+    ("opened by the prompt", CODEX, f"{SIGNATURE}    return 46\n```\nThat's all (", 46),
+    ("byte-order mark", CODEX, f"\ufeff{SIGNATURE}    return 47\n", 47),
+    ("fence in a docstring", CODEX,
+     f'```python\n{SIGNATURE}    """\n    ```python\n    ```\n    """\n    return 57\n```', 57),
+    ("other fence in a docstring", CODEX,
+     f"```python\n{SIGNATURE}    '''\n~~~\n'''\n    return 58\n```", 58),
+    ("fence not closed before the next", CODEX,
+     f"```python\n{SIGNATURE}    return 59\n```python\nf(1\n```", 59),
+    ("bare function before a block", CODEX,
+     f"{SIGNATURE}    return 60\n\nOr:\n```python\n{SIGNATURE}    return 0\n```", 60),
+    ("body indented by a tab", TABS, "\treturn 61\nSo (", 61),
+    ("stub goes on", STUB, "y = 48\n        return y\n", 48),
+    ("stub goes on, then a fence", STUB, "return 49\n```\nSo (\n", 49),
+    ("stub's body indented again", STUB, "        y = 50\n        return y\n", 50),
+    ("stub's body on the next line, a second method", STUB,
+     "\n        return self.g()\n    def g(self):\n        return 51\n", 51),
+    ("stub's class again", STUB,
+     "```python\nclass Solution:\n    def f(self, xs: List[int]):\n        return 52\n```", 52),
+    ("stub's setup and head are kept", STUB,
+     "```python\nclass Solution:\n    def f(self, xs):\n        assert Node\n"
+     "        return deque([53])[0]\n```", 53),
+    ("stub, numpy without an import", STUB, "return int(np.sum([50, 4]))", 54),
+    ("stub's body in a block", STUB, "```python\nreturn 55\n```", 55),
+    ("few-shot markers", BARE, "[BEGIN]\ndef f(xs):\n    return 56\n[DONE]\n\nYou are (", 56),
+    ("nothing", CODEX, "", None),
+    ("a word", CODEX, "garbage it's", SyntaxError),
+    ("valid code, but no body", CODEX, "y = 3\n", None),
+    ("unclosed bracket", CODEX, "    return (57\n\nSo", SyntaxError),
+    ("unclosed string", CODEX, '    return """57\n\nSo', SyntaxError),
+    ("body at the margin is not mended", CODEX, "return 57\n", SyntaxError),
+    ("function of another name", BARE, "```python\ndef g(xs):\n    return 57\n```", NameError),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "problem, response, expected", [c[1:] for c in CASES], ids=[c[0] for c in CASES]
+)
+def test_code_is_taken_out_of_a_response(problem, response, expected):
+    program, names = extract_code(response, problem), {}
+    if isinstance(expected, type):
+        with pytest.raises(expected):
+            exec(program, names)
+            eval(problem.entry_point, names)
+    else:
+        exec(program, names)
+        assert eval(problem.entry_point, names)([4, 9]) == expected
+
+
+def test_a_lab_body_is_exactly_prompt_plus_response():
+    lab = Problem("L/0", 'def f(xs, k):\n    """Keep x > k."""\n', "f", "    return xs\n", "t")
+    for body in (
+        "    return [x for x in xs if x > k]\n",
+        "    xs = xs[::-1]\n    return xs[:k]",
+        "",
+        "x",
+    ):
+        assert extract_code(body, lab) == lab.prompt + body
+
+
+HOSTILE = {
+    "nul": "\0    return 1",
+    "lone surrogate": "    return '\ud800'",
+    "quotes": '    return \'"""\'\'\'"""\'' * 50,
+    "backslash at the end": '    return """\\',
+    "fences": "```\n```python\n~~~\n```" * 50,
+    "wide spaces": "\u3000\u3000return 1\n\x0c\x1c\x85x",
+    "carriage returns": "\r\r\n\r    return 1\r",
+}
+HUGE = {
+    "brackets": "    x = " + "(" * 200_000,
+    "quotes": "    x = '" + "\"'" * 100_000,
+    "triple quotes": "    x = " + '"""a' * 50_000,
+    "backslashes": '    x = "' + "\\" * 200_000,
+    "blank": " " * 200_000,
+    "blank lines": "\n    " * 50_000 + "x",
+    "comments": "    x\n" + "# a\n" * 50_000,
+    "definitions": "def f(xs):\n    g\n" + "def g():\n    g\n" * 10_000,
+    "imports": "def f(xs):\n    g\n" + "from " * 40_000,
+    "one name": "a" * 200_000,
+    "fences": "def g\n" + "```python\nx\n```\n" * 10_000,
+    "indented signature": " " * 100_000 + "def f(x): y",
+}
+
+
+@pytest.mark.parametrize("problem", [CODEX, STUB, BARE], ids=["codex", "stub", "bare"])
+def test_no_response_raises_or_stalls(problem):
+    for name, response in (HOSTILE | HUGE).items():
+        start = time.process_time()
+        assert isinstance(assemble(problem, response).program, str), name
+        assert time.process_time() - start < 1.0, name
+
+
+def test_every_cut_of_an_answer_is_taken():
+    answer = (
+        f"Sure, it's:\n```python\nimport os\n{SIGNATURE}    s = '''a\n'''\n    return (1)\n```\nSo"
+    )
+    for problem, end in itertools.product((CODEX, STUB, BARE), range(len(answer))):
+        assert isinstance(extract_code(answer[:end], problem), str)
+
+
+# ------------------------------------------------------------------------------------ programs
+
+
+def test_check_has_the_reference_and_leaves_a_given_program_alone():
+    program = "def f(xs):\n    return 5\nprint(1)\n"
+    check = check_of(CODEX, program)
+    assert check.program == program
+    assert check.reference == CODEX.prompt + CODEX.canonical_solution
+    assert check.entry_point == "f"
+    run(check)
+    run(reference_check(CODEX))
+    run(assemble(CODEX, CODEX.canonical_solution))
+
+
+def test_a_whole_canonical_solution_replaces_the_prompts_signature():
+    assert reference_check(BARE).program == "def f(xs): return 5\n"
+    run(reference_check(BARE))
+
+
+def test_reference_without_a_solution_still_has_the_prompts_names():
+    names = {}
+    exec(check_of(STUB, "").reference, names)
+    assert {"Node", "Solution", "deque"} <= set(names)
+    with pytest.raises(UserError, match="T/1 has no reference solution"):
+        reference_check(STUB)
+
+
+# ---------------------------------------------------------------------------------- real files
+
+
+def test_humaneval_references_pass_in_three_styles():
+    problems = load_problems(data("HumanEval.jsonl.gz"))
+    assert len(problems) == 164
+    for problem in problems:
+        whole = problem.prompt + problem.canonical_solution
+        body = assemble(problem, problem.canonical_solution + "\n\nif x:\n    it's")
+        assert body.program == check_of(problem, "").reference + "\n\n"
+        fenced = assemble(problem, f"Here you are:\n```python\n{whole}\n```\nThat's it.")
+        bare = assemble(problem, f"Here you are:\n\n{whole}\nThat's it.")
+        for check in (body, fenced, bare):
+            run(check)
+
+
+def test_humaneval_pass_fails_everywhere():
+    for problem in load_problems(data("HumanEval.jsonl.gz")):
+        with pytest.raises((AssertionError, TypeError, AttributeError)):
+            run(assemble(problem, "    pass\n"))
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the references
+def test_mbpp_full_form():
+    problems = load_problems(data("mbpp.jsonl.gz"), "mbpp")
+    assert len(problems) == 974 and len(mbpp_split(problems)) == 500
+    assert [p.task_id for p in mbpp_split(problems, "prompt")] == [
+        f"Mbpp/{i}" for i in range(1, 11)
+    ]
+    by_id = {p.task_id: p for p in problems}
+    assert by_id["Mbpp/126"].entry_point == "sum"
+    for problem in problems:
+        assert "\r" not in problem.canonical_solution + problem.test
+        compile(problem.prompt + problem.canonical_solution, problem.task_id, "exec")
+        assert f"{problem.entry_point}" in problem.instruction
+    some = problems[5::25] + [by_id[f"Mbpp/{i}"] for i in (64, 126, 367, 533, 596, 927)]
+    for problem in some:
+        run(reference_check(problem))
+        run(assemble(problem, problem.canonical_solution))
+        run(assemble(problem, f"[BEGIN]\n{problem.canonical_solution}\n[DONE]\n\nYou are"))
+
+
+def test_leetcode_contest_form():
+    problems = load_problems(data("leetcode_contest_2023-07_2024-01.jsonl.gz"), "leetcode")
+    assert len(problems) == 180
+    for problem in problems:
+        check = assemble(problem, "\n        return None\n\nIt's done.")
+        names = {}
+        exec(check.program, names)
+        assert callable(eval(check.entry_point, names))
+        compile(check.reference, problem.task_id, "exec")
+        assert "```python\nclass" in problem.instruction or "ListNode" in problem.instruction
+
+
+def test_leetcode_dataset_form():
+    problems = load_problems(data("LeetCodeDataset-v0.3.1-test.jsonl.gz"), "leetcode")
+    assert len(problems) == 228
+    for problem in problems:
+        compile(problem.setup + problem.prompt + "pass", problem.task_id, "exec")
+    light = [p for p in problems if "sortedcontainers" not in p.setup + p.canonical_solution]
+    assert len(light) == 210  # the others need a package
+    for problem in light[:12]:
+        run(reference_check(problem))
+        run(assemble(problem, f"So:\n```python\n{problem.canonical_solution}```"))
+
+
+# ---------------------------------------------------------------------------- forms, written here
+
+HUMANEVAL = {
+    "task_id": "A/1",
+    "prompt": 'def two(x):\n    """Twice."""\n',
+    "entry_point": "two",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
+}
+TWO = "def one(x):\r\n\treturn x\r\ndef two(x):\r\n\treturn one(x) + x"
+MBPP = {"task_id": 12, "text": "Double.", "code": TWO, "test_list": ["assert two(SET) == 4 "]}
+MBPP |= {"test_setup_code": "SET = 2"}
+SANITIZED = {"task_id": 12, "prompt": "Double.", "code": TWO, "test_imports": ["import math"]}
+SANITIZED |= {"test_list": ["assert two(math.floor(2.5)) == 4"]}
+EVALPLUS = {"task_id": "Mbpp/12", "prompt": '"""\nDouble.\nassert two(2) == 4\n"""\n'}
+EVALPLUS |= {"entry_point": "two", "canonical_solution": TWO, "assertion": "assert two(2) == 4"}
+EVALPLUS |= {"base_input": [[2]], "plus_input": [[3]], "atol": 0}
+HUGGING = {"task_id": 12, "prompt": "Double.", "code": TWO, "test_imports": []}
+HUGGING |= {"test_list": ["assert two(2) == 4"]}
+HUGGING |= {"test": "for x, y in zip([2, 3], [4, 6]):\n    assert two(x) == y\n"}
+
+
+CONTEST = {"task_id": "c", "prompt": STUB.prompt, "prompt_sft": "Do it.", "test": STUB.test}
+
+
+def test_leetcodes_usual_names_need_no_import(tmp_path):
+    (problem,) = load_problems(write(tmp_path / "contest.jsonl", [CONTEST]), "leetcode")
+    names = "deque, heappush, bisect_left, accumulate, lru_cache, Optional, inf, re, math.comb"
+    run(assemble(problem, f"{names}\n        return pow(2, 5, 27) if gcd(4, 6) == 2 else 0\n"))
+
+
+def test_a_task_text_survives_as_a_docstring(tmp_path):
+    text = 'Split """a""" at \\d and \\x'
+    (problem,) = load_problems(write(tmp_path / "mbpp.jsonl", [MBPP | {"text": text}]), "mbpp")
+    assert eval(problem.prompt.strip()) == f"\n{text}\nassert two(SET) == 4\n"
+
+
+@pytest.mark.parametrize("row", [MBPP, SANITIZED, EVALPLUS, HUGGING])
+def test_each_form_of_mbpp_is_one_problem(tmp_path, row):
+    (problem,) = load_problems(write(tmp_path / "mbpp.jsonl", [row]), "mbpp")
+    assert (problem.task_id, problem.entry_point) == ("Mbpp/12", "two")
+    assert "task: Double. Your code" in problem.instruction and "two(" in problem.prompt
+    run(reference_check(problem))
+    with pytest.raises(AssertionError):
+        run(assemble(problem, "def two(x):\n    return x"))
+
+
+def test_the_hugging_face_form_of_mbpp_plus_runs_its_extra_inputs(tmp_path):
+    (problem,) = load_problems(write(tmp_path / "mbpp.jsonl", [HUGGING]), "mbpp")
+    with pytest.raises(AssertionError):
+        run(assemble(problem, "def two(x):\n    return 4"))
+
+
+def test_one_array_of_objects_is_read_as_rows(tmp_path):
+    path = tmp_path / "sanitized.json"
+    path.write_text(json.dumps([SANITIZED, SANITIZED | {"task_id": 13}], indent=2))
+    assert [p.task_id for p in load_problems(path, "mbpp")] == ["Mbpp/12", "Mbpp/13"]
+
+
+def test_gzip_blank_lines_and_byte_order_mark(tmp_path):
+    path = tmp_path / "packed.jsonl.gz"
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}\r\n\n  \n{"a": "\xe2\x80\xa8"}'))
+    assert read_jsonl(path) == [(1, {"a": 1}), (4, {"a": "\u2028"})]
+
+
+BROKEN = [  # content, form, what the message says after the file's name
+    (b"", "humaneval", ": no rows"),
+    (b"\n \n", "humaneval", ": no rows"),
+    (b'{"a": 1}\n\n{"a": \n', "humaneval", ", line 3: not JSON"),
+    (b"[" * 100_000, "humaneval", ", line 1: not JSON"),
+    (b'[{"a": 1},', "humaneval", ", line 1: not JSON"),
+    (b'[{"a": 1}, 2]', "humaneval", ", line 2: expected an object {...}, found a number"),
+    (b"[1]\n", "humaneval", ", line 1: expected an object {...}, found a list"),
+    (b"null\n", "humaneval", ", line 1: expected an object {...}, found null"),
+    (b"\xff\xfe", "humaneval", ": not UTF-8 text"),
+    (b"\x1f\x8b\x08rest", "humaneval", ": cannot be read"),
+    (gzip.compress(b'{"a": 1}')[:-6], "humaneval", ": cannot be read"),
+    (b"{}", "humaneval", ", line 1: field 'prompt' is missing (expected a string (may be empty)"),
+    (
+        b'{"text": 1, "task_id": 1}',
+        "mbpp",
+        ", line 1: field 'text': expected a string, found a num",
+    ),
+    (
+        b'{"task_id": 2.5}',
+        "mbpp",
+        "line 1: field 'task_id': expected a number or a string, found a",
+    ),
+    (b'{"task_id": "a", "prompt": "b", "test": "c"}', "leetcode", "needs 'prompt_sft' (DeepSeek"),
+    (b'{"task_id": "a", "prompt": "b", "test": "c", "prompt_sft": ""}', "leetcode", "my_solution"),
+]
+
+
+@pytest.mark.parametrize("content, form, message", BROKEN)
+def test_a_broken_file_is_named_with_its_line(tmp_path, content, form, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_problems(path, form)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
+    with pytest.raises(UserError, match="none.jsonl: cannot be read .No such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="'apps' is unknown: expected one of humaneval, mbpp, leet"):
+        load_problems(tmp_path / "none.jsonl", "apps")
+    with pytest.raises(UserError, match="'dev' is unknown: expected one of prompt, test"):
+        mbpp_split([], "dev")
+
+
+@pytest.mark.parametrize("field", list(HUMANEVAL))
+def test_a_missing_or_wrong_field_is_named(tmp_path, field):
+    for value, found in ((None, "found null"), (3, "found a number"), ([], "found a list")):
+        path = write(tmp_path / "p.jsonl", [HUMANEVAL, HUMANEVAL | {"task_id": "B", field: value}])
+        with pytest.raises(UserError, match=f"p.jsonl, line 2: field '{field}': expected.*{found}"):
+            load_problems(path)
+    row = {name: value for name, value in HUMANEVAL.items() if name != field}
+    with pytest.raises(UserError, match=f"p.jsonl, line 1: field '{field}' is missing"):
+        load_problems(write(tmp_path / "p.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (MBPP | {"task_id": "twelve"}, "'task_id': expected 11 or 'Mbpp/11', found 'twelve'"),
+        (MBPP | {"test_list": []}, "field 'test_list': expected a list, found an empty one"),
+        (
+            MBPP | {"test_list": ["assert 1", 2]},
+            "expected a list of strings, found .'a number'. in",
+        ),
+        (MBPP | {"test_list": "assert"}, "field 'test_list': expected a list, found a string"),
+        (MBPP | {"code": "two = 2"}, "call no function that the reference defines"),
+        (EVALPLUS | {"entry_point": "three"}, "call no function that the reference defines"),
+        (MBPP | {"test_setup_code": 1}, "field 'test_setup_code': expected a string or a list"),
+    ],
+)
+def test_a_wrong_field_of_mbpp_is_named(tmp_path, row, message):
+    with pytest.raises(UserError, match=f"mbpp.jsonl, line 1: .*{message}"):
+        load_problems(write(tmp_path / "mbpp.jsonl", [row]), "mbpp")
+
+
+def test_a_repeated_task_id_names_both_lines(tmp_path):
+    path = write(tmp_path / "p.jsonl", [HUMANEVAL, HUMANEVAL])
+    with pytest.raises(UserError, match="p.jsonl, line 2: task_id 'A/1' was on line 1 already"):
+        load_problems(path)
+
+
+@pytest.mark.parametrize("prompt, solution", [("", ""), ("def two(x):\n", "return ("), ("\0", "")])
+def test_a_problem_without_a_usable_reference_has_none(tmp_path, prompt, solution):
+    row = HUMANEVAL | {"prompt": prompt, "canonical_solution": solution}
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", [row]))
+    check = check_of(problem, "def two(x):\n    return x * 2\n")
+    assert check.reference == ""
+    run(check)
+
+
+# ---------------------------------------------------------------------------------------- pass@k
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_pass(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        expected = sum(any(subset) for subset in subsets) / len(subsets)
+        assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_is_stable_where_the_binomials_overflow():
+    exact = 1 - math.comb(9_900, 100) / math.comb(10_000, 100)
+    assert pass_at_k(10_000, 100, 100) == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 2, 6), (5, 2, 0), (0, 0, 1), (5, 6, 1), (5, -1, 1)])
+def test_pass_at_k_of_impossible_counts_is_an_error(n, c, k):
+    with pytest.raises(UserError):
+        pass_at_k(n, c, k)
+
+
+def test_interval_is_the_bootstrap_over_problems():
+    counts = [(10, 10)] * 200 + [(10, 0)] * 200
+    mean, low, high = pass_at_k_interval(counts, 1)
+    half_width = 1.96 * 0.5 / math.sqrt(400)
+    assert mean == 0.5
+    np.testing.assert_allclose([mean - low, high - mean], half_width, rtol=0.15)
+    assert pass_at_k_interval(counts, 1) == (mean, low, high)
+    assert pass_at_k_interval(counts, 1, seed=1) != (mean, low, high)
+
+
+def test_interval_of_equal_problems_has_no_width_and_of_none_is_an_error():
+    assert pass_at_k_interval([(4, 1)] * 7, 2) == pytest.approx((0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="no problems"):
+        pass_at_k_interval([], 1)

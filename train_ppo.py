@@ -1,0 +1,430 @@
+"""PF-PPO: Policy Filtration for PPO (arXiv 2409.06957), on one page.
+
+    torchrun train_ppo.py --filter best_random                       # the lab, from nothing
+    torchrun --nproc_per_node 8 train_ppo.py --policy DIR --reward_model DIR --prompts FILE
+
+Each step:
+    1. sample      N responses to each of P prompts from the policy pi
+    2. score       by the reward model (and by tests where there are some, only to watch)
+    3. FILTER      rewards [P, N] -> weights [P, N]: what is kept is a sample of mu
+    4. evaluate    log-probs of policy and reference, values of the critic: survivors only
+    5. advantages  -beta (log pi - log ref) per token, + reward at the last one; GAE; whitening
+    6. update      clipped PPO losses of actor and critic
+
+Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, adapters.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import train_rm
+from pfppo import checkpoint, data, lab, ppo
+from pfppo.batch import (
+    collate,
+    flat,
+    minibatch_plan,
+    over_microbatches,
+    owned,
+    rows_of,
+    unflat,
+)
+from pfppo.config import launch, require
+from pfppo.examine import Examiner, execute, scores_of
+from pfppo.filters import apply_filter, load_filter
+from pfppo.fsdp import (
+    clip_gradients,
+    from_main,
+    gather_lists,
+    gather_rows,
+    gathered,
+    init_ranks,
+    sum_over_ranks,
+)
+from pfppo.loading import load_policies, load_scalars
+from pfppo.metrics import (
+    Clock,
+    Meter,
+    complete,
+    line,
+    mean,
+    of_samples,
+    pass_rate,
+    peak_gib,
+    table,
+)
+from pfppo.model import read_causal_lm
+from pfppo.reward import Answers, load_reward, model_rewards
+from pfppo.sampler import draw_uniforms, sample, stop_ids
+from pfppo.sandbox import Sandbox
+
+
+@dataclass
+class Args:
+    policy: str = "lab"  # SFT policy to start from: a folder, or "lab" (made on first use)
+    reward_model: str = "lab"  # reward model and start of the critic: a folder, "lab", or "" (none)
+    prompts: str = "lab"  # JSONL with prompt (and entry_point, test to know scores), or "lab"
+    validation: str = "auto"  # problems that choose the policy; auto: the lab's with its prompts
+    test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
+    filter: str = "best_random"  # name in FILTERS, module:function or file.py:function
+    reward: str = "model"  # model, tests (execution oracle), module:function or file.py:function
+    steps: int = 40  # PPO steps
+    prompts_per_step: int = 48  # P
+    samples_per_prompt: int = 5  # N
+    minibatch: int = 48  # kept rows per optimizer step, over all ranks
+    microbatch: int = 48  # rows per forward and rank; memory only, changes no number
+    ppo_epochs: int = 1  # times that each kept row is used
+    max_new_tokens: int = 64  # longest response
+    max_prompt_tokens: int = 1024  # longest prompt; a longer one is an error
+    temperature: float = 1.0  # of sampling, and of all log-probs
+    sampling_batch: int = 256  # rows that decode together; memory only, changes no number
+    prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
+    kl_coef: float = 0.1  # beta; the paper: 0.01 at 6.7B
+    kl_target: float = 0.0  # nats per response that beta is adapted to; 0: beta is fixed
+    reward_clip: float = 10.0  # limit of the normalised reward
+    missing_eos_penalty: float = 0.0  # taken off the reward of a truncated response
+    gamma: float = 1.0  # discount
+    lam: float = 0.95  # lambda of GAE
+    clip: float = 0.2  # of the ratio
+    value_clip: float = 0.2  # of the change of a value
+    loss_aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # what counts alike
+    actor_lr: float = 1e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
+    critic_lr: float = 3e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
+    grad_norm: float = 1.0  # global norm that gradients are clipped to
+    warmup: float = 0.03  # share of the steps in which learning rates rise
+    seed: int = 1  # order of prompts, samples, filter
+    run_dir: str = ""  # metrics, samples, checkpoints, policies; empty: runs/FILTER, -2, ...
+    resume: bool = False  # go on from the last complete checkpoint in --run_dir, if there is one
+    save_every: int = 10  # steps between checkpoints
+    keep: int = 2  # checkpoints that stay
+    eval_every: int = 5  # steps between looks at validation
+    timeout: float = 3.0  # CPU seconds that one sample's tests may take
+    workers: int = 2  # sandbox processes per rank
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+
+
+def resolve_sizes(args, chosen, ranks):
+    """Check that the sizes divide; print prompts -> sampled -> kept -> minibatch -> microbatch."""
+    P, N, world = args.prompts_per_step, args.samples_per_prompt, ranks.world
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatch", "microbatch"):
+        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: expected at least 1")
+    require(P % world == 0, f"--prompts_per_step {P}: does not divide over {world} ranks")
+    require(args.minibatch % world == 0, f"--minibatch {args.minibatch}: not for {world} ranks")
+    share = args.minibatch // world
+    args.microbatch = min(args.microbatch, share)
+    require(
+        share % args.microbatch == 0,
+        f"--microbatch {args.microbatch}: does not divide --minibatch {args.minibatch} over "
+        f"{world} ranks, {share} rows each",
+    )
+    generator = torch.Generator().manual_seed(0)
+    counts = (apply_filter(chosen, torch.randn(256, N, generator=generator), generator) > 0).sum(1)
+    kept, updates = f"about {P * counts.float().mean():.0f}", "about that many rows each"
+    if len(counts.unique()) == 1:
+        kept = P * int(counts[0])
+        require(
+            kept % args.minibatch == 0,
+            f"--minibatch {args.minibatch}: does not divide the {kept} rows that {args.filter} "
+            f"keeps of {P} prompts x {N} samples",
+        )
+        updates = f"{kept // args.minibatch * args.ppo_epochs} optimizer steps"
+    ranks.say(
+        f"sizes: {P} prompts x {N} samples -> {P * N} sampled -> {kept} kept by {args.filter} -> "
+        f"minibatches of {args.minibatch}, {updates} -> {share} rows per rank -> "
+        f"microbatches of {args.microbatch}"
+    )
+
+
+def resolve_lab(args, ranks):
+    """Make the parts of the lab that are used and missing, and put paths in place of "lab"."""
+    for name in ("validation", "test"):
+        if getattr(args, name) == "auto":
+            setattr(args, name, "lab" if args.prompts == "lab" else "")
+    used = [
+        n for n in ("policy", "reward_model", "validation", "test") if getattr(args, n) == "lab"
+    ]
+    if used or args.prompts == "lab":
+        lab.make(ranks)
+    if args.reward_model == "lab" and not Path(lab.path_of("reward_model")).exists():
+        train_rm.main(train_rm.Args(run_dir=lab.path_of("reward_model")), ranks)
+    args.prompts = lab.path_of("train") if args.prompts == "lab" else args.prompts
+    for name in used:
+        setattr(args, name, lab.path_of(name))
+
+
+def adamw(model, lr):
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
+def log_probs(model, rows, args):
+    """Log-probs of the responses and entropy, [B, T]: old, new and reference ones."""
+    return model(rows.ids, rows.states, rows.responses, rows.mask, args.temperature)
+
+
+def values_of(critic, rows):
+    """The critic's value before each response token, [B, T]."""
+    return critic(rows.ids, rows.states).squeeze(-1)
+
+
+def backward(args, policy, critic, rows, ranks):
+    """Gradients of both losses over one minibatch; rows of all ranks share one denominator.
+
+    Returns this rank's part of every loss metric.
+    """
+    sums = Counter()
+    coefficients = ppo.loss_coefficients(rows.mask, rows.weights, args.loss_aggregation)
+    total = sum_over_ranks(coefficients.sum())
+    parts = rows.microbatches(args.microbatch)
+    for number, mb in enumerate(parts, 1):
+        coefficients = ppo.loss_coefficients(mb.mask, mb.weights, args.loss_aggregation) / total
+        logp, _ = log_probs(policy, mb, args)
+        actor_loss, actor_metrics = ppo.policy_loss(
+            logp, mb.old_logp, mb.adv, coefficients, args.clip
+        )
+        values = values_of(critic, mb)
+        critic_loss, critic_metrics = ppo.value_loss(
+            values, mb.old_values, mb.returns, coefficients, args.value_clip
+        )
+        for model, loss in ((policy, actor_loss), (critic, critic_loss)):
+            model.set_requires_gradient_sync(number == len(parts))
+            (loss * ranks.world).backward()  # FSDP averages over ranks, the loss is a sum
+        sums.update(actor_metrics | critic_metrics)
+    return sums
+
+
+def step_optimizer(model, optimizer, args):
+    """Clip, step, clear. A gradient that is not finite skips the step. Returns its norm."""
+    norm = clip_gradients(model, args.grad_norm)
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def main(args):
+    ranks = init_ranks(args.device)
+    chosen = load_filter(args.filter, args.samples_per_prompt)
+    resolve_sizes(args, chosen, ranks)
+    label = args.filter if args.filter.isidentifier() else "own_filter"
+    args.run_dir = args.run_dir or from_main(str(checkpoint.unused(f"runs/{label}")), ranks)
+    resolve_lab(args, ranks)
+    run = checkpoint.open_run(args.run_dir, args, ranks)
+    P, N = args.prompts_per_step, args.samples_per_prompt
+
+    # Data
+    tokenizer = data.load_tokenizer(args.policy)
+    data.check_style(tokenizer, args.prompt_style, args.policy)
+    stop = stop_ids(args.policy, tokenizer)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    how = tokenizer, args.prompt_style, args.max_prompt_tokens
+    problems, prompts = data.load_rendered(args.prompts, *how)
+    validation, test = (data.load_rendered(path, *how) for path in (args.validation, args.test))
+    require(
+        P <= len(problems),
+        f"--prompts_per_step {P}: more than the {len(problems)} prompts of {args.prompts}",
+    )
+
+    # Models, optimizers, state
+    policy, reference, twin = load_policies(args.policy, ranks, args.param_dtype)
+    reward_model, critic, normalised = load_scalars(args, tokenizer, ranks)
+    reward = load_reward(args.reward, reward_model, args.microbatch, args.reward_clip)
+    actor_optimizer, critic_optimizer = adamw(policy, args.actor_lr), adamw(critic, args.critic_lr)
+    trained = {"actor": (policy, actor_optimizer), "critic": (critic, critic_optimizer)}
+    sandbox = Sandbox(args.workers, args.timeout)
+    ranks.say(f"sandbox: {sandbox.mode}")
+    examiner = Examiner(
+        tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch
+    )
+    if not normalised:  # an RM from elsewhere: measure it on samples of the SFT policy
+        with gathered(reference.lm, twin) as model:
+            answers = examiner(model, problems[:256], prompts[:256], "card", args.temperature)
+        rows = collate(prompts[: len(answers)], [a.ids for (a,) in answers], pad_id, ranks.device)
+        raw = model_rewards(reward_model, rows, args.microbatch)
+        for scalar in (reward_model, critic):
+            scalar.mean, scalar.std = raw.mean().item(), raw.std().item()
+
+    def passed(model, problem_set, temperature):
+        """[1.0 or 0.0] of one answer per problem."""
+        answers = examiner(model, *problem_set, f"evaluation {temperature}", temperature)
+        return torch.tensor([float(answer.passed) for (answer,) in answers])
+
+    def select(step):
+        """Look at validation, and export the policy if it is the best so far (or none is known)."""
+        value = None
+        if validation[0]:
+            with gathered(policy.lm, twin) as model:
+                value = mean(passed(model, validation, 0.0))
+        if value is None or state["best"] is None or value > state["best"]:
+            state.update(best=value, best_step=step)
+            checkpoint.export(policy.lm, run / "policy", twin, tokenizer, ranks)
+        return value
+
+    state = checkpoint.load(run, trained, ranks)
+    if state is None:
+        state = {"step": 0, "kl_coef": args.kl_coef, "best": None, "best_step": 0}
+        state |= {"empty_steps": 0, "skipped_updates": 0}
+        value = select(0)
+        ranks.say(f"validation before training: {'-' if value is None else f'{value:.3f}'}")
+
+    for step in range(state["step"], args.steps):
+        clock, meter = Clock(), Meter()
+
+        # 1. Sample. This rank owns every W-th of the step's prompts.
+        indices = data.step_prompts(len(problems), P, step, args.seed)
+        mine = [indices[place] for place in owned(P, ranks.rank, ranks.world)]
+        keys = [(index, j) for index in mine for j in range(N)]  # which sample of which prompt
+        with gathered(policy.lm, twin) as model:
+            samples = sample(
+                model,
+                [prompts[index] for index in mine],
+                draw_uniforms(args.seed, step, keys, args.max_new_tokens),
+                stop=stop,
+                samples_per_prompt=N,
+                temperature=args.temperature,
+                batch=args.sampling_batch,
+            )
+        clock.lap("sample")
+
+        # 2. Score: by the tests to know the truth, by the reward slot to learn from.
+        rollout = collate([prompts[i] for i, _ in keys], samples.ids, pad_id, ranks.device)
+        asked = [problems[i] for i, _ in keys]
+        texts = [data.decode(ids, tokenizer) for ids in samples.ids]
+        scores = scores_of(execute(asked, texts, sandbox))
+        rewards = reward(Answers(rollout, [p.prompt for p in asked], texts, asked, scores))
+        finished = torch.tensor(samples.finished)
+        rewards = rewards - args.missing_eos_penalty * ~finished
+        clock.lap("score")
+
+        # 3. FILTER. Every rank sees all rewards [P, N] and draws the same weights [P, N].
+        all_rewards = gather_rows(rewards.view(P // ranks.world, N), ranks)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        weights = apply_filter(chosen, all_rewards, generator)
+        rollout.rewards = rewards.to(ranks.device)
+        rollout.weights = weights[ranks.rank :: ranks.world].flatten().to(ranks.device)
+        survivors = [
+            rollout.padded_select(*rows_of(*part, N, ranks.rank, ranks.world))
+            for part in minibatch_plan(weights, args.minibatch)
+        ]  # one Rollout per optimizer step
+
+        # 4. Log-probs and values, for survivors only: this is where filtering saves time.
+        for rows in survivors:
+            size = args.microbatch
+            rows.old_logp, entropy = over_microbatches(log_probs, policy, rows, size, args)
+            rows.ref_logp, _ = over_microbatches(log_probs, reference, rows, size, args)
+            (rows.old_values,) = over_microbatches(lambda *a: [values_of(*a)], critic, rows, size)
+
+            # 5. Advantages
+            kl = ppo.kl_k1(rows.old_logp, rows.ref_logp)
+            token_rewards = ppo.token_rewards(rows.rewards, kl, rows.mask, state["kl_coef"])
+            rows.adv, rows.returns = ppo.gae(
+                token_rewards, rows.old_values, rows.mask, args.gamma, args.lam
+            )
+            kept = (rows.weights > 0).float()
+            meter.mean("kl_k1", (kl * rows.mask).sum(1), kept)
+            meter.mean("kl_k3", (ppo.kl_k3(rows.old_logp, rows.ref_logp) * rows.mask).sum(1), kept)
+            meter.mean("entropy", entropy, rows.mask * kept[:, None])
+        explained = None
+        if survivors:  # whitened over the global batch, so only when all minibatches are there
+            adv, old_values, returns, token_weights = (
+                flat(survivors, name) for name in ("adv", "old_values", "returns", "token_weights")
+            )
+            unflat(survivors, "adv", ppo.whiten(adv, token_weights, sum_over_ranks))
+            explained = ppo.explained_variance(
+                old_values, returns, token_weights, sum_over_ranks
+            ).item()
+
+        # 6. Update
+        warm = min(1.0, (step + 1) / max(1, math.ceil(args.warmup * args.steps)))
+        actor_optimizer.param_groups[0]["lr"] = args.actor_lr * warm
+        critic_optimizer.param_groups[0]["lr"] = args.critic_lr * warm
+        updates = 0
+        for epoch in range(args.ppo_epochs):
+            order = torch.randperm(len(survivors), generator=generator).tolist()
+            for rows in [survivors[i] for i in order] if epoch else survivors:
+                sums = backward(args, policy, critic, rows, ranks)
+                ratios = sums.pop("ratio_sum"), sums.pop("tokens")
+                if updates == 0:
+                    meter.add("ratio_first_minibatch", *ratios)
+                for name, value in sums.items():
+                    meter.share(name, value)
+                for name, (model, optimizer) in trained.items():
+                    norm = step_optimizer(model, optimizer, args)
+                    meter.share(f"grad_norm_{name}", torch.tensor(norm / ranks.world))
+                    state["skipped_updates"] += not math.isfinite(norm)
+                updates += 1
+        state["empty_steps"] += not updates
+        clock.lap("update")
+
+        # Measure, choose, save
+        step += 1
+        lengths = torch.tensor([len(ids) for ids in samples.ids])
+        watched = (
+            gather_rows(x.view(-1, N), ranks) for x in (scores, lengths.float(), finished.float())
+        )
+        metrics = {"step": step, **of_samples(all_rewards, weights, *watched)}
+        metrics |= meter.result(updates) | {"explained_variance": explained}
+        metrics |= {name: state[name] for name in ("kl_coef", "empty_steps", "skipped_updates")}
+        if args.kl_target and updates:
+            state["kl_coef"] = ppo.adapted_kl_coef(
+                state["kl_coef"], metrics["kl_k1"], args.kl_target, P * N
+            )
+        looking = step % args.eval_every == 0 or step == args.steps
+        metrics["validation"] = select(step) if looking else None
+        tokens = metrics["response_length"] * P * N
+        metrics |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
+        records = [
+            {
+                "step": step,
+                "task_id": problem.task_id,
+                "sample": j,
+                "prompt": problem.prompt,
+                "response": text,
+                "reward": reward_.item(),
+                "score": None if score.isnan() else score.item(),
+                "weight": weight.item(),
+            }
+            for (_, j), problem, text, reward_, score, weight in zip(
+                keys, asked, texts, rewards, scores, rollout.weights, strict=True
+            )
+        ]
+        groups = gather_lists([records[i : i + N] for i in range(0, len(records), N)], ranks)
+        if ranks.is_main:
+            checkpoint.append_jsonl(run / "metrics.jsonl", [complete(metrics)])
+            checkpoint.append_jsonl(run / "samples.jsonl", sum(groups, []))
+        ranks.say(line(metrics, args.steps))
+        state["step"] = step
+        if step % args.save_every == 0 or step == args.steps:
+            checkpoint.save(run, step, trained, state, ranks, args.keep)
+
+    # How it went, on problems that nothing was chosen by
+    if test[0]:
+        best = read_causal_lm(run / "policy").to(ranks.device)
+        rates = {}
+        for name, model in (
+            ("before", gathered(reference.lm, twin)),
+            (f"best on validation, step {state['best_step']}", contextlib.nullcontext(best)),
+            (f"last, step {state['step']}", gathered(policy.lm, twin)),
+        ):
+            with model as model:
+                temperatures = {"greedy": 0.0, "sampled": args.temperature}
+                rates[name] = {
+                    k: pass_rate(passed(model, test, t)) for k, t in temperatures.items()
+                }
+        ranks.say(table(rates, len(test[0])))
+        if ranks.is_main:
+            checkpoint.write_json(run / "result.json", rates)
+    sandbox.close()
+    ranks.say(f"{run}: policy/ (best on validation), metrics.jsonl, samples.jsonl, checkpoints/")
+    ranks.say(f"peak memory of rank 0: {peak_gib():.1f} GiB")
+
+
+if __name__ == "__main__":
+    launch(main, Args)

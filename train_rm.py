@@ -1,0 +1,231 @@
+"""Train a reward model from preference pairs (PF-PPO, arXiv 2409.06957, section 5).
+
+    loss = -log sigmoid(r(chosen) - r(rejected)), one epoch or two, initialised from the SFT policy
+
+    torchrun train_rm.py                                                     # the lab, from nothing
+    torchrun train_rm.py --policy DIR --prompts problems.jsonl --run_dir DIR # samples, tests, pairs
+    torchrun train_rm.py --policy DIR --pairs pairs.jsonl --run_dir DIR      # pairs as they are
+
+Without `--pairs` the pairs are built the paper's way: N samples of the SFT policy per prompt are
+executed, and the passing and the failing one of maximum edit distance form the pair. The run
+directory becomes the checkpoint: it loads as `AutoModelForSequenceClassification` with one label,
+and holds `reward_model.json` (normaliser, template and vocabulary hashes) and `pairs.jsonl`.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from pfppo import lab
+from pfppo.batch import collate, owned
+from pfppo.checkpoint import export, unused, write_json
+from pfppo.config import launch, require
+from pfppo.data import (
+    check_style,
+    load_pairs,
+    load_rendered,
+    load_tokenizer,
+    render,
+    response_ids,
+    template_hash,
+    vocabulary_hash,
+)
+from pfppo.examine import Examiner
+from pfppo.fsdp import clip_gradients, from_main, gather_lists, init_ranks, sum_over_ranks
+from pfppo.loading import new_scalar
+from pfppo.model import empty_classifier, read_causal_lm
+from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
+from pfppo.sampler import stop_ids
+from pfppo.sandbox import Sandbox
+
+
+@dataclass
+class Args:
+    policy: str = "lab"  # SFT policy: a folder, or "lab" (made on first use)
+    pairs: str = ""  # JSONL with prompt, chosen, rejected; empty: build pairs from --prompts
+    prompts: str = "lab"  # JSONL in HumanEval form, or "lab": what pairs are built from
+    run_dir: str = ""  # where the checkpoint goes; empty: runs/reward_model, -2, ...
+    seed: int = 1  # samples, order of pairs, new head
+    samples_per_prompt: int = 5  # N samples per prompt when pairs are built
+    max_new_tokens: int = 64  # longest response that is sampled
+    max_prompt_tokens: int = 1024  # longest prompt
+    temperature: float = 1.0  # of the samples
+    prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
+    lr: float = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
+    epochs: int = 2  # the paper: 1
+    batch: int = 32  # pairs per optimizer step
+    microbatch: int = 32  # pairs per forward and rank
+    grad_norm: float = 1.0  # global norm that gradients are clipped to
+    held_out: float = 0.1  # share of the prompts whose pairs measure accuracy
+    timeout: float = 3.0  # CPU seconds that one sample's tests may take
+    workers: int = 2  # sandbox processes per rank
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+
+
+def pairs_from_samples(args, tokenizer, ranks):
+    """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows)."""
+    problems, prompts = load_rendered(
+        args.prompts, tokenizer, args.prompt_style, args.max_prompt_tokens
+    )
+    untested = [problem.task_id for problem in problems if not problem.test]
+    require(not untested, f"--prompts {args.prompts}: task {untested[:1]} has no test")
+    stop = stop_ids(args.policy, tokenizer)
+    with Sandbox(args.workers, args.timeout) as sandbox:
+        examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens)
+        model = read_causal_lm(args.policy).to(ranks.device)
+        N = args.samples_per_prompt
+        groups = examiner(model, problems, prompts, "pairs", args.temperature, N, bars=True)
+    pairs, texts = [], []
+    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
+        found = farthest_pair([a.ids for a in group], [a.passed for a in group])
+        if found:
+            chosen, rejected = (group[i] for i in found)
+            pairs.append((prompt, chosen.ids, rejected.ids))
+            texts.append((problem.prompt, chosen.text, rejected.text))
+    marks = [answer.passed for group in groups for answer in group]
+    ranks.say(
+        f"pairs: {len(pairs)} of {len(problems)} prompts have a passing and a failing sample; "
+        f"the SFT policy passes {sum(marks) / len(marks):.3f} of {len(marks)} samples"
+    )
+    rows = [(p, answer.ids) for p, group in zip(prompts, groups, strict=True) for answer in group]
+    return pairs, texts, rows
+
+
+def read_pairs(args, tokenizer):
+    """Pairs of a file. The normaliser then comes from all its responses, chosen and rejected."""
+    triples = load_pairs(args.pairs)
+    pairs = []
+    for prompt, chosen, rejected in triples:
+        ids = render(prompt, tokenizer, args.prompt_style)
+        require(
+            len(ids) <= args.max_prompt_tokens,
+            f"--pairs {args.pairs}: prompt of {len(ids)} tokens, expected at most "
+            f"{args.max_prompt_tokens} (--max_prompt_tokens)",
+        )
+        pairs.append((ids, *(response_ids(text, tokenizer) for text in (chosen, rejected))))
+    return pairs, triples, [(p, ids) for p, *responses in pairs for ids in responses]
+
+
+def scores_of(model, rows, pad_id, args, ranks):
+    """Raw scores of (prompt ids, response ids) rows, spread over ranks: [len(rows)] on each."""
+    mine = [rows[i] for i in owned(len(rows), ranks.rank, ranks.world)]
+    size = 2 * args.microbatch
+    scores = []
+    with torch.no_grad():
+        for start in range(0, math.ceil(len(rows) / ranks.world), size):  # equal on all ranks
+            prompts, responses = zip(*(mine[start : start + size] or rows[:1]), strict=True)
+            data = collate(prompts, responses, pad_id, ranks.device)
+            scores += model(data.ids, data.ends).flatten().tolist()
+    return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
+
+
+def accuracy_of(model, pairs, pad_id, args, ranks):
+    """Share of the pairs whose chosen response scores higher; NaN without pairs."""
+    rows = [(prompt, ids) for prompt, *responses in pairs for ids in responses]
+    scores = scores_of(model, rows, pad_id, args, ranks).view(-1, 2)
+    return (scores[:, 0] > scores[:, 1]).double().mean().item()
+
+
+def main(args, ranks=None):
+    ranks = ranks or init_ranks(args.device)  # train_ppo.py has joined its ranks already
+    share, left = divmod(args.batch, ranks.world)
+    require(left == 0, f"--batch {args.batch}: does not divide over {ranks.world} ranks")
+    microbatch = min(share, args.microbatch)
+    require(
+        share % microbatch == 0,
+        f"--microbatch {microbatch}: does not divide the {share} pairs per rank and step",
+    )
+    if "lab" in (args.policy, args.prompts):
+        lab.make(ranks)
+    args.policy = lab.path_of("policy") if args.policy == "lab" else args.policy
+    args.prompts = lab.path_of("rm") if args.prompts == "lab" else args.prompts
+    run = Path(from_main(args.run_dir or str(unused("runs/reward_model")), ranks))
+    empty = not run.exists() or not any(run.iterdir())
+    require(empty, f"--run_dir {run}: is not empty, choose another name")
+
+    # Data: pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
+    tokenizer = load_tokenizer(args.policy)
+    check_style(tokenizer, args.prompt_style, args.policy)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if args.pairs:
+        pairs, texts, rows = read_pairs(args, tokenizer)
+    else:
+        pairs, texts, rows = pairs_from_samples(args, tokenizer, ranks)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    cut = round(len(pairs) * args.held_out)
+    held_out, training = ([pairs[i] for i in part] for part in (order[:cut], order[cut:]))
+    per_epoch = len(training) // args.batch
+    require(
+        per_epoch > 0,
+        f"--batch {args.batch}: more than the {len(training)} pairs there are for training",
+    )
+
+    # Model: the SFT policy's backbone, a new scalar head
+    model = new_scalar(args.policy, args.seed, ranks, args.param_dtype)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    steps = per_epoch * args.epochs
+    ranks.say(
+        f"reward model: {len(training)} pairs for training, {len(held_out)} held out, "
+        f"{steps} steps of {args.batch} -> {share} per rank -> microbatches of {microbatch}"
+    )
+
+    bar = tqdm(range(steps), "reward model", mininterval=1, disable=not ranks.is_main)
+    for step in bar:
+        epoch, part = divmod(step, per_epoch)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        shuffled = torch.randperm(len(training), generator=generator).tolist()
+        mine = shuffled[part * args.batch : (part + 1) * args.batch][ranks.rank :: ranks.world]
+        warm = min(1.0, (step + 1) / math.ceil(0.03 * steps))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = args.lr * warm * cosine
+        sums = torch.zeros(2, device=ranks.device)
+        for start in range(0, share, microbatch):
+            some = [training[i] for i in mine[start : start + microbatch]]
+            prompts, chosen, rejected = zip(*some, strict=True)
+            data = collate(prompts * 2, chosen + rejected, pad_id, ranks.device)
+            scores = model(data.ids, data.ends)[:, 0, 0]  # [2 * microbatch]: chosen, then rejected
+            loss, metrics = bradley_terry_loss(*scores.chunk(2))
+            model.set_requires_gradient_sync(start + microbatch == share)
+            (loss * ranks.world / args.batch).backward()
+            sums += torch.stack([metrics["loss"], metrics["accuracy"]])
+        clip_gradients(model, args.grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss, accuracy = (sum_over_ranks(sums) / args.batch).tolist()
+        bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+
+    # Normaliser, accuracy, checkpoint
+    raw = scores_of(model, rows, pad_id, args, ranks)
+    template = template_hash(tokenizer, args.prompt_style)
+    card = RewardCard(raw.mean().item(), raw.std().item(), template, vocabulary_hash(tokenizer))
+    accuracies = [accuracy_of(model, part, pad_id, args, ranks) for part in (training, held_out)]
+
+    def write_pairs(folder):
+        write_json(folder / "args.json", asdict(args))
+        with open(folder / "pairs.jsonl", "w") as file:
+            for text in texts:
+                row = dict(zip(("prompt", "chosen", "rejected"), text, strict=True))
+                file.write(json.dumps(row) + "\n")
+
+    config = model.classifier.config
+    config.pad_token_id = pad_id
+    twin = empty_classifier(config)
+    export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
+    ranks.say(
+        f"reward model in {run}: pair accuracy {accuracies[0]:.3f} in training, "
+        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs; "
+        f"normaliser mean {card.mean:.3f}, standard deviation {card.std:.3f} "
+        f"over {len(rows)} responses"
+    )
+
+
+if __name__ == "__main__":
+    launch(main, Args)
