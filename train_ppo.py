@@ -26,6 +26,7 @@ import torch
 import train_rm
 from pfppo import checkpoint, data, lab, ppo
 from pfppo.batch import (
+    check_sizes,
     collate,
     flat,
     minibatch_plan,
@@ -34,9 +35,9 @@ from pfppo.batch import (
     rows_of,
     unflat,
 )
-from pfppo.config import launch, require
+from pfppo.config import launch, require, require_positive
 from pfppo.examine import Examiner, execute, scores_of
-from pfppo.filters import apply_filter, load_filter
+from pfppo.filters import apply_filter, kept_per_prompt, load_filter
 from pfppo.fsdp import (
     clip_gradients,
     from_main,
@@ -56,6 +57,7 @@ from pfppo.metrics import (
     of_samples,
     pass_rate,
     peak_gib,
+    sample_records,
     table,
 )
 from pfppo.model import read_causal_lm
@@ -107,55 +109,6 @@ class Args:
     workers: int = 2  # sandbox processes per rank
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-
-
-def resolve_sizes(args, chosen, ranks):
-    """Check that the sizes divide; print prompts -> sampled -> kept -> minibatch -> microbatch."""
-    P, N, world = args.prompts_per_step, args.samples_per_prompt, ranks.world
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "minibatch", "microbatch"):
-        require(getattr(args, name) > 0, f"--{name} {getattr(args, name)}: expected at least 1")
-    require(P % world == 0, f"--prompts_per_step {P}: does not divide over {world} ranks")
-    require(args.minibatch % world == 0, f"--minibatch {args.minibatch}: not for {world} ranks")
-    share = args.minibatch // world
-    args.microbatch = min(args.microbatch, share)
-    require(
-        share % args.microbatch == 0,
-        f"--microbatch {args.microbatch}: does not divide --minibatch {args.minibatch} over "
-        f"{world} ranks, {share} rows each",
-    )
-    generator = torch.Generator().manual_seed(0)
-    counts = (apply_filter(chosen, torch.randn(256, N, generator=generator), generator) > 0).sum(1)
-    kept, updates = f"about {P * counts.float().mean():.0f}", "about that many rows each"
-    if len(counts.unique()) == 1:
-        kept = P * int(counts[0])
-        require(
-            kept % args.minibatch == 0,
-            f"--minibatch {args.minibatch}: does not divide the {kept} rows that {args.filter} "
-            f"keeps of {P} prompts x {N} samples",
-        )
-        updates = f"{kept // args.minibatch * args.ppo_epochs} optimizer steps"
-    ranks.say(
-        f"sizes: {P} prompts x {N} samples -> {P * N} sampled -> {kept} kept by {args.filter} -> "
-        f"minibatches of {args.minibatch}, {updates} -> {share} rows per rank -> "
-        f"microbatches of {args.microbatch}"
-    )
-
-
-def resolve_lab(args, ranks):
-    """Make the parts of the lab that are used and missing, and put paths in place of "lab"."""
-    for name in ("validation", "test"):
-        if getattr(args, name) == "auto":
-            setattr(args, name, "lab" if args.prompts == "lab" else "")
-    used = [
-        n for n in ("policy", "reward_model", "validation", "test") if getattr(args, n) == "lab"
-    ]
-    if used or args.prompts == "lab":
-        lab.make(ranks)
-    if args.reward_model == "lab" and not Path(lab.path_of("reward_model")).exists():
-        train_rm.main(train_rm.Args(run_dir=lab.path_of("reward_model")), ranks)
-    args.prompts = lab.path_of("train") if args.prompts == "lab" else args.prompts
-    for name in used:
-        setattr(args, name, lab.path_of(name))
 
 
 def adamw(model, lr):
@@ -211,11 +164,21 @@ def step_optimizer(model, optimizer, args):
 
 def main(args):
     ranks = init_ranks(args.device)
+    require_positive(
+        args,
+        *("steps", "prompts_per_step", "samples_per_prompt", "minibatch", "microbatch", "keep"),
+        *("ppo_epochs", "max_new_tokens", "temperature", "save_every", "eval_every", "workers"),
+        *("actor_lr", "critic_lr", "grad_norm", "timeout", "sampling_batch"),
+    )
     chosen = load_filter(args.filter, args.samples_per_prompt)
-    resolve_sizes(args, chosen, ranks)
+    ranks.say(check_sizes(args, kept_per_prompt(chosen, args.samples_per_prompt), ranks.world))
     label = args.filter if args.filter.isidentifier() else "own_filter"
     args.run_dir = args.run_dir or from_main(str(checkpoint.unused(f"runs/{label}")), ranks)
-    resolve_lab(args, ranks)
+    for name in ("validation", "test"):
+        if getattr(args, name) == "auto":
+            setattr(args, name, "lab" if args.prompts == "lab" else "")
+    if "reward_model" in lab.resolve(args, ranks) and not Path(args.reward_model).exists():
+        train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
     run = checkpoint.open_run(args.run_dir, args, ranks)
     P, N = args.prompts_per_step, args.samples_per_prompt
 
@@ -380,25 +343,11 @@ def main(args):
         metrics["validation"] = select(step) if looking else None
         tokens = metrics["response_length"] * P * N
         metrics |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
-        records = [
-            {
-                "step": step,
-                "task_id": problem.task_id,
-                "sample": j,
-                "prompt": problem.prompt,
-                "response": text,
-                "reward": reward_.item(),
-                "score": None if score.isnan() else score.item(),
-                "weight": weight.item(),
-            }
-            for (_, j), problem, text, reward_, score, weight in zip(
-                keys, asked, texts, rewards, scores, rollout.weights, strict=True
-            )
-        ]
-        groups = gather_lists([records[i : i + N] for i in range(0, len(records), N)], ranks)
+        records = sample_records(step, N, asked, texts, rewards, scores, rollout.weights)
+        records = sum(gather_lists(records, ranks), [])
         if ranks.is_main:
             checkpoint.append_jsonl(run / "metrics.jsonl", [complete(metrics)])
-            checkpoint.append_jsonl(run / "samples.jsonl", sum(groups, []))
+            checkpoint.append_jsonl(run / "samples.jsonl", records)
         ranks.say(line(metrics, args.steps))
         state["step"] = step
         if step % args.save_every == 0 or step == args.steps:

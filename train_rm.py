@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pfppo import lab
 from pfppo.batch import collate, owned
 from pfppo.checkpoint import export, unused, write_json
-from pfppo.config import launch, require
+from pfppo.config import launch, require, require_positive
 from pfppo.data import (
     check_style,
     load_pairs,
@@ -134,6 +134,8 @@ def accuracy_of(model, pairs, pad_id, args, ranks):
 
 def main(args, ranks=None):
     ranks = ranks or init_ranks(args.device)  # train_ppo.py has joined its ranks already
+    require_positive(args, "samples_per_prompt", "max_new_tokens", "temperature", "lr", "epochs")
+    require_positive(args, "batch", "microbatch", "grad_norm", "timeout", "workers")
     share, left = divmod(args.batch, ranks.world)
     require(left == 0, f"--batch {args.batch}: does not divide over {ranks.world} ranks")
     microbatch = min(share, args.microbatch)
@@ -141,10 +143,7 @@ def main(args, ranks=None):
         share % microbatch == 0,
         f"--microbatch {microbatch}: does not divide the {share} pairs per rank and step",
     )
-    if "lab" in (args.policy, args.prompts):
-        lab.make(ranks)
-    args.policy = lab.path_of("policy") if args.policy == "lab" else args.policy
-    args.prompts = lab.path_of("rm") if args.prompts == "lab" else args.prompts
+    lab.resolve(args, ranks, prompts="rm")
     run = Path(from_main(args.run_dir or str(unused("runs/reward_model")), ranks))
     empty = not run.exists() or not any(run.iterdir())
     require(empty, f"--run_dir {run}: is not empty, choose another name")

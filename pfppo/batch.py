@@ -29,6 +29,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn.functional import pad
 
+from pfppo.config import require
+
 
 def response_mask(lengths, width):
     """[B] -> [B, width] float: 1 where column j < length."""
@@ -171,6 +173,40 @@ def collate(prompts, responses, pad_id, device="cpu", finished=None, groups=None
         finished=tensor(finished, torch.bool),
         groups=tensor(groups),
         samples=tensor(samples),
+    )
+
+
+def check_sizes(args, kept_per_prompt, world):
+    """One line: prompts x N -> sampled -> kept -> minibatch -> microbatch -> optimizer steps.
+
+    kept_per_prompt is None where the filter's number varies. Raises UserError where sizes do not
+    divide, naming both numbers.
+    """
+    P, N = args.prompts_per_step, args.samples_per_prompt
+    require(P % world == 0, f"--prompts_per_step {P}: does not divide over {world} ranks")
+    share, left = divmod(args.minibatch, world)
+    require(left == 0, f"--minibatch {args.minibatch}: does not divide over {world} ranks")
+    require(
+        share % min(share, args.microbatch) == 0,
+        f"--microbatch {args.microbatch}: does not divide the {share} rows per rank of "
+        f"--minibatch {args.minibatch}",
+    )
+    if kept_per_prompt is None:
+        kept = f"what {args.filter} keeps, a number that varies"
+        updates = "optimizer steps of about"
+    else:
+        total = P * kept_per_prompt
+        require(
+            total % args.minibatch == 0,
+            f"--minibatch {args.minibatch}: does not divide the {total} samples that "
+            f"--filter {args.filter} keeps of {P} prompts x {N} samples",
+        )
+        kept = f"{total} kept by {args.filter}"
+        updates = f"{total // args.minibatch * args.ppo_epochs} optimizer steps of"
+    return (
+        f"sizes: {P} prompts x {N} samples -> {P * N} sampled -> {kept} -> {updates} "
+        f"{args.minibatch} rows -> {share} per rank -> microbatches of "
+        f"{min(share, args.microbatch)}"
     )
 
 

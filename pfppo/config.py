@@ -37,6 +37,13 @@ def require(condition, message):
         raise UserError(message)
 
 
+def require_positive(args, *names):
+    """Raise UserError unless each of these arguments is greater than 0."""
+    for name in names:
+        value = getattr(args, name)
+        require(value > 0, f"--{name} {value}: expected more than 0")
+
+
 def comments(cls):
     """{field name: comment} read from the class's source: on the field's line or just above it."""
     found, above = {}, []

@@ -135,3 +135,11 @@ def apply_filter(chosen, rewards, generator):
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("expected weights that are finite and >= 0")
     return weights
+
+
+def kept_per_prompt(chosen, samples):
+    """How many samples a filter keeps of each prompt; None where that depends on the rewards."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(256, samples, generator=generator)
+    counts = (apply_filter(chosen, rewards, generator) > 0).sum(1).unique()
+    return int(counts) if len(counts) == 1 else None

@@ -35,9 +35,19 @@ SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
 EOS, PAD = "<eos>", "<pad>"
 
 
-def path_of(name):
-    """Where a part of the lab lies: policy, reward_model, or a file of problems."""
-    return str(FOLDER / (name if name in ("policy", "reward_model") else f"{name}.jsonl"))
+def resolve(args, ranks, prompts="train"):
+    """Put paths where arguments say "lab", and make what is missing (but not the reward model).
+
+    `prompts` says which problems --prompts means. Returns the names of the arguments that did.
+    """
+    paths = {"policy": "policy", "reward_model": "reward_model", "prompts": f"{prompts}.jsonl"}
+    paths |= {"validation": "validation.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
+    used = [name for name in paths if getattr(args, name, "") == "lab"]
+    if used:
+        make(ranks)
+    for name in used:
+        setattr(args, name, str(FOLDER / paths[name]))
+    return used
 
 
 def make(ranks):

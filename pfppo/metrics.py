@@ -134,6 +134,24 @@ def line(metrics, steps):
     return text if metrics["kept"] else text + "  nothing kept: no update"
 
 
+def sample_records(step, group_size, problems, texts, rewards, scores, weights):
+    """The lines of `samples.jsonl` for B rows, as one list per prompt."""
+    records = [
+        {
+            "step": step,
+            "task_id": problem.task_id,
+            "sample": i % group_size,
+            "prompt": problem.prompt,
+            "response": texts[i],
+            "reward": rewards[i].item(),
+            "score": None if scores[i].isnan() else scores[i].item(),
+            "weight": weights[i].item(),
+        }
+        for i, problem in enumerate(problems)
+    ]
+    return [records[i : i + group_size] for i in range(0, len(records), group_size)]
+
+
 def pass_rate(passed):
     """[0 or 1] of one answer per problem -> "0.512 [0.468, 0.556]": mean, 95 % bootstrap."""
     value, low, high = pass_at_k_interval([(1, int(p)) for p in passed], 1)
