@@ -75,7 +75,7 @@ class Args:
     test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
     filter: str = "best_random"  # name in FILTERS, module:function or file.py:function
     reward: str = "model"  # model, tests (execution oracle), module:function or file.py:function
-    steps: int = 40  # PPO steps
+    steps: int = 30  # PPO steps
     prompts_per_step: int = 48  # P
     samples_per_prompt: int = 5  # N
     minibatch: int = 48  # kept rows per optimizer step, over all ranks
@@ -86,7 +86,7 @@ class Args:
     temperature: float = 1.0  # of sampling, and of all log-probs
     sampling_batch: int = 256  # rows that decode together; memory only, changes no number
     prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
-    kl_coef: float = 0.1  # beta; the paper: 0.01 at 6.7B
+    kl_coef: float = 0.2  # beta; the paper: 0.01 at 6.7B
     kl_target: float = 0.0  # nats per response that beta is adapted to; 0: beta is fixed
     reward_clip: float = 10.0  # limit of the normalised reward
     missing_eos_penalty: float = 0.0  # taken off the reward of a truncated response
@@ -95,8 +95,8 @@ class Args:
     clip: float = 0.2  # of the ratio
     value_clip: float = 0.2  # of the change of a value
     loss_aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # what counts alike
-    actor_lr: float = 1e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
-    critic_lr: float = 3e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
+    actor_lr: float = 2e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
+    critic_lr: float = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
     grad_norm: float = 1.0  # global norm that gradients are clipped to
     warmup: float = 0.03  # share of the steps in which learning rates rise
     seed: int = 1  # order of prompts, samples, filter
@@ -177,9 +177,12 @@ def main(args):
     for name in ("validation", "test"):
         if getattr(args, name) == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
-    if "reward_model" in lab.resolve(args, ranks) and not Path(args.reward_model).exists():
+    used = lab.resolve(args)
+    run = checkpoint.check_run(args, ranks)
+    if used:
+        lab.make(ranks)
+    if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
-    run = checkpoint.open_run(args.run_dir, args, ranks)
     P, N = args.prompts_per_step, args.samples_per_prompt
 
     # Data
@@ -230,6 +233,7 @@ def main(args):
             checkpoint.export(policy.lm, run / "policy", twin, tokenizer, ranks)
         return value
 
+    checkpoint.open_run(args, ranks)  # nothing was written before everything had been checked
     state = checkpoint.load(run, trained, ranks)
     if state is None:
         state = {"step": 0, "kl_coef": args.kl_coef, "best": None, "best_step": 0}

@@ -58,8 +58,8 @@ class Args:
     prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
     lr: float = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
     epochs: int = 2  # the paper: 1
-    batch: int = 32  # pairs per optimizer step
-    microbatch: int = 32  # pairs per forward and rank
+    batch: int = 16  # pairs per optimizer step
+    microbatch: int = 16  # pairs per forward and rank
     grad_norm: float = 1.0  # global norm that gradients are clipped to
     held_out: float = 0.1  # share of the prompts whose pairs measure accuracy
     timeout: float = 3.0  # CPU seconds that one sample's tests may take
@@ -143,10 +143,14 @@ def main(args, ranks=None):
         share % microbatch == 0,
         f"--microbatch {microbatch}: does not divide the {share} pairs per rank and step",
     )
-    lab.resolve(args, ranks, prompts="rm")
+    args.prompts = "" if args.pairs else args.prompts
+    used = lab.resolve(args, prompts="rm")
     run = Path(from_main(args.run_dir or str(unused("runs/reward_model")), ranks))
     empty = not run.exists() or not any(run.iterdir())
     require(empty, f"--run_dir {run}: is not empty, choose another name")
+
+    if used:
+        lab.make(ranks)
 
     # Data: pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
     tokenizer = load_tokenizer(args.policy)

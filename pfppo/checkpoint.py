@@ -26,33 +26,41 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pfppo.config import UserError, require
-from pfppo.fsdp import full_state
+from pfppo.fsdp import from_main, full_state
 
 # Arguments that may differ between a run and its continuation: they change no number of a step.
 FREE = ("resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
 
 
-def open_run(folder, args, ranks):
-    """Make the run directory, or check that the one there holds this very run. Raises UserError."""
+def check_run(args, ranks):
+    """The run directory as a Path, if it is free or holds this very run. Raises UserError."""
     problem = None
     if ranks.is_main:
-        folder = Path(folder)
+        problem = _mismatch(Path(args.run_dir), dataclasses.asdict(args))
+    problem = from_main(problem, ranks)
+    require(problem is None, f"--run_dir {args.run_dir}: {problem}")
+    return Path(args.run_dir)
+
+
+def open_run(args, ranks):
+    """Make the run directory with its args.json, if it is not there yet. Raises UserError."""
+    problem = None
+    if ranks.is_main:
+        folder = Path(args.run_dir)
         try:
-            problem = _mismatch(folder, dataclasses.asdict(args))
-            if problem is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not (folder / "args.json").exists():
-                    write_json(folder / "args.json", dataclasses.asdict(args))
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                write_json(folder / "args.json", dataclasses.asdict(args))
         except OSError as error:
-            problem = f"{error.strerror}"
-    box = [problem]
-    dist.broadcast_object_list(box, 0)
-    require(box[0] is None, f"--run_dir {folder}: {box[0]}")
-    return Path(folder)
+            problem = error.strerror
+    problem = from_main(problem, ranks)
+    require(problem is None, f"--run_dir {args.run_dir}: cannot be written: {problem}")
 
 
 def _mismatch(folder, args):
     """Why this folder cannot be used for a run with these arguments, or None."""
+    if folder.exists() and not folder.is_dir():
+        return "is a file, expected a folder"
     if not folder.exists() or not any(folder.iterdir()):
         return None
     try:

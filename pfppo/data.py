@@ -98,20 +98,26 @@ def check_style(tokenizer, style, policy):
     )
 
 
-def load_rendered(path, tokenizer, style, limit):
-    """(problems, token ids of their prompts) of a JSONL file; ([], []) where path is "".
+def render_all(problems, tokenizer, style, limit, source):
+    """Token ids of every problem's prompt; in chat style of its instruction, where it has one.
 
-    Raises UserError, also on the first prompt that is longer than `limit` tokens.
+    Raises UserError on the first that is longer than `limit` tokens.
     """
-    problems = load_prompts(path) if path else []
-    rendered = [render(problem.prompt, tokenizer, style) for problem in problems]
+    texts = [style == "chat" and problem.instruction or problem.prompt for problem in problems]
+    rendered = [render(text, tokenizer, style) for text in texts]
     for problem, ids in zip(problems, rendered, strict=True):
         require(
             0 < len(ids) <= limit,
-            f"{path}, task {problem.task_id}: prompt of {len(ids)} tokens, expected 1 to {limit} "
+            f"{source}, task {problem.task_id}: prompt of {len(ids)} tokens, expected 1 to {limit} "
             "(--max_prompt_tokens)",
         )
-    return problems, rendered
+    return rendered
+
+
+def load_rendered(path, tokenizer, style, limit):
+    """(problems, token ids of their prompts) of a JSONL file; ([], []) where path is ""."""
+    problems = load_prompts(path) if path else []
+    return problems, render_all(problems, tokenizer, style, limit, path)
 
 
 def response_ids(text, tokenizer):

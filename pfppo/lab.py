@@ -29,22 +29,20 @@ from pfppo.model import Policy
 
 FOLDER = Path("runs/lab")
 SEED = 0
-PROBLEMS = {"train": 2000, "rm": 700, "validation": 200, "test": 500}
+PROBLEMS = {"train": 2000, "rm": 1400, "validation": 200, "test": 500}
 VOCABULARY = 512
 SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
 EOS, PAD = "<eos>", "<pad>"
 
 
-def resolve(args, ranks, prompts="train"):
-    """Put paths where arguments say "lab", and make what is missing (but not the reward model).
+def resolve(args, prompts="train"):
+    """Put paths where arguments say "lab"; returns the names of those arguments.
 
-    `prompts` says which problems --prompts means. Returns the names of the arguments that did.
+    `prompts` says which problems --prompts means.
     """
     paths = {"policy": "policy", "reward_model": "reward_model", "prompts": f"{prompts}.jsonl"}
     paths |= {"validation": "validation.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
     used = [name for name in paths if getattr(args, name, "") == "lab"]
-    if used:
-        make(ranks)
     for name in used:
         setattr(args, name, str(FOLDER / paths[name]))
     return used

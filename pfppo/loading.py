@@ -30,7 +30,7 @@ def load_policies(path, ranks, param_dtype):
     return policy, reference, empty_causal_lm(config)
 
 
-def load_scalars(args, tokenizer, ranks):
+def load_scalars(args, tokenizer, ranks, critic=True):
     """(reward model, critic, whether the normaliser is known), both from --reward_model.
 
     An RM from elsewhere has no card: its vocabulary is compared by its own tokenizer, and its
@@ -48,7 +48,7 @@ def load_scalars(args, tokenizer, ranks):
         card = RewardCard(0.0, 1.0, template, theirs)
     check_agreement(card, template, vocabulary, path, args.policy)
     full = ScalarModel(read_classifier(path)) if ranks.is_main else None
-    reward_model, critic = (
+    scalars = [
         shard(
             ScalarModel(empty_classifier(config), card.mean, card.std),
             full,
@@ -56,9 +56,9 @@ def load_scalars(args, tokenizer, ranks):
             args.param_dtype,
             trainable,
         )
-        for trainable in (False, True)
-    )
-    return reward_model, critic, known
+        for trainable in ((False, True) if critic else (False,))
+    ]
+    return scalars[0], scalars[-1], known
 
 
 def new_scalar(path, seed, ranks, param_dtype):

@@ -137,6 +137,12 @@ def read_classifier(path, option="reward_model"):
     A causal LM is refused: its scalar head would be made of random numbers.
     """
     config = read_config(path, option)
+    kinds = ", ".join(config.architectures or ["no architecture"])
+    require(
+        "CausalLM" not in kinds and "LMHead" not in kinds,
+        f"--{option} {path}: not a reward model but a causal LM ({kinds}), expected a sequence "
+        "classifier with one label, as train_rm.py writes it",
+    )
     require(
         config.num_labels == 1,
         f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}",
@@ -144,9 +150,7 @@ def read_classifier(path, option="reward_model"):
     model, missing = _read(AutoModelForSequenceClassification, path, option)
     require(
         not missing,
-        f"--{option} {path}: not a reward model, it has no {', '.join(sorted(missing)[:3])} "
-        f"(found {', '.join(config.architectures or ['no architecture'])}, expected "
-        "a sequence classifier with one label, as train_rm.py writes it)",
+        f"--{option} {path}: not a reward model: {kinds} without {', '.join(sorted(missing)[:3])}",
     )
     return model
 

@@ -33,6 +33,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import select
 import selectors
 import shutil
@@ -43,6 +44,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable, Sequence
 
 from pfppo import jail
@@ -66,7 +68,7 @@ class Check:
     program: str  # untrusted: the whole source of the candidate's module
     test: str  # trusted: defines check(candidate), or bare asserts that use the program's names
     entry_point: str  # what is tested: a function's name, or "Solution().method"
-    reference: str = ""  # trusted source that defines the names the test may use; "": see _names
+    reference: str = ""  # trusted: the names that the test may use; "": taken from the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Verdict:
         return self.outcome == "passed"
 
 
-# ---- the tester: a process of its own -------------------------------------------------------------
+# ---- the tester: a process of its own ------------------------------------------------------------
 
 
 class Over(BaseException):
@@ -100,8 +102,8 @@ class Remote:
         return self._link.ask("call", self, args, kwargs)
 
     def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
+        if name in self._link.refused or name.startswith("__") and name != "__name__":
+            raise AttributeError(f"{name}, of an object that is not plain data")
         return self._link.ask("get", self, (name,))
 
     def __setattr__(self, name, value):
@@ -125,6 +127,12 @@ class Remote:
 
     def __setitem__(self, key, value):
         self._link.ask("setitem", self, (key, value))
+
+    def __delattr__(self, name):
+        self._link.ask("delattr", self, (name,))
+
+    def __delitem__(self, key):
+        self._link.ask("delitem", self, (key,))
 
     def __str__(self):
         return self._link.ask("str", self)
@@ -162,6 +170,7 @@ class TesterLink(jail.Link):
         self.start, self.own_start = time.monotonic(), time.process_time()
         self.over = None  # the first Over: no later answer changes it
         self.raised = None  # the last exception that came from the candidate
+        self.refused = frozenset()  # attributes that the test may not ask for
         self.exceptions = {}  # name -> the reference's own exception class
         self.idle = (0.0, self.start)  # CPU seconds when last seen to move, and when that was
         self.received = self.calls = 0
@@ -186,6 +195,7 @@ class TesterLink(jail.Link):
             raise self.over
         self.calls += operation == "call"
         body = self.dumps([target, list(args), kwargs or {}])
+        self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
         self.send(f"{operation}\n{body}")
         while True:
             try:
@@ -245,7 +255,10 @@ class TesterLink(jail.Link):
         if time.process_time() - self.own_start > 3 * self.timeout:
             self.end("timeout", "the test took too long on the answers")
         self.server.watch()
-        cpu = self.server.cpu()
+        try:
+            cpu = self.server.cpu()
+        except (OSError, ValueError):
+            self.died()
         if cpu >= self.timeout:
             self.end("timeout", f"{cpu:.1f} s of CPU")
         if cpu > self.idle[0] + 0.01:
@@ -276,7 +289,7 @@ class TesterLink(jail.Link):
             except OSError:
                 data = b""
             self.received += len(data)
-            if self.received > 4 * jail.MAX_MESSAGE:
+            if self.received > 16 * jail.MAX_MESSAGE:
                 self.end("memory", "the answers are too large")
             return data or self.died()
 
@@ -337,13 +350,18 @@ class Jail:
                 raise RuntimeError(f"the sandbox's jail does not start: {hello['error']}")
             self.without.append(hello["failed"])
         self.layers, self.directory = hello["layers"], hello["directory"]
-        self.waiting = None
-        self.turn()
+        try:
+            self.turn()
+        except BaseException:
+            self.close()
+            raise
 
     def turn(self):
         """End the candidate in use; how it ended. The next one's socket is in `waiting`."""
         self.control.send(b"n")
         text, descriptors, *_ = socket.recv_fds(self.control, 1 << 16, 1)
+        if not descriptors:
+            raise EOFError("the server is gone")
         self.waiting = socket.socket(fileno=descriptors[0])
         return json.loads(text)
 
@@ -386,6 +404,7 @@ class Tester:
 
     def judge(self, check):
         start = time.monotonic()
+        signal.alarm(_longest(self.options["timeout"]) + 5)  # ends this process, should it hang
         for attempt in "first", "second":
             try:
                 outcome, detail = self._attempt(check)
@@ -394,6 +413,7 @@ class Tester:
                 if attempt == "second":
                     outcome, detail = "exception", f"the jail failed: {error}"
                 self.close()
+        signal.alarm(0)
         return Verdict(outcome, round(time.monotonic() - start, 4), detail)
 
     def _attempt(self, check):
@@ -421,19 +441,26 @@ class Tester:
 
 def run_test(check, link):
     """The heart: run the test here, with the program there; (outcome, detail)."""
-    plan = _plan(check.test, check.entry_point, check.reference)
+    try:
+        plan = _plan(check.test, check.entry_point, check.reference)
+    except (SyntaxError, ValueError) as error:
+        return "exception", f"the test or the reference does not compile: {error}"
     random.seed(0)  # some tests draw their inputs
     try:
         found = link.ask("load", check.program, (sorted(plan.names),))
     except Exception as error:
         outcome = "syntax_error" if isinstance(error, SyntaxError) else None
         return _outcome(link, error, outcome)
-    space = {"__name__": "test"}
+    sys.modules["reference"] = module = types.ModuleType(
+        "reference"
+    )  # dataclasses look for their module
+    space = module.__dict__
     try:
         if plan.reference:
             exec(plan.reference, space)
-        else:
+        elif plan.names - {plan.base}:
             found.update(_imports(check.program, plan.names - {plan.base}))
+        link.refused = plan.refused
         link.exceptions = {name: space[name] for name in plan.exceptions}
         for name in plan.names:
             space.pop(name, None)
@@ -466,12 +493,17 @@ class Plan:
     base: str  # the program's name that must exist
     names: set  # the program's names that the test may see
     exceptions: list  # the reference's exception classes: they are the test's own
+    refused: frozenset  # methods of plain data that no class of the reference has
     checks: bool  # does the test define check(candidate)?
+
+
+def _bytes(source):
+    return source.encode("utf-8", "surrogatepass")  # in this form it may begin with a BOM
 
 
 @functools.lru_cache(512)
 def _plan(test, entry_point, reference):
-    tree = ast.parse(test)
+    tree = ast.parse(_bytes(test))
     base = (entry_point or "").split("(")[0].split(".")[0]
     bound, used = set(), set()
     for node in ast.walk(tree):
@@ -483,9 +515,11 @@ def _plan(test, entry_point, reference):
             bound.add((node.asname or node.name).split(".")[0])
         elif isinstance(node, ast.arg):
             bound.add(node.arg)
-    names, exceptions = {base} - {""}, []
+    names, exceptions, refused = {base} - {""}, [], set()
     if reference:
-        for node in ast.parse(reference).body:
+        reference_tree = ast.parse(_bytes(reference))
+        refused = _DATA_METHODS - _attributes(reference_tree)
+        for node in reference_tree.body:
             if isinstance(node, ast.ClassDef):
                 bases = {part.id for part in node.bases if isinstance(part, ast.Name)}
                 if bases & (_BUILTIN_ERRORS.keys() | set(exceptions)):
@@ -499,16 +533,37 @@ def _plan(test, entry_point, reference):
     checks = any(isinstance(n, ast.FunctionDef) and n.name == "check" for n in tree.body)
     return Plan(
         compile(tree, "test", "exec"),
-        compile(reference, "reference", "exec") if reference else None,
-        base, names, exceptions, checks,
+        compile(_bytes(reference), "reference", "exec") if reference else None,
+        base, names, exceptions, frozenset(refused), checks,
     )  # fmt: skip
+
+
+# An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.
+_DATA_METHODS = {
+    name for kind in (str, bytes, int, float, list, tuple, dict, set) for name in dir(kind)
+}
+
+
+def _attributes(tree):
+    """The attributes that a program's classes have: methods, class variables, what is assigned."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.ClassDef):
+            for part in ast.walk(node):
+                if isinstance(part, ast.FunctionDef):
+                    found.add(part.name)
+                elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+                    found.add(part.id)
+    return found
 
 
 def _imports(program, names):
     """{name: value} for `names` that the program imports from the standard library: tests that use
     `math` or `sqrt` so get this side's own."""
     found = {}
-    for node in ast.walk(ast.parse(program.encode("utf-8", "surrogatepass"))):
+    for node in ast.walk(ast.parse(_bytes(program))):
         if not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
         for alias in node.names:
@@ -540,7 +595,11 @@ def tester_main(options):
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
+    warnings.simplefilter("ignore")  # of old escapes in tests and references
     sys.setrecursionlimit(10_000)
+    jail.libc.prctl(jail.PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this memory
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, hard))  # whatever the answers are
     tester = Tester(options)
     poll = select.poll()
     poll.register(requests, select.POLLIN)
@@ -560,6 +619,11 @@ def tester_main(options):
                 _write(answers, dataclasses.astuple(verdict))
     finally:
         tester.close()
+
+
+def _longest(timeout):
+    """Wall seconds after which a check is given up from outside: its tester hangs."""
+    return int(12 * timeout) + 30
 
 
 def _write(descriptor, value):
@@ -586,7 +650,7 @@ def _python(module, options, **descriptors):
         "OPENBLAS_NUM_THREADS": "1",
         **kept,
     }
-    command = [sys.executable, "-P", "-s", "-c", code, root, json.dumps(options)]
+    command = [sys.executable, "-P", "-c", code, root, json.dumps(options)]
     return subprocess.Popen(
         command, env=environment, cwd="/", start_new_session=True, **descriptors
     )
@@ -672,8 +736,8 @@ class Sandbox:
     def run(
         self, checks: Sequence[Check], progress: Callable[[int], None] | None = None
     ) -> list[Verdict]:
-        """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)` is
-        called when k more are done."""
+        """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
+        is called when k more are done."""
         copies = collections.Counter(checks)
         distinct = list(copies)
         with self._lock:
@@ -702,7 +766,7 @@ class Sandbox:
         under way with twice is a fail."""
         todo = collections.deque(range(len(checks)))
         blamed = collections.Counter()
-        longest = 12 * self._options["timeout"] + 30
+        longest = _longest(self._options["timeout"])
         remaining = len(checks)
         while remaining:
             for worker in self._workers:
@@ -718,11 +782,12 @@ class Sandbox:
                 if found is None and worker.given:
                     index = worker.given[0]
                     blamed[index] += 1
-                    late = time.monotonic() - worker.since > longest
+                    seconds = round(time.monotonic() - worker.since, 4)
+                    late = seconds > longest
                     if late or blamed[index] == 2:
                         worker.given.popleft()
                         outcome = "timeout" if late else "exception"
-                        yield index, Verdict(outcome, longest, "the test did not survive the answers")
+                        yield index, Verdict(outcome, seconds, "its tester died of the answers")
                         remaining -= 1
                     todo.extendleft(reversed(worker.given))
                 if found is None:
@@ -745,7 +810,9 @@ class Sandbox:
         for worker in self._workers:
             if worker.given and time.monotonic() - worker.since > longest:
                 worker.process.kill()
-        return [(k.data, self._workers[k.data].read()) for k, e in ready if e & selectors.EVENT_READ]
+        return [
+            (k.data, self._workers[k.data].read()) for k, e in ready if e & selectors.EVENT_READ
+        ]
 
     def close(self):
         """End every process. Safe to call twice, and in a forked child of the caller."""

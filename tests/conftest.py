@@ -1,0 +1,125 @@
+"""Tiny random models, a tiny tokenizer and a process group of one, shared by the network's tests.
+
+One thread per process: the models are too small for two, and results then do not depend on it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # a bare `pytest` does not put the repository's root there
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+WORDS = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(58))]
+VOCABULARY, PAD, EOS = len(WORDS), 0, 1
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")
+
+
+def tiny_config(architecture, **changes):
+    """A transformers configuration: 2 layers, width 32, weights so large that logits differ."""
+    from transformers import AutoConfig
+
+    names = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names |= {"intermediate_size": 64, "max_position_embeddings": 128}
+    if architecture == "gpt2":
+        names = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    elif architecture != "gpt_neox":
+        names |= {"num_key_value_heads": 2}
+    if architecture in ("gemma2", "mistral"):
+        names |= {"head_dim": 8, "sliding_window": 5}
+    special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
+    return AutoConfig.for_model(
+        architecture,
+        **({"vocab_size": VOCABULARY, "initializer_range": 0.2} | names | special | changes),
+    )
+
+
+def seeded(build, config, seed=0):
+    """build(config) with fp32 weights drawn from a seed, dropout off; global state is restored."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():  # biases and norms start as 0 and 1, where errors cannot be seen
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def tiny_lm(architecture, seed=0, **changes):
+    from transformers import AutoModelForCausalLM
+
+    return seeded(AutoModelForCausalLM, tiny_config(architecture, **changes), seed)
+
+
+def tiny_classifier(architecture, seed=0, **changes):
+    from transformers import AutoModelForSequenceClassification
+
+    config = tiny_config(architecture, **({"num_labels": 1} | changes))
+    return seeded(AutoModelForSequenceClassification, config, seed)
+
+
+def tiny_tokenizer(words=WORDS):
+    """One token per word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=words[3]))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+    )
+
+
+def write_model(folder, model, tokenizer=None):
+    """A checkpoint as transformers writes it; returns the folder's name."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+def ragged(lengths, seed=0):
+    """Prompts of these lengths, without special tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def run_ranks(script, folder, ranks=2, timeout=150):
+    """Run a test file as a torchrun worker with one argument, a folder to write results into."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, "--nproc_per_node", str(ranks), str(script), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """A process group of one rank, left at the end of the module."""
+    import torch.distributed as dist
+
+    from pfppo.fsdp import init_ranks
+
+    yield init_ranks("cpu")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def lms():
+    """{architecture: causal LM}, made once; tests leave the weights as they are."""
+    return {name: tiny_lm(name) for name in ARCHITECTURES}

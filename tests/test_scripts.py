@@ -1,0 +1,495 @@
+"""The three scripts, end to end on tiny random checkpoints; and the lab's own making, shortened."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import eval_code  # noqa: E402
+import train_ppo  # noqa: E402
+import train_rm  # noqa: E402
+from pfppo import checkpoint, lab, world  # noqa: E402
+from pfppo.config import UserError, parse  # noqa: E402
+from pfppo.filters import FILTERS  # noqa: E402
+from pfppo.metrics import NAMES, SECONDS  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script, *argv):
+    """The script's main in this process, as `python script.py ARGV` would run it."""
+    try:
+        script.main(parse(script.Args, [str(word) for word in argv]))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def write_problems(path, problems):
+    rows = [{k: v for k, v in dataclasses.asdict(p).items() if v} for p in problems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def numbers(run_dir):
+    """metrics.jsonl without what depends on the machine's speed."""
+    return [
+        {name: value for name, value in row.items() if name not in SECONDS}
+        for row in read(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a policy taught a little, problems, and a reward model from its samples."""
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus = [(p, y) for p, y in world.draw_corpus(0, 3000) if len(p + y) < 120][:600]
+    tokenizer = lab.make_tokenizer(corpus)
+    config = LlamaConfig(
+        vocab_size=lab.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    for name, split, count in (("train", "train", 24), ("held_out", "test", 6)):
+        write_problems(folder / f"{name}.jsonl", world.draw_problems(1, split, count))
+    pairs = [
+        {"prompt": p.prompt, "chosen": p.canonical_solution, "rejected": "    return 0\n"}
+        for p in world.draw_problems(1, "train", 24)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    rm = ("--policy", folder / "policy", "--pairs", folder / "pairs.jsonl")
+    run(train_rm, *rm, "--run_dir", folder / "rm", "--batch", 8, "--held_out", 0.25)
+    return folder
+
+
+def options(tiny, run_dir, **changed):
+    """A tiny train_ppo command line."""
+    chosen = {
+        "policy": tiny / "policy",
+        "reward_model": tiny / "rm",
+        "prompts": tiny / "train.jsonl",
+        "validation": tiny / "held_out.jsonl",
+        "test": tiny / "held_out.jsonl",
+        "run_dir": run_dir,
+        "steps": 2,
+        "prompts_per_step": 4,
+        "samples_per_prompt": 3,
+        "minibatch": 4,
+        "microbatch": 2,
+        "max_new_tokens": 12,
+        "eval_every": 2,
+        "save_every": 1,
+        "actor_lr": 1e-3,
+    } | changed
+    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A finished run of four steps."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    run(train_ppo, *options(tiny, run_dir, steps=4, save_every=2))
+    return run_dir
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    wanted = {"args.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "policy"}
+    assert wanted <= names
+    rows = read(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(tuple(row) == NAMES for row in rows)
+    assert all(row["ratio_first_minibatch"] == 1.0 for row in rows)
+    assert rows[0]["kl_k1"] == 0 and rows[0]["kl_k3"] == 0
+    samples = read(finished / "samples.jsonl")
+    assert len(samples) == 4 * 4 * 3
+    fields = {"step", "task_id", "sample", "prompt", "response", "reward", "score", "weight"}
+    assert fields <= set(samples[0])
+    for step in range(1, 5):
+        kept = [s["weight"] for s in samples if s["step"] == step]
+        assert sum(kept) == 8 and [s for s in kept if s not in (0, 1)] == []
+
+
+def test_the_exported_policy_loads_in_transformers(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "policy")
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_metrics_agree_with_the_samples(finished):
+    samples = read(finished / "samples.jsonl")
+    for row in read(finished / "metrics.jsonl"):
+        mine = [s for s in samples if s["step"] == row["step"]]
+        kept = [s["reward"] for s in mine if s["weight"]]
+        dropped = [s["score"] for s in mine if not s["weight"]]
+        assert row["reward_all"] == pytest.approx(sum(s["reward"] for s in mine) / len(mine), 1e-4)
+        assert row["reward_kept"] == pytest.approx(sum(kept) / len(kept), 1e-4)
+        assert row["score_dropped"] == pytest.approx(sum(dropped) / len(dropped))
+
+
+def test_equal_arguments_give_equal_files(tiny, finished, tmp_path):
+    run(train_ppo, *options(tiny, tmp_path / "again", steps=4, save_every=2))
+    assert numbers(tmp_path / "again") == numbers(finished)
+    assert (tmp_path / "again/samples.jsonl").read_text() == (
+        finished / "samples.jsonl"
+    ).read_text()
+
+
+@pytest.mark.parametrize("instant", ["append_jsonl", "save"])
+def test_an_interrupted_run_resumes_to_the_same_numbers(
+    tiny, finished, tmp_path, monkeypatch, instant
+):
+    def interrupted(*args, **kwargs):
+        if (args[1] == 4) if instant == "save" else (args[1][0]["step"] == 4):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    original = getattr(checkpoint, instant)
+    monkeypatch.setattr(checkpoint, instant, interrupted)
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_ppo, *argv)
+    monkeypatch.undo()
+    run(train_ppo, *argv, "--resume")
+    assert numbers(tmp_path / "run") == numbers(finished)
+    final = "policy/model.safetensors"
+    resumed, whole = load_file(tmp_path / "run" / final), load_file(finished / final)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_killed_run_resumes_to_the_same_numbers(tiny, finished, tmp_path):
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+    command = [sys.executable, "train_ppo.py", *map(str, argv)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(train_ppo, *argv, "--resume")
+    assert numbers(tmp_path / "run") == numbers(finished)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    saved = json.loads((copy / "args.json").read_text()) | {"run_dir": str(copy)}
+    (copy / "args.json").write_text(json.dumps(saved))
+    broken = next((copy / "checkpoints/step_4/actor").glob("*.distcp"))
+    broken.write_bytes(broken.read_bytes()[:-10])
+    run(train_ppo, *options(tiny, copy, steps=4, save_every=2), "--resume")
+    assert "step_4: incomplete, falling back to" in capsys.readouterr().out
+    assert numbers(copy) == numbers(finished)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_filter_trains(tiny, tmp_path, name):
+    samples = 1 if name == "single" else 3
+    kept = {"single": 4, "none": 12, "best_of_n": 4, "best_random": 8, "best_worst": 8}
+    argv = options(
+        tiny,
+        tmp_path / "run",
+        filter=name,
+        steps=1,
+        samples_per_prompt=samples,
+        validation="",
+        test="",
+    )
+    run(train_ppo, *argv)
+    (row,) = numbers(tmp_path / "run")
+    assert row["kept"] == pytest.approx(kept.get(name, 12 * row["kept"]) / (4 * samples))
+    assert row["grad_norm_actor"] is None or row["grad_norm_actor"] > 0
+
+
+def test_other_options_run(tiny, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\n"
+        "def first(rewards, generator):\n"
+        "    return (torch.arange(rewards.shape[1]) == 0) * torch.ones_like(rewards) * 0.5\n"
+        "def long(prompts, responses, problems):\n"
+        "    return [float(len(r)) / 20 for r in responses]\n"
+    )
+    argv = options(
+        tiny,
+        tmp_path / "run",
+        steps=1,
+        filter=f"{own}:first",
+        reward=f"{own}:long",
+        reward_model="",
+        ppo_epochs=2,
+        loss_aggregation="token_mean",
+        kl_target=0.5,
+        missing_eos_penalty=0.5,
+        temperature=0.8,
+        gamma=0.99,
+        param_dtype="bfloat16",
+        sampling_batch=5,
+    )
+    run(train_ppo, *argv)
+    (row,) = numbers(tmp_path / "run")
+    samples = read(tmp_path / "run/samples.jsonl")
+    assert [s["weight"] for s in samples if s["sample"] == 0] == [0.5] * 4
+    assert row["kept"] == pytest.approx(1 / 3)
+    assert row["truncated"] > 0.5 and min(s["reward"] for s in samples) >= -0.5
+
+
+def test_the_oracle_is_a_reward(tiny, tmp_path):
+    run(train_ppo, *options(tiny, tmp_path / "run", steps=1, reward="tests", test=""))
+    samples = read(tmp_path / "run/samples.jsonl")
+    assert all(s["reward"] == 2 * s["score"] - 1 for s in samples)
+
+
+def test_prompts_without_tests_train_without_scores(tiny, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": row["prompt"]} for row in read(tiny / "train.jsonl")]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = options(tiny, tmp_path / "run", prompts=prompts, validation="", test="", steps=1)
+    run(train_ppo, *argv)
+    (row,) = numbers(tmp_path / "run")
+    assert row["score_all"] is None and row["reward_all"] is not None
+    assert (tmp_path / "run/policy/config.json").exists()
+
+
+def test_a_step_in_which_nothing_is_kept_makes_no_update(tiny, tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text("def nothing(rewards, generator):\n    return rewards * 0\n")
+    run(train_ppo, *options(tiny, tmp_path / "run", filter=f"{own}:nothing", test=""))
+    assert numbers(tmp_path / "run")[-1]["empty_steps"] == 2
+    assert "nothing kept: no update" in capsys.readouterr().out
+    folders = (tiny / "policy", tmp_path / "run/policy")
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_ranks_do_what_one_does(tiny, tmp_path):
+    shared = {"steps": 2, "prompts_per_step": 8, "minibatch": 8, "test": "", "filter": "top_bottom"}
+    run(train_ppo, *options(tiny, tmp_path / "one", **shared))
+    argv = options(tiny, tmp_path / "two", **shared)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *launcher, "train_ppo.py", *map(str, argv)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        timeout=150,
+    )
+    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
+    for left, right in zip(one, two, strict=True):
+        for name, value in left.items():
+            expected = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
+            assert right[name] == expected, name
+    sampled = [
+        [
+            (s["task_id"], s["response"], s["weight"])
+            for s in read(tmp_path / name / "samples.jsonl")
+        ]
+        for name in ("one", "two")
+    ]
+    assert sampled[0] == sampled[1]
+
+
+def test_the_reward_model_loads_in_transformers_with_equal_scores(tiny):
+    from pfppo.model import ScalarModel, read_classifier
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tiny / "rm")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    ours = ScalarModel(read_classifier(tiny / "rm"))(ids, torch.tensor([[4]]))
+    assert theirs.config.num_labels == 1
+    torch.testing.assert_close(ours[0, 0], theirs(ids).logits[0])
+
+
+def test_eval_code_reads_what_it_writes(tiny, tmp_path, capsys):
+    problems = tiny / "held_out.jsonl"
+    shared = ("--problems", problems)
+    asked = ("--policy", tiny / "policy", "--samples_per_problem", 2, "--k", "1,2")
+    run(eval_code, *shared, *asked, "--max_new_tokens", 8, "--out", tmp_path / "a")
+    run(eval_code, *shared, "--samples", tmp_path / "a/samples.jsonl", "--out", tmp_path / "b")
+    first, second = read(tmp_path / "a/results.jsonl"), read(tmp_path / "b/results.jsonl")
+    fields = {"task_id", "sample", "passed", "outcome", "seconds"}
+    assert len(first) == 12 and set(first[0]) == fields
+    assert [(r["task_id"], r["sample"], r["passed"]) for r in first] == [
+        (r["task_id"], r["sample"], r["passed"]) for r in second
+    ]
+    assert "pass@2" in capsys.readouterr().out
+
+
+def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_path):
+    problems = read(tiny / "held_out.jsonl")[:3]
+    samples = [
+        {"task_id": p["task_id"], **answer}
+        for p in reversed(problems)
+        for answer in (
+            {"completion": p["canonical_solution"]},
+            {"solution": p["prompt"] + "    return None\n"},
+        )
+    ]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    files = ("--problems", tiny / "held_out.jsonl", "--samples", file)
+    run(eval_code, *files, "--out", tmp_path / "o")
+    results = read(tmp_path / "o/results.jsonl")
+    assert [r["task_id"] for r in results] == [s["task_id"] for s in samples]
+    assert [r["passed"] for r in results] == [True, False] * 3
+
+
+def test_eval_code_compares_filters(tiny, tmp_path, capsys):
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl")
+    rm = ("--reward_model", tiny / "rm", "--samples_per_problem", 4, "--max_new_tokens", 8)
+    run(eval_code, *argv, *rm, "--out", tmp_path / "o", "--bins", 4)
+    out = capsys.readouterr().out
+    assert all(name in out for name in FILTERS) and "4 bins" in out
+    assert all("reward" in row for row in read(tmp_path / "o/samples.jsonl"))
+
+
+def test_pairs_are_built_by_executing_samples(tiny, tmp_path, capsys):
+    """An untaught policy goes on with the comment, and passes, or breaks the line, and fails."""
+    problem = {
+        "prompt": "def solve(xs):\n    return 1  #",
+        "entry_point": "solve",
+        "canonical_solution": "\n",
+        "test": "def check(candidate):\n    assert candidate([]) == 1\n",
+    }
+    problems = tmp_path / "problems.jsonl"
+    rows = [problem | {"task_id": str(i)} for i in range(12)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--max_new_tokens", 24, "--batch", 2, "--epochs", 1, "--held_out", 0.2)
+    argv = ("--policy", tiny / "policy", "--prompts", problems, "--run_dir", tmp_path / "rm")
+    run(train_rm, *argv, *sizes)
+    assert "have a passing and a failing sample" in capsys.readouterr().out
+    pairs = read(tmp_path / "rm/pairs.jsonl")
+    assert len(pairs) >= 2
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "SFT_STEPS", 3)
+    monkeypatch.setattr(lab, "PROBLEMS", {"train": 8, "rm": 8, "validation": 4, "test": 4})
+    run(eval_code, "--max_new_tokens", 8)
+    made = capsys.readouterr().out
+    assert "SFT policy of" in made and "8 problems in" in made
+    assert len(read("runs/lab/test.jsonl")) == 4
+    run(eval_code, "--max_new_tokens", 8)
+    again = capsys.readouterr().out
+    assert "SFT policy of" not in again and "runs/eval-2" in again
+
+
+BAD = {
+    "unknown filter": ({"filter": "bset"}, "--filter bset: unknown, expected one of single, none"),
+    "one sample": ({"samples_per_prompt": 1}, "needs at least 2 samples per prompt, found 1"),
+    "minibatch": ({"minibatch": 6}, "--minibatch 6: does not divide the 8 samples"),
+    "microbatch": ({"microbatch": 3}, "--microbatch 3: does not divide the 4 rows"),
+    "prompts": ({"prompts_per_step": 32, "minibatch": 64}, "more than the 24 prompts"),
+    "zero steps": ({"steps": 0}, "--steps 0: expected more than 0"),
+    "long prompt": ({"max_prompt_tokens": 5}, "tokens, expected 1 to 5"),
+    "no file": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
+    "no policy": ({"policy": "./nowhere"}, "--policy ./nowhere: there is no such folder"),
+    "unknown reward": ({"reward": "nice"}, "--reward nice: unknown, expected one of model, tests"),
+    "chat": ({"prompt_style": "chat"}, "has no chat template"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_option_is_one_line(tiny, tmp_path, case):
+    changed, expected = BAD[case]
+    with pytest.raises(UserError) as error:
+        run(train_ppo, *options(tiny, tmp_path / "run", **changed))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_where_there_is_none_is_one_line(tiny, tmp_path):
+    with pytest.raises(UserError, match="--device cuda: torch finds no CUDA device"):
+        run(train_ppo, *options(tiny, tmp_path / "run", device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{not json", "line 2: not JSON"),
+        ('{"task_id": "x"}', "line 2: field 'prompt'"),
+        ('{"prompt": 3}', "line 2: field 'prompt': expected a string, found int"),
+        ("", None),
+    ],
+)
+def test_a_bad_prompts_file_is_one_line(tiny, tmp_path, line, expected):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "def f():\n"}) + "\n" + line if expected else "")
+    with pytest.raises(UserError) as error:
+        run(train_ppo, *options(tiny, tmp_path / "run", prompts=file))
+    assert (expected or "no rows") in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_reward_model_that_does_not_fit_is_refused(tiny, tmp_path):
+    other = tmp_path / "rm"
+    shutil.copytree(tiny / "rm", other)
+    card = json.loads((other / "reward_model.json").read_text())
+    for name, what in (("vocabulary", "vocabulary"), ("template", "prompt template")):
+        (other / "reward_model.json").write_text(json.dumps(card | {name: "0" * 12}))
+        with pytest.raises(UserError, match=f"its {what} differs") as error:
+            run(train_ppo, *options(tiny, tmp_path / "run", reward_model=other))
+        assert "0" * 12 in str(error.value) and card[name] in str(error.value)
+
+
+def test_a_causal_lm_is_refused_as_reward_model(tiny, tmp_path):
+    with pytest.raises(UserError, match="not a reward model"):
+        run(train_ppo, *options(tiny, tmp_path / "run", reward_model=tiny / "policy"))
+
+
+def test_a_reward_model_from_elsewhere_is_normalised_on_samples(tiny, tmp_path):
+    other = tmp_path / "rm"
+    shutil.copytree(tiny / "rm", other)
+    (other / "reward_model.json").unlink()
+    run(train_ppo, *options(tiny, tmp_path / "run", reward_model=other, steps=1, test=""))
+    (row,) = numbers(tmp_path / "run")
+    assert abs(row["reward_all"]) < 1.5
+
+
+def test_another_run_s_directory_is_refused(tiny, finished):
+    with pytest.raises(UserError, match="kl_coef .* there, .* here.*--resume"):
+        run(train_ppo, *options(tiny, finished, steps=4, save_every=2, kl_coef=0.5))
+
+
+def test_the_command_line_ends_with_status_2_and_one_line(tiny, tmp_path):
+    command = [sys.executable, "train_ppo.py", "--filter", "bset"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "--filter bset" in done.stderr
+    assert not list(tmp_path.iterdir())
