@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import pfppo  # noqa: F401, I001  before torch: it says how idle threads wait
 import torch
 
 import train_rm

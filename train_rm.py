@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import pfppo  # noqa: F401, I001  before torch: it says how idle threads wait
 import torch
 from tqdm import tqdm
 

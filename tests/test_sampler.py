@@ -248,7 +248,7 @@ def test_no_uniform_picks_a_token_of_probability_zero(size):
     logits = torch.randn(size, generator=torch.Generator().manual_seed(size))
     logits[: size // 4] = -torch.inf
     logits[-size // 4 :] = -torch.inf
-    ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-23, 1 - 2.0**-24])
+    ends = torch.tensor([0.0, 2.0**-24, 0.5, 1 - 2.0**-23, 1 - 2.0**-24, 1.0])
     tokens, logp = draw_tokens(logits.expand(len(ends), -1), ends)
     assert torch.isfinite(logp).all() and tokens.max() < size
     assert torch.isfinite(logits[tokens]).all()
