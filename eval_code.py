@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-from tqdm import tqdm
-
 import train_rm
 from pfppo import lab
 from pfppo.batch import collate, owned
@@ -45,6 +42,9 @@ from pfppo.reliability import format_table, reliability_table
 from pfppo.reward import model_rewards
 from pfppo.sampler import stop_ids
 from pfppo.sandbox import Sandbox
+
+import torch
+from tqdm import tqdm
 
 
 @dataclass

@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import pfppo  # noqa: F401, I001  before torch: it says how idle threads wait
-import torch
-
 import train_rm
 from pfppo import checkpoint, data, lab, ppo
 from pfppo.batch import (
@@ -65,6 +62,8 @@ from pfppo.model import read_causal_lm
 from pfppo.reward import Answers, load_reward, model_rewards
 from pfppo.sampler import draw_uniforms, sample, stop_ids
 from pfppo.sandbox import Sandbox
+
+import torch
 
 
 @dataclass

@@ -18,10 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import pfppo  # noqa: F401, I001  before torch: it says how idle threads wait
-import torch
-from tqdm import tqdm
-
 from pfppo import lab
 from pfppo.batch import collate, owned
 from pfppo.checkpoint import export, unused, write_json
@@ -43,6 +39,9 @@ from pfppo.model import empty_classifier, read_causal_lm
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
 from pfppo.sampler import stop_ids
 from pfppo.sandbox import Sandbox
+
+import torch
+from tqdm import tqdm
 
 
 @dataclass

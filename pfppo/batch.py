@@ -26,10 +26,10 @@ run of prompts is spread evenly.
 
 from dataclasses import dataclass, fields
 
+from pfppo.config import require
+
 import torch
 from torch.nn.functional import pad
-
-from pfppo.config import require
 
 
 def response_mask(lengths, width):

@@ -33,10 +33,10 @@ import warnings
 import zlib
 from dataclasses import dataclass
 
-import numpy as np
-
 from pfppo.config import UserError, require
 from pfppo.sandbox import Check
+
+import numpy as np
 
 # What LeetCode gives every submission; builtins come last because math has a `pow` of its own.
 PREAMBLE = """\

@@ -21,12 +21,12 @@ import os
 import shutil
 from pathlib import Path
 
+from pfppo.config import UserError, require
+from pfppo.fsdp import from_main, full_state
+
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-from pfppo.config import UserError, require
-from pfppo.fsdp import from_main, full_state
 
 # Arguments that may differ between a run and its continuation: they change no number of a step.
 FREE = ("resume", "steps", "save_every", "eval_every", "keep", "workers", "device")

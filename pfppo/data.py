@@ -15,11 +15,11 @@ import hashlib
 import json
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer
-
 from pfppo.benchmarks import Problem, read_jsonl
 from pfppo.config import UserError, require
+
+import torch
+from transformers import AutoTokenizer
 
 PROMPT_STYLES = ("plain", "chat")
 

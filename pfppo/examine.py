@@ -6,15 +6,15 @@ rollouts are in train_ppo.py, and share `execute`.
 
 from dataclasses import dataclass
 
-import torch
-from tqdm import tqdm
-
 from pfppo.batch import owned
 from pfppo.benchmarks import assemble
 from pfppo.data import decode
 from pfppo.fsdp import gather_lists
 from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Verdict
+
+import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

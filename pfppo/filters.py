@@ -20,9 +20,9 @@ that draw: the same gradient on average, with less noise.
 
 from functools import partial
 
-import torch
-
 from pfppo.config import UserError, load_function, require
+
+import torch
 
 
 def ranking(rewards, generator):

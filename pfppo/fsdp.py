@@ -20,14 +20,14 @@ import datetime
 import os
 from dataclasses import dataclass
 
+from pfppo.config import UserError, require
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
-
-from pfppo.config import UserError, require
 
 TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 makes the lab while the others wait
 

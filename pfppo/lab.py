@@ -18,14 +18,14 @@ import random
 import shutil
 from pathlib import Path
 
+from pfppo import world
+from pfppo.batch import collate
+from pfppo.model import Policy
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from pfppo import world
-from pfppo.batch import collate
-from pfppo.model import Policy
 
 FOLDER = Path("runs/lab")
 SEED = 0

@@ -23,10 +23,10 @@ import math
 import resource
 import time
 
-import torch
-
 from pfppo.benchmarks import pass_at_k_interval
 from pfppo.fsdp import sum_over_ranks
+
+import torch
 
 
 def mean(values, weights=None):

@@ -12,13 +12,13 @@ does not change a number.
 Not covered: encoder-decoder models, heads with a bias that depends on the position, several labels.
 """
 
+from pfppo.config import UserError, require
+
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from pfppo.config import UserError, require
 
 CHUNK = 4096  # response positions whose logits exist at one time
 

@@ -21,10 +21,10 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pfppo.config import UserError, load_function, require
+
 import torch
 from torch.nn.functional import logsigmoid
-
-from pfppo.config import UserError, load_function, require
 
 CARD = "reward_model.json"
 REWARDS = ("model", "tests")

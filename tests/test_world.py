@@ -176,6 +176,49 @@ def test_about_a_tenth_of_the_compositions_is_for_testing():
 # ------------------------------------------------------------------------------ steps and programs
 
 
+XS, S, K = [3, -2, 3, 8, 0, -5, 4], " To be aEx ", 3
+MEANING = {  # what the words ask for, worked out by hand for XS or S and K
+    "evens": [-2, 8, 0, 4],
+    "odds": [3, 3, -5],
+    "above": [8, 4],
+    "at_most": [3, -2, 3, 0, -5],
+    "multiples": [3, 3, 0],
+    "add": [6, 1, 6, 11, 3, -2, 7],
+    "times": [9, -6, 9, 24, 0, -15, 12],
+    "square": [9, 4, 9, 64, 0, 25, 16],
+    "negate": [-3, 2, -3, -8, 0, 5, -4],
+    "modulo": [0, 1, 0, 2, 0, 1, 1],
+    "absolute": [3, 2, 3, 8, 0, 5, 4],
+    "floor": [3, 0, 3, 8, 0, 0, 4],
+    "cap": [3, -2, 3, 3, 0, -5, 3],
+    "double_evens": [3, -4, 3, 16, 0, -5, 8],
+    "ascending": [-5, -2, 0, 3, 3, 4, 8],
+    "descending": [8, 4, 3, 3, 0, -2, -5],
+    "reverse": [4, -5, 0, 8, 3, -2, 3],
+    "drop_first": [8, 0, -5, 4],
+    "take_first": [3, -2, 3],
+    "take_last": [0, -5, 4],
+    "every": [3, 8, 4],
+    "unique": [3, -2, 8, 0, -5, 4],
+    "running": [3, 1, 4, 12, 12, 7, 11],
+    "differences": [-5, 5, 5, -8, -5, 9],
+    "trim": [-2, 3, 8, 0, -5],
+    "rotate": [-2, 3, 8, 0, -5, 4, 3],
+    **{"list": XS, "sum": 11, "count": 7, "distinct": 6, "largest": 8, "smallest": -5},
+    **{"first": 3, "last": 4, "spread": 13},
+    **{"upper": " TO BE AEX ", "lower": " to be aex ", "swap": " tO BE AeX "},
+    **{"strip": "To be aEx", "spaces": "TobeaEx", "backwards": " xEa eb oT "},
+    **{"head": " To", "tail": " be aEx ", "repeat": " To be aEx  To be aEx  To be aEx "},
+    **{"vowels": " T b x ", "sort_text": "    ETabeox", "title": " To Be Aex "},
+    **{"text": S, "length": 11, "words": 3, "letters": 8, "initial": " ", "palindrome": False},
+}
+
+
+@pytest.mark.parametrize("variable, step", STEPS, ids=NAMES)
+def test_a_step_does_what_its_words_say(variable, step):
+    assert run(variable, step.right[0], {"xs": XS, "s": S}[variable], K) == MEANING[step.name]
+
+
 def run(variable, expression, value, k):
     try:
         return eval(expression.replace("{k}", str(k)), {variable: value})
