@@ -198,6 +198,11 @@ def main(args):
         f"--prompts_per_step {P}: more than the {len(problems)} prompts of {args.prompts}",
     )
 
+    require(
+        args.reward != "tests" or all(problem.test for problem in problems),
+        f"--reward tests: some prompts of {args.prompts} have no 'test' and 'entry_point'",
+    )
+
     # Models, optimizers, state
     policy, reference, twin = load_policies(args.policy, ranks, args.param_dtype)
     reward_model, critic, normalised = load_scalars(args, tokenizer, ranks)
@@ -266,6 +271,7 @@ def main(args):
         texts = [data.decode(ids, tokenizer) for ids in samples.ids]
         scores = scores_of(execute(asked, texts, sandbox))
         rewards = reward(Answers(rollout, [p.prompt for p in asked], texts, asked, scores))
+        require(rewards.isfinite().all(), f"--reward {args.reward}: a reward is not finite")
         finished = torch.tensor(samples.finished)
         rewards = rewards - args.missing_eos_penalty * ~finished
         clock.lap("score")

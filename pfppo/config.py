@@ -123,14 +123,15 @@ def load_function(spec, option):
     try:
         if place.endswith(".py"):
             require(Path(place).is_file(), f"--{option} {spec}: there is no file {place}")
-            module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(module_spec)
+            own = f"own_{Path(place).stem}"
+            module_spec = importlib.util.spec_from_file_location(own, place)
+            module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--{option} {spec}: cannot import {place}: {error!r}") from error
     function = getattr(module, name, None)
     require(callable(function), f"--{option} {spec}: {place} has no function {name!r}")
@@ -152,6 +153,7 @@ def launch(main, cls):
 
 
 def _fail(message):
+    message = " ".join(message.split())
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -43,7 +43,7 @@ def load_prompts(path):
     for line, row in read_jsonl(path):
         where = f"{path}, line {line}"
         values = {"task_id": f"line {line}"} | row
-        for name in ("task_id", "prompt", "entry_point", "canonical_solution", "test"):
+        for name in Problem.__dataclass_fields__:
             value = values.setdefault(name, "") if name != "prompt" else values.get(name)
             found = "nothing" if name not in row else type(value).__name__
             require(

@@ -128,7 +128,9 @@ def explained_variance(values, returns, weights, reduce=_same):
     residual = (errors - weighted_mean(errors, weights, reduce)) ** 2
     spread = (returns - weighted_mean(returns, weights, reduce)) ** 2
     total = weighted_mean(spread, weights, reduce)
-    return 1 - weighted_mean(residual, weights, reduce) / total  # 0 / 0 is NaN
+    constant = total <= 1e-12 * weighted_mean(returns**2, weights, reduce)
+    explained = 1 - weighted_mean(residual, weights, reduce) / total
+    return explained.masked_fill(constant, float("nan"))
 
 
 def adapted_kl_coef(beta, kl, target, samples, horizon=10_000):

@@ -18,6 +18,7 @@ failed), or a user's own `score(prompts, responses, problems) -> [B]` by `module
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def load_card(folder):
         return None
     try:
         card = RewardCard(**json.loads(path.read_text()))
-        return RewardCard(float(card.mean), float(card.std), card.template, card.vocabulary)
+        card = RewardCard(float(card.mean), float(card.std), card.template, card.vocabulary)
+        if not (math.isfinite(card.mean) and 0 < card.std < math.inf):
+            raise ValueError(f"mean {card.mean}, std {card.std}")
+        return card
     except (ValueError, TypeError) as error:
         expected = "mean, std, template, vocabulary"
         raise UserError(f"{path}: damaged ({error}), expected an object with {expected}") from error
@@ -126,8 +130,11 @@ def load_reward(spec, reward_model, microbatch, limit=10.0):
     score = load_function(spec, "reward")
 
     def own(answers):
-        rewards = score(answers.prompts, answers.responses, answers.problems)
-        rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
+        try:
+            rewards = score(answers.prompts, answers.responses, answers.problems)
+            rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
+        except Exception as error:
+            raise UserError(f"--reward {spec}: {error!r}") from error
         count = len(answers.responses)
         require(
             rewards.shape == (count,) and torch.isfinite(rewards).all(),

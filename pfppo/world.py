@@ -241,8 +241,9 @@ def draw_corpus(seed, count):
 
 
 def _draw_inputs(rng, task, count):
-    """Up to `count` different argument tuples."""
+    """Up to `count` different argument tuples, and one whose list or text is empty."""
     drawn = [_draw_input(rng, task) for _ in range(count)]
+    drawn.append(([] if task.variable == "xs" else "", *drawn[0][1:]))  # what people forget
     return list({repr(arguments): arguments for arguments in drawn}.values())
 
 

@@ -3,9 +3,6 @@
 from dataclasses import fields
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from pfppo.batch import (
     check_sizes,
     collate,
@@ -20,6 +17,9 @@ from pfppo.batch import (
     unflat,
 )
 from pfppo.config import UserError
+
+import pytest
+import torch
 
 EOS, PAD = 2, 0
 PROMPTS = [[10, 11, 12], [13, 14, 15], [16], [17, 18, 19, 20, 21]]

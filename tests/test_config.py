@@ -11,9 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import pytest
-
 from pfppo.config import UserError, load_function, parse, require, require_positive
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 

@@ -2,11 +2,6 @@
 
 import json
 
-import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-
 from pfppo.config import UserError
 from pfppo.data import (
     check_style,
@@ -21,6 +16,11 @@ from pfppo.data import (
     template_hash,
     vocabulary_hash,
 )
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
 CHAT = (

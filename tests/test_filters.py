@@ -2,11 +2,11 @@
 
 import math
 
-import pytest
-import torch
-
 from pfppo.config import UserError
 from pfppo.filters import FILTERS, apply_filter, kept_per_prompt, load_filter
+
+import pytest
+import torch
 
 REWARDS = torch.tensor([0.1, 2.0, -1.5, 0.9, -0.2])  # best: column 1, worst: column 2
 PAPER = {  # share of the kept mass per column of REWARDS (paper, section 4, N = 5)

@@ -5,9 +5,6 @@ import math
 import re
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from pfppo.metrics import (
     NAMES,
     Clock,
@@ -21,6 +18,9 @@ from pfppo.metrics import (
     sample_records,
     table,
 )
+
+import pytest
+import torch
 
 NAN = float("nan")
 

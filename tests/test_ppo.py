@@ -5,9 +5,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from pfppo.ppo import (
     adapted_kl_coef,
     explained_variance,
@@ -21,6 +18,9 @@ from pfppo.ppo import (
     weighted_mean,
     whiten,
 )
+
+import pytest
+import torch
 
 LENGTHS = [4, 1, 6, 3]
 T = 6

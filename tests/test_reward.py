@@ -7,9 +7,6 @@ import math
 import random
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.reward import (
@@ -24,6 +21,9 @@ from pfppo.reward import (
     load_reward,
     model_rewards,
 )
+
+import pytest
+import torch
 
 SAVED = RewardCard(mean=1.25, std=0.5, template="aaaa", vocabulary="bbbb")
 

@@ -6,8 +6,6 @@ Programs are run here by plain `exec`: all of them are our own.
 import random
 from collections import Counter
 
-import pytest
-
 from pfppo.world import (
     DOMAINS,
     SPLITS,
@@ -20,6 +18,8 @@ from pfppo.world import (
     draw_response,
     draw_task,
 )
+
+import pytest
 
 STEPS = [(v, step) for v, (steps, ends) in DOMAINS.items() for step in (*steps, *ends)]
 NAMES = [step.name for _, step in STEPS]

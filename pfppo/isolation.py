@@ -1,0 +1,322 @@
+"""What a candidate cannot do: the layers that a process enters, and never leaves.
+
+    isolation = Isolation({"timeout": 3.0, "memory_mb": 512, "without": [], "temporary": "/tmp"})
+    layers = isolation.enter()  # the server, once: names of the layers; from here on it is inside
+    isolation.confine(sock)  # each forked child, before it sees untrusted code
+
+Layers, each used where the kernel allows it:
+  namespaces  own mounts (a read-only root with Python's own files and an empty tmpfs /tmp), own
+              processes, network, IPC; for an ordinary user inside a user namespace
+  landlock    no file but those same ones, no TCP, no abstract sockets (counts without namespaces)
+  seccomp     an allow-list of system calls: no fork or exec, no signal but to itself, no socket
+              but a stream pair, no chmod, no ptrace; so killing one pid is the whole clean-up
+  rlimits     CPU, address space, file size, descriptors, threads; an unprivileged id of its own
+
+Not contained: side channels (timing, caches); bugs of the kernel; more than a few dozen threads of
+an ordinary user's candidate. Without namespaces: how many files a candidate leaves in its own
+directory until its end (each is bounded). Without landlock either: reading what the candidate's
+user may read (writing is then refused altogether, and an interpreter in a private home of root's
+imports nothing but what is preloaded). With rlimits only: a candidate has no threads, and does
+what its user may do. Measured on x86_64; the numbers for aarch64 are from the kernel's headers.
+Not here: who is forked, killed and swept up after (jail.py). Standard library only, Linux.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+
+libc = ctypes.CDLL(None, use_errno=True)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
+    1, 2, 4, 32, 4096, 16384, 1 << 18,
+)  # fmt: skip
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_REST = (
+    0x20000, 0x10000000, 0x20000000, 0x40000000 | 0x08000000 | 0x04000000,  # net, ipc, uts
+)  # fmt: skip
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+DISK = 16 << 20  # bytes a file, and in all where the file system is ours
+
+
+def call(function, *args):
+    """A libc function that must succeed. Strings become bytes."""
+    args = [a.encode() if isinstance(a, str) else a for a in args]
+    if getattr(libc, function)(*args) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{function}: {os.strerror(number)}")
+
+
+def _syscall(number, *args):
+    result = libc.syscall(number, *args)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def readable_paths():
+    """What a candidate may read, this Python's library and the shared objects it loads: (real paths
+    without those inside others, {symbolic link: real path})."""
+    paths = [f"{prefix}/lib" for prefix in (sys.base_prefix, sys.prefix, "/usr", "/usr/local", "")]
+    paths += [path for path in sys.path if os.path.isdir(path)]
+    paths += ["/lib64", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"]
+    paths += DEVICES
+    found = {path: os.path.realpath(path) for path in paths if os.path.exists(path)}
+    real = set(found.values())
+    outermost = [p for p in sorted(real) if not any(p.startswith(o + "/") for o in real)]
+    return outermost, {path: target for path, target in found.items() if path != target}
+
+
+def enter_namespaces(paths, links):
+    """New namespaces and a read-only root; returns in a new process, number 1 of its own space:
+    True if that took a user namespace."""
+    uid, gid = os.getuid(), os.getgid()
+    flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_REST
+    as_user = False
+    try:
+        call("unshare", flags)
+    except OSError:
+        as_user = True
+        call("unshare", flags | CLONE_NEWUSER)
+        maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+        for name, text in maps.items():
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    child = os.fork()
+    if child:
+        os.closerange(0, 1024)
+        os.waitpid(child, 0)
+        os._exit(0)
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    handles = [(path, os.open(path, os.O_PATH), os.path.isdir(path)) for path in paths]
+    call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
+    root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
+    call("mount", "tmpfs", root, "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for path, handle, is_directory in handles:
+        _bind(f"/proc/self/fd/{handle}", root + path, is_directory)
+        os.close(handle)
+    for link, target in links.items():
+        if not os.path.lexists(root + link):
+            os.makedirs(os.path.dirname(root + link), exist_ok=True)
+            os.symlink(target, root + link)
+    os.makedirs(root + "/tmp", exist_ok=True)
+    options = f"size={DISK},nr_inodes=4096,mode=700"
+    call("mount", "tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    os.chdir(root)
+    call("mount", "none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID, None)
+    call("syscall", 41 if platform.machine() == "aarch64" else 155, b".", b".")  # pivot_root
+    call("umount2", ".", 2)  # MNT_DETACH: the old root is gone
+    os.chdir("/")
+    return as_user
+
+
+def _bind(source, target, is_directory):
+    os.makedirs(target if is_directory else os.path.dirname(target), exist_ok=True)
+    if not is_directory:
+        os.close(os.open(target, os.O_CREAT, 0o600))
+    try:
+        call("mount", source, target, None, MS_BIND, None)
+    except OSError:  # mounts below it that a user namespace may not uncover
+        call("mount", source, target, None, MS_BIND | MS_REC, None)
+    if not target.endswith(DEVICES):  # on these it would mean no use at all
+        kept = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048)  # locked flags
+        flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept
+        call("mount", "none", target, None, flags, None)
+
+
+def enter_landlock(paths, directory):
+    """From here on no file but `paths` (read) and `directory` (all), for this process's children
+    too; no TCP, abstract sockets or signals to the outside where the kernel knows of them."""
+    abi = _syscall(444, None, 0, 1)
+    files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
+    attributes = struct.pack("QQQ", files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    size = 8 if abi < 4 else 16 if abi < 6 else 24
+    ruleset = _syscall(444, attributes, size, 0)
+    for path in [*paths, directory]:
+        handle = os.open(path, os.O_PATH)
+        rights = files if path == directory else 0b1101  # execute (dlopen), read file, read dir
+        if not os.path.isdir(path):
+            rights &= 0b110  # read and write file
+            rights |= 0b10 if path in DEVICES else 0
+        _syscall(445, ruleset, 1, struct.pack("<Qi", rights, handle), 0)
+        os.close(handle)
+    _syscall(446, ruleset, 0)
+    os.close(ruleset)
+
+
+# Two filters. The server's own, inherited: the system calls that Python, numpy, threads and asyncio
+# use and the few that a server needs. Not in it, hence refused (EPERM): execve, ptrace, socket,
+# connect, utime, link, mount, keyctl, bpf, io_uring, memfd_create, process_vm_*, pidfd_*, shm*, ...
+_ALLOWED = {
+    "x86_64": "0-28 32-40 44-48 51-56 60-63 72-77 79-85 87 89-90 92 96-100 102 104 107-108 110-111"
+    " 115-118 120 126-128 130-131 137-138 140 143 145 149-150 157-158 160 186 202 204 217-218"
+    " 228-234 247 257-258 260 262-264 267-271 273-274 281 285 290-293 302 316 318 324 326 332 334"
+    " 436 439 449",
+    "aarch64": "17 19-25 29 32 34-35 38 43-50 53-57 59 61-68 71-73 78-80 82-83 91 93-96 98-103"
+    " 113-115 120-121 123-124 129 131-139 141 147-148 150 153 158-160 163-165 167 169 172-179 199"
+    " 204-212 214-216 220 222 226-229 232-233 260-261 276 278 283 285 291 293 436 439 449",
+}
+# The candidate's, on top: arguments of some calls, and nothing of what is the server's alone.
+_OWN_PID = 0x5EC0DE5E  # stands for the candidate's pid in the filter made ahead of time
+_THREADS = "threads only"
+_RULES = {  # name: ((numbers on x86_64 and aarch64), [(argument, allowed values)])
+    "clone": ((56, 220), _THREADS),
+    "kill": ((62, 129), [(0, [_OWN_PID])]),
+    "tgkill": ((234, 131), [(0, [_OWN_PID])]),
+    "socketpair": ((53, 199), [(0, [1]), (1, [1, 0x801, 0x80001, 0x80801])]),  # local streams
+    "ioctl": ((16, 29), [(1, [0x5401, 0x541B, 0x5421, 0x5450, 0x5451])]),  # tty? blocking? ...
+    "fcntl": ((72, 25), [(1, [0, 1, 2, 3, 4, 5, 6, 7, 1030])]),  # not F_SETOWN: signals to others
+    "prctl": ((157, 167), [(0, [15, 16])]),  # a thread's name
+    "prlimit": ((302, 261), [(0, [0, _OWN_PID])]),
+    "chmod": ((90, None), []),
+    "fchmodat": ((268, 53), []),
+    "fchown": ((92, None), []),
+    "fchownat": ((260, 54), []),
+    "setgroups": ((116, 159), []),
+    "setresuid": ((117, 147), []),
+    "capset": ((126, 91), []),
+}
+_NO_BITS = "none of the bits"
+_WRITES = {  # refused as well where no file system and no landlock of ours stands in the way
+    "open": ((2, None), [(1, _NO_BITS)]),
+    "openat": ((257, 56), [(2, _NO_BITS)]),
+    **{name: (numbers, []) for name, numbers in {
+        "creat": (85, None), "truncate": (76, 45), "rename": (82, None), "renameat": (264, 38),
+        "renameat2": (316, 276), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
+        "unlink": (87, None), "unlinkat": (263, 35),
+    }.items()},
+}  # fmt: skip
+_ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
+_LOAD, _EQUAL, _AT_LEAST, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06
+
+
+def seccomp_filters(may_write):
+    """(the server's filter, the candidate's) as bytes, the latter with _OWN_PID in it."""
+    machine = platform.machine()
+    audit = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    start = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)
+    server = [(_EQUAL, 0, 1, 435), (_RETURN, 0, 0, _REFUSE + 37)]  # clone3: ENOSYS, use clone
+    for part in _ALLOWED[machine].split():
+        low, _, high = part.partition("-")
+        server += [(_AT_LEAST, 0, 2, int(low)), (_ABOVE, 1, 0, int(high or low)), allow]
+    candidate = []
+    for numbers, rules in (_RULES if may_write else _RULES | _WRITES).values():
+        number = numbers[machine == "aarch64"]
+        if rules is _THREADS:
+            block = [(_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, 0x10000), allow, refuse]
+        else:
+            block = []
+            for argument, values in rules:
+                block.append((_LOAD, 0, 0, 16 + 8 * argument))
+                if values is _NO_BITS:
+                    block += [(_ANY_BIT, 0, 1, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)]
+                    block += [refuse]
+                    continue
+                left = len(values)
+                block += [(_EQUAL, left - i, 0, value) for i, value in enumerate(values)]
+                block.append(refuse)
+            block.append(allow if rules else refuse)
+        if number is not None:
+            candidate += [(_EQUAL, 0, len(block), number), *block]
+    programs = [*start, *server, refuse], [*start, *candidate, allow]
+    return [b"".join(struct.pack("HBBI", *line) for line in program) for program in programs]
+
+
+def enter_seccomp(program):
+    program = program.replace(struct.pack("I", _OWN_PID), struct.pack("I", os.getpid()))
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    call("prctl", PR_SET_SECCOMP, 2, header, 0, 0)
+
+
+class Isolation:
+    """One server's layers: entered once by the server, completed in each child that it forks."""
+
+    def __init__(self, options):
+        self.options = options
+        pages = int(open("/proc/self/statm").read().split()[0])
+        self.memory = (options["memory_mb"] << 20) + pages * resource.getpagesize()
+        self.uid = (1 << 30) + os.getpid() if os.geteuid() == 0 else None  # no other process's
+        self.filter = None
+
+    def enter(self):
+        """Enter the layers not named in options["without"]; their names. Raises LayerError."""
+        layers = "namespaces", "landlock", "seccomp"
+        wanted = [layer for layer in layers if layer not in self.options["without"]]
+        paths, links = readable_paths()
+        if "namespaces" in wanted:
+            with _layer("namespaces"):
+                if enter_namespaces(paths, links):
+                    self.uid = None  # a user namespace knows one id; capabilities are dropped
+            self.directory = "/tmp"
+            paths = [path for path in paths if os.path.exists(path)]
+        else:
+            self.directory = f"{self.options['temporary']}/pfppo-jail-{os.urandom(6).hex()}"
+            os.mkdir(self.directory, 0o700)
+            if self.uid and "landlock" in wanted and not _open_to_others(sys.base_prefix):
+                self.uid = None  # it could not import; as root without capabilities it can
+        if self.uid:
+            os.chown(self.directory, self.uid, self.uid)
+        call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if "landlock" in wanted:
+            with _layer("landlock"):
+                enter_landlock(paths, self.directory)
+        self._limit()
+        if "seccomp" in wanted:
+            with _layer("seccomp"):
+                ours, self.filter = seccomp_filters(may_write=len(wanted) > 1)
+                enter_seccomp(ours)
+        return wanted
+
+    def _limit(self):
+        """Limits that do not hinder the server are set here and inherited."""
+        os.environ.update(HOME=self.directory, TMPDIR=self.directory)
+        if self.uid:
+            os.setgroups([])
+            os.setresgid(self.uid, self.uid, self.uid)
+        limits = {"AS": self.memory, "FSIZE": DISK, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0}
+        for name, most in limits.items():
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+    def confine(self, sock):
+        """In the child: everything that makes it a candidate; seccomp last."""
+        os.dup2(sock.detach(), 3)
+        os.closerange(4, 1 << 20)
+        seconds = int(self.options["timeout"]) + 2  # the tester reads the clock; this is a backstop
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        if self.uid or not self.filter:  # counted per user. Without seccomp: no thread, so no fork
+            threads = 64 if self.filter else 1
+            resource.setrlimit(resource.RLIMIT_NPROC, (threads, threads))
+        if self.uid:
+            os.setresuid(self.uid, self.uid, self.uid)
+        else:
+            call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
+        if self.filter:
+            enter_seccomp(self.filter)
+
+
+class LayerError(Exception):
+    """A layer that this machine does not grant: (its name, why)."""
+
+
+@contextlib.contextmanager
+def _layer(name):
+    try:
+        yield
+    except (OSError, KeyError, AttributeError) as error:
+        raise LayerError(name, f"{type(error).__name__}: {error}") from None
+
+
+def _open_to_others(path):
+    while path != "/":
+        if not os.stat(path).st_mode & 1:
+            return False
+        path = os.path.dirname(path)
+    return True

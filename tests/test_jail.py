@@ -1,0 +1,247 @@
+"""The jail: what a candidate cannot forge or reach, and the modes of machines that grant less.
+
+The hostile programs are the ones a policy under pressure finds first; the project's larger set of
+them, where its folder exists, runs here too.
+"""
+
+import pathlib
+import time
+
+import pytest
+from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows
+
+from pfppo.config import UserError
+from pfppo.sandbox import Check, Sandbox
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2, timeout=1.0, memory_mb=256) as shared:
+        yield shared
+
+
+# ---- forgery -------------------------------------------------------------------------------------
+
+LINK = (
+    "import gc, sys\nwire = sys.modules['pfppo.wire']\nlink = next(o for o in gc.get_objects() "
+    + ("if isinstance(o, wire.Link))\n")
+)
+EQUAL = "class E:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\n"
+FORGED = {
+    "equals everything": EQUAL + "def add(x, y):\n    return E()",
+    "lying int": EQUAL.replace("E:", "E(int):") + "def add(x, y):\n    return E(9)",
+    "not there": "def __getattr__(n): return lambda *a: 1\n",
+    "patched builtins": "import builtins\nfor n in ('abs', 'len', 'exec', 'eval', 'all', 'type'):\n"
+    "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
+    "excepthook": "import sys, os, atexit\nsys.excepthook = lambda *a: os._exit(0)\n"
+    "atexit.register(os._exit, 0)\n" + WRONG,
+    "every descriptor": "import os\nfor d in range(64):\n"
+    "    for t in ('passed', '[\"passed\", 0, \"\"]'):\n"
+    "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
+    "frames ahead of time": LINK + "for _ in range(9): link.send('passed\\n[0, null]')\n" + WRONG,
+    "verdict in place of an answer": LINK
+    + 'def add(x, y):\n    link.send(\'["passed", 0, ""]\')\n',
+    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(_answer=print)\n"
+    "    f = f.f_back\n" + WRONG,
+    "other's object": LINK + "def add(x, y):\n    link.send('ok\\n[{\"y\": 0}, null]')\n",
+    "odd number": LINK + "def add(x, y):\n    link.send('ok\\n[{\"h\": -1}, null]')\n",
+    "unknown tag": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"f": "exec"}, null]\')\n',
+    "no type": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"T": "exec"}, null]\')\n',
+    "odd error": LINK + "def add(x, y):\n    link.send('raise\\n[[], 1, {\"h\": 1}]')\n",
+    "callback from nowhere": LINK + "def add(x, y):\n    link.send('callback\\n[0, [1]]')\n",
+    "changes that fit nothing": LINK + "def add(x, y):\n    link.send('ok\\n[1, [[1], 2]]')\n",
+    "too long": LINK + "def add(x, y):\n    link.write(b'\\xff' * 4)\n",
+    "trickle": LINK
+    + "import time\ndef add(x, y):\n    link.write(b'\\xff\\0\\0\\0')\n    while 1:\n"
+    "        link.write(b' '); time.sleep(0.2)",
+    "nested": "def add(x, y):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
+    "itself": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
+    "slow equality": "import decimal\ndef add(x, y):\n    return decimal.Decimal('1e999999999')",
+    "claims the test's error": "def add(x, y):\n    raise AssertionError",
+    "StopIteration": "def add(x, y):\n    raise StopIteration",
+    "exits in a thread": "import os, threading, time\nthreading.Timer(0.1, os._exit, [0]).start()\n"
+    "def add(x, y):\n    time.sleep(0.5)",
+    "stops itself": "import ctypes\nctypes.CDLL(None)['raise'](19)\n" + WRONG,
+    "segfault": "import ctypes\nctypes.string_at(0)\n" + ADD,
+}
+
+
+def test_forged_verdicts_do_not_pass(sandbox):
+    assert judge(sandbox, LINK + ADD).passed  # the forgers do find their link
+    verdicts = sandbox.run([Check(program, TEST_ADD, "add", ADD) for program in FORGED.values()])
+    assert not [name for name, v in zip(FORGED, verdicts, strict=True) if v.passed]
+    assert not [v for v in verdicts if "tester died" in v.detail]
+
+
+def test_objects_cannot_say_what_the_test_hopes_to_hear(sandbox):
+    yes = "class Y:\n    def __getattr__(s, n): return lambda *a: True\n    __abs__ = __sub__ = "
+    yes += "__lt__ = __contains__ = lambda *a: s\n    def __iter__(s): return iter([])\ndef f(x):\n"
+    yes = yes.replace("lambda *a: s\n", "lambda *a: True\n") + "    return Y()\n"
+    reference = "def f(x):\n    return 'abc'"
+    for question in "r.startswith('a')", "abs(r - 2) < 1e-6", "r < 3", "'a' in r", "r == r.lower()":
+        test = f"def check(candidate):\n    r = candidate(1)\n    assert {question}"
+        assert not judge(sandbox, yes, test, "f", reference).passed, question
+
+
+def test_a_test_that_swallows_everything_passes_nothing_that_died(sandbox):
+    test = "def check(candidate):\n    try:\n        candidate()\n    except:\n        pass"
+    assert judge(sandbox, "def f():\n    raise SystemExit", test).outcome == "exit"
+    assert judge(sandbox, "import os\ndef f():\n    os._exit(0)", test).outcome == "exit"
+    assert judge(sandbox, "def f():\n    raise ValueError", test).passed
+
+
+def test_endless_answers_end(sandbox):
+    endless = "def f():\n    while True: yield 'x' * 1000"
+    verdict = judge(sandbox, endless, "assert list(f()) == []")
+    assert verdict.outcome in ("timeout", "memory") and verdict.seconds < 12
+
+
+def test_a_test_that_never_calls_the_program_is_no_pass(sandbox):
+    test = "def check(candidate):\n    assert g(1) == 1"
+    assert not judge(
+        sandbox, "def f(x): pass", test, "f", "def g(x): return x\ndef f(x): pass"
+    ).passed
+
+
+# ---- containment ---------------------------------------------------------------------------------
+
+HELD = {  # each raises OSError, or the program passes
+    "fork": "import ctypes\nif ctypes.CDLL(None).fork() < 0: raise OSError",
+    "exec": "import os\nos.execv('/bin/true', ['true'])",
+    "spawn": "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+    "connect": "import socket\nsocket.create_connection(('127.0.0.1', 22), 1)",
+    "unix socket": "import socket\nsocket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    "ptrace": "import ctypes\nif ctypes.CDLL(None).ptrace(16, 1, 0, 0) < 0: raise OSError",
+    "kill parent": "import os\nos.kill(os.getppid() or 1, 9)",
+    "kill all": "import os\nos.kill(-1, 9)",
+    "chmod": "import os\nopen('a', 'w')\nos.chmod('a', 0o777)",
+    "read the password file": "open('/etc/passwd').read()",
+    "read this test": f"open({__file__!r}).read()",
+    "list the root's home": "import os\nos.listdir('/root')\nos.listdir('/home')",
+    "write to the library": "import os\nopen(os.__file__ + 'x', 'w')",
+    "write to shared memory": "open('/dev/shm/x', 'w')",
+    "other processes": "import os\nos.listdir('/proc/1')",
+    "outlive its parent": "import ctypes\n"
+    "if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) < 0: raise OSError",
+    "memory beside the limit": "import os\nos.memfd_create('x')",
+    "signals by fcntl": "import fcntl\nfcntl.fcntl(3, fcntl.F_SETOWN, 1)",
+    "huge file": "f = open('a', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20))",
+}
+
+
+def held_checks():
+    code = "try:\n    {}\nexcept OSError: held = True\nelse: held = False\ndef add(x, y):\n"
+    code += "    return x + y if held else None"
+    return [Check(code.format(p.replace("\n", "\n    ")), TEST_ADD, "add") for p in HELD.values()]
+
+
+def test_acts_that_are_refused(sandbox):
+    verdicts = sandbox.run(held_checks())
+    assert not [(n, v) for n, v in zip(HELD, verdicts, strict=True) if not v.passed]
+
+
+def test_limits_cannot_be_raised(sandbox):
+    program = """
+import resource
+for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_FSIZE):
+    try: resource.setrlimit(kind, (resource.RLIM_INFINITY,) * 2)
+    except ValueError: continue
+    raise SystemExit
+"""
+    assert judge(sandbox, program + ADD).passed
+
+
+def test_nothing_of_the_runner_is_visible(sandbox, monkeypatch):
+    monkeypatch.setenv("PFPPO_SECRET", "topsecret")
+    with Sandbox(workers=1) as other:
+        program = "import os, sys\nassert 'PFPPO_SECRET' not in os.environ and len(sys.argv) == 1\n"
+        program += "assert os.getpgid and set(os.environ) <= {'HOME', 'TMPDIR'}\n"
+        program += "for d in range(4, 64):\n    try: os.fstat(d)\n    except OSError: continue\n"
+        assert judge(other, program + "    raise SystemExit\n" + ADD).passed
+
+
+def test_candidates_find_nothing_of_each_other(sandbox):
+    mess = "import os, builtins, math, sys\nos.mkdir('d', 0)\nopen('f{}', 'w').write('x' * 9999)\n"
+    mess += "os.symlink('/', 'l') if 0 else None\nbuiltins.len = 7\nmath.sqrt = 4\n"
+    mess += "sys.modules['heapq'] = None\n"
+    clean = "import os, math, heapq\nassert os.listdir() == [] and math.sqrt(4) == 2 == len('ab')\n"
+    checks = []
+    for number in range(6):
+        checks += [Check(mess.format(number) + WRONG, TEST_ADD, "add")]
+        checks += [Check(clean + ADD + f"#{number}", TEST_ADD, "add")]
+    assert all(verdict.passed for verdict in sandbox.run(checks)[1::2])
+
+
+def test_nothing_outlives_the_verdict():
+    with Sandbox(workers=1) as one:
+        judge(one, ADD)
+        time.sleep(0.3)  # the next candidate is forked after the verdict
+        pids = descendants(one._workers[0].process.pid)
+        stay = (
+            "import threading, time\nfor _ in range(20):\n    threading.Thread(target=time.sleep, "
+        )
+        judge(one, stay + "args=[99]).start()\n" + WRONG)
+        time.sleep(0.3)
+        assert len(descendants(one._workers[0].process.pid)) == len(pids)
+        pids += descendants(one._workers[0].process.pid)
+    assert pids and not any(map(alive, pids))
+
+
+# ---- lesser modes --------------------------------------------------------------------------------
+
+LESSER = [("namespaces",), ("namespaces", "landlock"), ("landlock", "namespaces", "seccomp")]
+
+
+@pytest.mark.parametrize("without", LESSER, ids="+".join)
+def test_lesser_modes_work_and_say_so(without, monkeypatch):
+    monkeypatch.setattr(Sandbox, "without", without)
+    with Sandbox(workers=2, timeout=1.0) as lesser:
+        assert lesser.mode.endswith("only") and not any(layer in lesser.mode for layer in without)
+        programs = [ADD, WRONG, FORGED["equals everything"], "def add(x, y):\n    while True: pass"]
+        found = lesser.run([Check(program, TEST_ADD, "add") for program in programs])
+        assert [v.outcome for v in found] == ["passed", "wrong_answer", "wrong_answer", "timeout"]
+        fork = "import os\ndef add(x, y):\n    os.fork()\n    return x + y"
+        assert not judge(lesser, fork).passed
+        if "landlock" not in without:
+            verdicts = lesser.run(held_checks())
+            assert not [(n, v) for n, v in zip(HELD, verdicts, strict=True) if not v.passed]
+    with pytest.raises(UserError, match="require_isolation"):
+        Sandbox(workers=1, require_isolation=True)
+
+
+def test_require_isolation_is_content_with_namespaces_and_seccomp(sandbox):
+    if sandbox.mode.endswith("only"):
+        pytest.skip(f"this machine grants {sandbox.mode}")
+    Sandbox(workers=1, require_isolation=True).close()
+
+
+# ---- the project's hostile examples --------------------------------------------------------------
+
+PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\n"
+
+
+@needs_data
+def test_hostile_examples_get_their_verdicts():
+    canary = pathlib.Path("/tmp/pf_canary")
+    (canary / "home").mkdir(parents=True, exist_ok=True)
+    files = [canary / "secret.txt", canary / "keep.txt", canary / "home" / "notes.txt"]
+    for file in files:
+        file.write_text("topsecret")
+    files[0].chmod(0o600)
+    examples = rows("hostile_examples.jsonl")
+    checks = []
+    for example in examples:
+        preamble = PREAMBLE if "class Solution" in example["candidate"] else ""
+        program = preamble + example["candidate"]
+        checks.append(Check(program, example["test"], example["entry_point"]))
+    with Sandbox(workers=2, timeout=1.6) as box:
+        verdicts = box.run(checks)
+    wrong = [
+        (example["id"], verdict)
+        for example, verdict in zip(examples, verdicts, strict=True)
+        if verdict.passed != (example["expected"] == "pass") and example["id"] != "ok_subprocess"
+    ]
+    assert not wrong
+    assert [file.read_text() for file in files] == ["topsecret"] * 3
+    for file in files:
+        file.unlink()
