@@ -7,11 +7,11 @@ them, where its folder exists, runs here too.
 import pathlib
 import time
 
-import pytest
-from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows
-
 from pfppo.config import UserError
 from pfppo.sandbox import Check, Sandbox
+
+import pytest
+from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,14 @@
 
 from types import SimpleNamespace
 
+from pfppo.batch import collate
+from pfppo.config import UserError
+from pfppo.data import template_hash, vocabulary_hash
+from pfppo.fsdp import full_state, gathered
+from pfppo.loading import load_policies, load_scalars, new_scalar
+from pfppo.model import Policy, ScalarModel, classifier_from_causal_lm
+from pfppo.reward import RewardCard
+
 import pytest
 import torch
 from conftest import (
@@ -14,14 +22,6 @@ from conftest import (
     tiny_tokenizer,
     write_model,
 )
-
-from pfppo.batch import collate
-from pfppo.config import UserError
-from pfppo.data import template_hash, vocabulary_hash
-from pfppo.fsdp import full_state, gathered
-from pfppo.loading import load_policies, load_scalars, new_scalar
-from pfppo.model import Policy, ScalarModel, classifier_from_causal_lm
-from pfppo.reward import RewardCard
 
 ROWS = collate(ragged([3, 7, 1]), ragged([6, 1, 4], seed=1), pad_id=0)
 

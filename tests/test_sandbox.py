@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 
-import pytest
-
 from pfppo.sandbox import OUTCOMES, Check, Sandbox
+
+import pytest
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
