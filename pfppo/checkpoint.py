@@ -153,10 +153,13 @@ def save(run, step, trained, state, ranks, keep):
                 shutil.rmtree(old)
         dist.barrier()
     except (OSError, dcp.api.CheckpointException) as error:
+        left = shutil.disk_usage(run).free // 2**20  # torch's own message is not about the disk
         shutil.rmtree(temporary, ignore_errors=True)
         last = (complete(run)[0] or ["none"])[0]
-        reason = _reason(error)
-        raise UserError(f"{target}: cannot save ({reason}); last complete one: {last}") from error
+        raise UserError(
+            f"{target}: cannot save with {left} MiB left on the disk ({_reason(error)}); "
+            f"last complete one: {last}"
+        ) from error
 
 
 def _reason(error):

@@ -94,7 +94,7 @@ def ragged(lengths, seed=0):
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-def run_ranks(script, folder, ranks=2, timeout=150):
+def run_ranks(script, folder, ranks=2, timeout=240):
     """Run a test file as a torchrun worker with one argument, a folder to write results into."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
@@ -111,9 +111,9 @@ def run_ranks(script, folder, ranks=2, timeout=150):
 @pytest.fixture(scope="module")
 def ranks():
     """A process group of one rank, left at the end of the module."""
-    import torch.distributed as dist
-
     from pfppo.fsdp import init_ranks
+
+    import torch.distributed as dist
 
     yield init_ranks("cpu")
     dist.destroy_process_group()

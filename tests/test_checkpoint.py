@@ -13,6 +13,26 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfppo import checkpoint
+from pfppo.batch import collate
+from pfppo.checkpoint import (
+    append_jsonl,
+    check_run,
+    complete,
+    cut_jsonl,
+    export,
+    open_run,
+    unused,
+    write_json,
+)
+from pfppo.config import UserError
+from pfppo.data import template_hash, vocabulary_hash
+from pfppo.fsdp import full_state, init_ranks, shard
+from pfppo.loading import load_policies
+from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
+from pfppo.reward import RewardCard, load_card
+from pfppo.sampler import stop_ids
+
 import pytest
 import torch
 from conftest import (
@@ -32,17 +52,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
-
-from pfppo import checkpoint
-from pfppo.batch import collate
-from pfppo.checkpoint import append_jsonl, complete, cut_jsonl, export, open_run, unused, write_json
-from pfppo.config import UserError
-from pfppo.data import template_hash, vocabulary_hash
-from pfppo.fsdp import full_state, init_ranks, shard
-from pfppo.loading import load_policies
-from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
-from pfppo.reward import RewardCard, load_card
-from pfppo.sampler import stop_ids
 
 
 def policy_of(lm, ranks):
@@ -283,39 +292,57 @@ def test_a_full_disk_under_a_jsonl_file_is_one_line():
 
 @dataclass
 class Args:
+    run_dir: str
     seed: int = 1
     filter: str = "best_random"
     steps: int = 40
     resume: bool = False
 
 
+def start(folder, ranks, **changes):
+    """Check, then make a run directory, as train_ppo.py does."""
+    args = Args(str(folder), **changes)
+    assert check_run(args, ranks) == Path(folder)
+    open_run(args, ranks)
+
+
 def test_a_fresh_run_directory_holds_its_arguments(ranks, tmp_path):
-    folder = open_run(str(tmp_path / "new" / "run"), Args(seed=3), ranks)
-    assert json.loads((folder / "args.json").read_text()) == dataclasses.asdict(Args(seed=3))
+    folder = tmp_path / "new" / "run"
+    assert check_run(Args(str(folder)), ranks) == folder
+    assert not list(tmp_path.iterdir())  # checking writes nothing
+    start(folder, ranks, seed=3)
+    there = dataclasses.asdict(Args(str(folder), seed=3))
+    assert json.loads((folder / "args.json").read_text()) == there
     assert [path.name for path in folder.iterdir()] == ["args.json"]
 
 
 def test_an_existing_empty_folder_and_resume_without_a_run_are_fresh_runs(ranks, tmp_path):
-    assert open_run(tmp_path, Args(resume=True), ranks) == tmp_path
+    start(tmp_path, ranks, resume=True)
     assert (tmp_path / "args.json").exists()
 
 
 def test_a_run_with_the_same_arguments_needs_resume(ranks, tmp_path):
-    open_run(tmp_path, Args(), ranks)
+    start(tmp_path, ranks)
     with pytest.raises(UserError, match="--run_dir .*give --resume"):
-        open_run(tmp_path, Args(), ranks)
+        start(tmp_path, ranks)
     before = files_of(tmp_path)
-    assert open_run(tmp_path, Args(resume=True), ranks) == tmp_path
-    assert open_run(tmp_path, Args(resume=True, steps=80), ranks) == tmp_path  # may be longer
+    start(tmp_path, ranks, resume=True)
+    start(tmp_path, ranks, resume=True, steps=80)  # a run may be made longer
     assert files_of(tmp_path) == before
+
+
+def test_a_run_directory_may_be_moved_or_named_in_another_way(ranks, tmp_path):
+    start(tmp_path / "old", ranks)
+    (tmp_path / "old").rename(tmp_path / "new")
+    start(tmp_path / "new", ranks, resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_with_other_arguments_is_refused_by_name_and_both_values(ranks, tmp_path, resume):
-    open_run(tmp_path, Args(seed=1), ranks)
+    start(tmp_path, ranks, seed=1)
     before = files_of(tmp_path)
     with pytest.raises(UserError) as error:
-        open_run(tmp_path, Args(seed=2, filter="none", resume=resume), ranks)
+        start(tmp_path, ranks, seed=2, filter="none", resume=resume)
     message = str(error.value)
     assert f"--run_dir {tmp_path}: " in message and "\n" not in message
     assert "seed 1 there, 2 here" in message
@@ -327,27 +354,27 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(ranks, tmp
     (tmp_path / "thesis.tex").write_text("all of it")
     for resume in (False, True):
         with pytest.raises(UserError, match="not empty and holds no run"):
-            open_run(tmp_path, Args(resume=resume), ranks)
+            start(tmp_path, ranks, resume=resume)
     assert files_of(tmp_path) == {"thesis.tex": b"all of it"}
 
 
-def test_a_run_directory_that_is_a_file_is_one_line(ranks, tmp_path):
+def test_a_run_directory_that_is_or_is_below_a_file_is_one_line(ranks, tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=f"--run_dir {folder}: "):
-            open_run(folder, Args(), ranks)
+        with pytest.raises(UserError, match=f"^--run_dir {folder}: "):
+            start(folder, ranks)
 
 
 def test_a_run_killed_while_its_arguments_were_written_can_start(ranks, tmp_path):
     (tmp_path / "args.json.tmp").write_text('{"se')
-    open_run(tmp_path, Args(), ranks)
+    start(tmp_path, ranks)
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
 
 
-def test_a_full_disk_at_the_start_leaves_nothing_in_the_way(ranks, tmp_path):
-    with full_disk(10), pytest.raises(UserError, match=f"--run_dir {tmp_path}: File too large"):
-        open_run(tmp_path, Args(), ranks)
-    assert open_run(tmp_path, Args(), ranks) == tmp_path
+def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing_in_the_way(ranks, tmp_path):
+    with full_disk(10), pytest.raises(UserError, match=f"--run_dir {tmp_path}: .*File too large"):
+        start(tmp_path, ranks)
+    start(tmp_path, ranks)
 
 
 def test_unused_names_do_not_exist(tmp_path):

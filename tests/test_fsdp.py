@@ -8,11 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import ARCHITECTURES, ragged, run_ranks, tiny_classifier, tiny_config, tiny_lm
-from torch import nn
-
 from pfppo.batch import collate, minibatch_plan, owned, rows_of
 from pfppo.config import UserError
 from pfppo.fsdp import (
@@ -29,6 +24,11 @@ from pfppo.fsdp import (
 )
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
 from pfppo.sampler import draw_uniforms, sample
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, ragged, run_ranks, tiny_classifier, tiny_config, tiny_lm
+from torch import nn
 
 KINDS = [*ARCHITECTURES, "llama tied"]
 WORLDS = (1, 2)

@@ -1,18 +1,6 @@
 """Policy and ScalarModel against transformers' own forward passes; what is refused as an RM."""
 
-import pytest
-import torch
-from conftest import (
-    ARCHITECTURES,
-    PAD,
-    VOCABULARY,
-    ragged,
-    tiny_classifier,
-    tiny_config,
-    tiny_lm,
-    write_model,
-)
-from torch import nn
+import json
 
 from pfppo import model as model_file
 from pfppo.batch import collate
@@ -28,6 +16,20 @@ from pfppo.model import (
     read_config,
     scalar_head,
 )
+
+import pytest
+import torch
+from conftest import (
+    ARCHITECTURES,
+    PAD,
+    VOCABULARY,
+    ragged,
+    tiny_classifier,
+    tiny_config,
+    tiny_lm,
+    write_model,
+)
+from torch import nn
 
 PROMPTS, RESPONSES = ragged([3, 7, 1, 5]), ragged([6, 1, 9, 4], seed=1)
 
@@ -233,11 +235,11 @@ def lose_head(folder):
 
 
 REFUSED = {
-    "a causal LM": (lambda: tiny_lm("llama"), None, "classifier"),
+    "a causal LM": (lambda: tiny_lm("llama"), None, "causal LM"),
     "two labels": (
         lambda: tiny_classifier("llama", num_labels=2),
         None,
-        "expected a.* with 1 label, found .*2",
+        "1 label, found .*2",
     ),
     "truncated": (lambda: tiny_classifier("llama"), truncate, "cannot read the weights"),
     "no head": (lambda: tiny_classifier("llama"), lose_head, "not a reward model.*score.weight"),
@@ -266,9 +268,15 @@ def test_what_is_not_a_reward_model_is_refused_in_one_line(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_a_causal_lm_that_says_it_has_one_label_is_still_refused(tmp_path):
-    folder = write_model(tmp_path, tiny_lm("llama", num_labels=1))
-    with pytest.raises(UserError, match="not a reward model, it has no score.weight"):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_causal_lm_is_refused_by_its_architecture_or_by_what_it_lacks(tmp_path, architecture):
+    folder = write_model(tmp_path, tiny_lm(architecture, num_labels=1))
+    with pytest.raises(UserError, match="not a reward model.*causal LM"):
+        read_classifier(folder)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["architectures"]  # now nothing but the missing head gives it away
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not a reward model.*score.weight"):
         read_classifier(folder)
 
 

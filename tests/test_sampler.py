@@ -1,14 +1,14 @@
 """Sampling: equal to `generate`, exact log-probs, independent of how rows are batched."""
 
-import pytest
-import torch
-from conftest import ARCHITECTURES, EOS, VOCABULARY, ragged, tiny_lm, tiny_tokenizer
-from transformers import GenerationConfig
-
 from pfppo import sampler
 from pfppo.batch import collate
 from pfppo.model import Policy
 from pfppo.sampler import draw_tokens, draw_uniforms, sample, stop_ids
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, EOS, VOCABULARY, ragged, tiny_lm, tiny_tokenizer
+from transformers import GenerationConfig
 
 WIDTH = 14
 LENGTHS = (9, 1, 4, 12, 1, 7)
