@@ -365,6 +365,7 @@ def main(args):
 
     # How it went, on problems that nothing was chosen by
     if test[0]:
+        ranks.say(f"test: before, best and last on {len(test[0])} problems")
         best = read_causal_lm(run / "policy").to(ranks.device)
         rates = {}
         for name, model in (

@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 # Arguments that may differ between a run and its continuation: they change no number of a step.
-FREE = ("resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
+FREE = ("run_dir", "resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
 
 
 def check_run(args, ranks):
@@ -61,7 +61,8 @@ def _mismatch(folder, args):
     """Why this folder cannot be used for a run with these arguments, or None."""
     if folder.exists() and not folder.is_dir():
         return "is a file, expected a folder"
-    if not folder.exists() or not any(folder.iterdir()):
+    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not there - {"args.json.tmp"}:  # that one is left by a start that was killed
         return None
     try:
         there = json.loads((folder / "args.json").read_text())
@@ -138,20 +139,19 @@ def save(run, step, trained, state, ranks, keep):
     folder = run / "checkpoints"
     target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
     try:
-        if ranks.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+        _on_main(lambda: _clear(temporary), ranks)
         for name, (model, optimizer) in trained.items():
             dcp.save(_state(model, optimizer), checkpoint_id=temporary / name)
-        if ranks.is_main:
+
+        def finish():
             _seal(temporary, {"step": step, "world": ranks.world, **state})
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _sync(folder)
             for old in complete(run)[0][keep:]:
                 shutil.rmtree(old)
-        dist.barrier()
+
+        _on_main(finish, ranks)
     except (OSError, dcp.api.CheckpointException) as error:
         left = shutil.disk_usage(run).free // 2**20  # torch's own message is not about the disk
         shutil.rmtree(temporary, ignore_errors=True)
@@ -160,6 +160,24 @@ def save(run, step, trained, state, ranks, keep):
             f"{target}: cannot save with {left} MiB left on the disk ({_reason(error)}); "
             f"last complete one: {last}"
         ) from error
+
+
+def _on_main(work, ranks):
+    """Run `work` on rank 0; an OSError there is raised on all ranks. A collective."""
+    failure = None
+    if ranks.is_main:
+        try:
+            work()
+        except OSError as error:
+            failure = error
+    failure = from_main(failure, ranks)
+    if failure is not None:
+        raise failure
+
+
+def _clear(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _reason(error):
@@ -240,6 +258,9 @@ def load(run, trained, ranks):
     if ranks.is_main:
         for name in ("metrics.jsonl", "samples.jsonl"):
             cut_jsonl(run / name, state["step"] if state else 0)
+        policy, previous = run / "policy", run / "policy.old"
+        if previous.exists() and not policy.exists():  # killed between the renames of `export`
+            previous.rename(policy)
     dist.barrier()
     return state
 

@@ -123,7 +123,10 @@ def gathered(sharded, twin, dtype=None):
     of work. The twin shares nothing with the optimizer: updating inside has no effect on it.
     """
     dtype = dtype or (torch.bfloat16 if next(sharded.parameters()).is_cuda else torch.float32)
-    whole = {n: p.detach().full_tensor().to(dtype) for n, p in sharded.named_parameters()}
+    whole = {  # copied at one rank, where `full_tensor` is the optimizer's own tensor
+        n: p.detach().full_tensor().to(dtype, copy=p.device_mesh.size() == 1)
+        for n, p in sharded.named_parameters()
+    }
     twin.load_state_dict(whole, strict=False, assign=True)
     for name, buffer in sharded.named_buffers():
         owner, _, leaf = name.rpartition(".")

@@ -4,6 +4,8 @@ The reference is the SFT policy, frozen. The critic starts from the reward model
 where there is none from the policy's backbone with a new head.
 """
 
+import contextlib
+
 from pfppo.data import load_tokenizer, template_hash, vocabulary_hash
 from pfppo.fsdp import shard
 from pfppo.model import (
@@ -18,6 +20,8 @@ from pfppo.model import (
 )
 from pfppo.reward import RewardCard, check_agreement, load_card
 
+from transformers import GenerationConfig
+
 
 def load_policies(path, ranks, param_dtype):
     """(policy, reference, twin): trainable, frozen, and the empty copy that sampling fills."""
@@ -27,7 +31,10 @@ def load_policies(path, ranks, param_dtype):
         shard(Policy(empty_causal_lm(config)), full, ranks, param_dtype, trainable)
         for trainable in (True, False)
     )
-    return policy, reference, empty_causal_lm(config)
+    twin = empty_causal_lm(config)
+    with contextlib.suppress(OSError):  # what is exported stops where the SFT policy stops
+        twin.generation_config = GenerationConfig.from_pretrained(path)
+    return policy, reference, twin
 
 
 def load_scalars(args, tokenizer, ranks, critic=True):

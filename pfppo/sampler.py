@@ -21,7 +21,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 0.05  # share of dead rows at which the batch is compacted
@@ -77,11 +77,11 @@ class RoomLayer(DynamicLayer):
 
 
 def stop_ids(path, tokenizer):
-    """All end-of-sequence ids: of the generation config if there is one, and the tokenizer's."""
+    """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
     try:
         found = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        found = None
+    except OSError:  # no generation_config.json
+        found = AutoConfig.from_pretrained(path).eos_token_id
     found = found if isinstance(found, list) else [found]
     return sorted({i for i in [*found, tokenizer.eos_token_id] if i is not None})
 
@@ -229,7 +229,7 @@ def draw_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
         probabilities = _truncate(logp.exp(), top_k, top_p)
         cdf = probabilities.cumsum(-1)
         total = cdf[:, -1:]
-        below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
+        below = torch.nextafter(total, torch.zeros_like(total))  # so that u = 1 finds a token
         thresholds = torch.minimum(uniforms[:, None] * total, below)
         tokens = torch.searchsorted(cdf, thresholds, right=True).squeeze(1)
     return tokens, logp.gather(1, tokens[:, None]).squeeze(1)

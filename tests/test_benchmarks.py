@@ -10,9 +10,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from pfppo.benchmarks import (
     Problem,
     assemble,
@@ -26,6 +23,9 @@ from pfppo.benchmarks import (
     reference_check,
 )
 from pfppo.config import UserError
+
+import numpy as np
+import pytest
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -3,9 +3,6 @@
 import json
 import math
 
-import numpy as np
-import pytest
-
 from pfppo.reliability import (
     auc,
     binned_r2,
@@ -14,6 +11,9 @@ from pfppo.reliability import (
     reliability_table,
     spearman,
 )
+
+import numpy as np
+import pytest
 
 
 def rng(seed=0):

@@ -320,5 +320,6 @@ def test_stop_ids_are_those_of_the_generation_config_and_the_tokenizer(tmp_path,
     assert stop_ids(tmp_path, tiny_tokenizer()) == expected
 
 
-def test_stop_ids_without_a_generation_config_are_the_tokenizers(tmp_path):
-    assert stop_ids(tmp_path, tiny_tokenizer()) == [EOS]
+def test_stop_ids_without_a_generation_config_are_the_config_s_and_the_tokenizer_s(tmp_path):
+    tiny_lm("llama").config.__class__(eos_token_id=[5, 9]).save_pretrained(tmp_path)
+    assert stop_ids(tmp_path, tiny_tokenizer()) == sorted({EOS, 5, 9})
