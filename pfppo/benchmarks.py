@@ -1,4 +1,4 @@
-"""Problems in HumanEval form: reading benchmark files, code out of responses, programs, pass@k.
+"""Problems in HumanEval form: reading benchmark files, programs to execute, pass@k.
 
 Every benchmark becomes `Problem`s: `setup + prompt + canonical_solution` is a Python program, and
 `test` is run against a candidate program.
@@ -7,20 +7,8 @@ Every benchmark becomes `Problem`s: `setup + prompt + canonical_solution` is a P
     sandbox.run([assemble(problem, response)])  # what a model said
     sandbox.run([check_of(problem, program)])  # a whole program from a samples file, as it stands
 
-`extract_code` looks at margins, strings and brackets, in linear time and without parsing, so that
-no response can raise or stall a training step. The first rule that fits:
-1. The first line is indented: a function body, up to the first line that starts at the margin (def,
-   class, if, print, prose, fence; a comment too, unless the body goes on below it).
-2. A fenced block, or text before the first fence, defines the entry point. The first such block,
-   Python ones first, is taken whole if it is closed. Open blocks and bare text are taken from the
-   first line of code to the first line that is prose, a call, or a definition not yet mentioned.
-   Imports and helpers that the prompt has above its signature are kept.
-3. A fenced block without the definition is a body, and gets the indentation the prompt asks for.
-4. Anything else continues the prompt exactly as it stands.
-
-Not covered: a solution spread over several blocks; helpers that a completion defines *after* its
-body (cut, as by Codex's stop words); EvalPlus's extra inputs in its own raw MBPP+ file (its base
-asserts are used; the Hugging Face file has all inputs in `test`); chat templates and few-shots.
+Not covered: EvalPlus's extra inputs in its own raw MBPP+ file (its base asserts are used; the
+Hugging Face file has all inputs in `test`); chat templates and few-shots.
 """
 
 import ast
@@ -28,12 +16,12 @@ import functools
 import gzip
 import json
 import re
-import textwrap
 import warnings
 import zlib
 from dataclasses import dataclass
 
 from pfppo.config import UserError, require
+from pfppo.extract import definition_of, extract_code, lines_of, program_of
 from pfppo.sandbox import Check
 
 import numpy as np
@@ -107,7 +95,7 @@ class _Row(dict):
         fits = type(value) in kinds and (empty or value not in ("", []))
         found = KINDS[type(value)] if type(value) not in kinds else f"an empty one ({value!r})"
         require(fits, f"{self.where}: field '{name}': {expected}, found {found}")
-        return _lines(value) if isinstance(value, str) else value
+        return lines_of(value) if isinstance(value, str) else value
 
     def text(self, name):
         """The field's string, or its list of strings as lines; "" where it is missing."""
@@ -134,10 +122,6 @@ def load_problems(path, form="humaneval"):
         require(first == number, message)
         problems.append(problem)
     return problems
-
-
-def _lines(text):
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _humaneval(row):
@@ -217,7 +201,7 @@ def reference_check(problem):
     """The problem's own solution as the candidate. UserError where the benchmark has none."""
     code = problem.canonical_solution
     require(code.strip(), f"{problem.task_id} has no reference solution")
-    return check_of(problem, _program(problem, code, bool(_definition(problem).search(code))))
+    return check_of(problem, program_of(problem, code, bool(definition_of(problem).search(code))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -226,142 +210,13 @@ def _reference(problem):
     code = problem.canonical_solution
     if not code.strip():  # the names of the prompt and of the setup still serve the tests
         code = "pass\n" if problem.prompt.endswith(" ") else "    pass\n"
-    program = _program(problem, code, bool(_definition(problem).search(code)))
+    program = program_of(problem, code, bool(definition_of(problem).search(code)))
     try:
         with warnings.catch_warnings(action="ignore"):
             ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return ""
     return program
-
-
-def _definition(problem):
-    """Finds the entry point's definition at the margin: `def f`, `class Solution`, `f = ...`."""
-    name = re.escape(re.split(r"[.(]", problem.entry_point)[0])
-    return re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*=(?!=)", re.M)
-
-
-def _program(problem, code, whole):
-    """setup + the prompt down to the entry point's signature + code if whole, else all + code."""
-    head, setup, future = problem.prompt, problem.setup, ""
-    if whole:
-        signature = _definition(problem).search(head)
-        head = head[: signature.start()] if signature else ""
-    elif code[:1].isspace():  # a prompt may end with the indentation that the code has too
-        head = head.rstrip(" \t")
-    if setup and re.search(r"\b(?:np|numpy)\b", code):  # slow to import, so only where it is named
-        setup += "import numpy\nimport numpy as np\n"
-    if "from __future__" in code and (head or setup):  # stands first or not at all
-        line = re.compile(r"^from __future__ import .*\n?", re.M)
-        future, code = "".join(line.findall(code)), line.sub("", code)
-    return f"{future}{setup}{head}{code}"
-
-
-_FENCE = re.compile(r"^([ \t]*)(```|~~~)[ \t]*([\w+#.-]*)[^\n]*\n?", re.M)
-_LINE = (  # a line at the margin that belongs to a solution
-    r"import[ \t]+[\w.]+(?=[ \t]*(?:,|;|#|as[ \t]|$))|from[ \t]+[\w.]+[ \t]+import[ \t]|@[\w.]+"
-    r"|(?:async[ \t]+)?def[ \t]+\w+[ \t]*[(\[]|class[ \t]+\w+[ \t]*[(:\[]"
-    r"|[A-Za-z_][\w.]*[ \t]*=[^=]"
-)
-_CODE = re.compile(rf"^(?:{_LINE})", re.M)
-_PROSE = re.compile(rf"^(?!{_LINE}|[#)\]}}\s]).", re.M)
-# Strings, closed or not; comments; joined lines; brackets; the ends of lines before a margin.
-_TOKEN = re.compile(
-    r'"""(?:[^"\\]|\\.?|"(?!""))*+(?:"""|\Z)|"(?:[^"\\\n]|\\.?)*+"?'
-    r"|'''(?:[^'\\]|\\.?|'(?!''))*+(?:'''|\Z)|'(?:[^'\\\n]|\\.?)*+'?"
-    r"|#[^\n]*|\\\n|[()\[\]{}]|\n(?=\S)",
-    re.DOTALL,
-)
-
-
-def extract_code(response, problem):
-    """The whole program in a model's response, for `check_of`. Takes any text and never raises."""
-    text = _lines(response.removeprefix("\ufeff"))
-    define, rest = _definition(problem), text.lstrip()
-    indent = text[: len(text) - len(rest)].rpartition("\n")[2]
-    if indent and define.match(rest):  # an indented signature, unless it is a helper of a body
-        moved = _moved(indent + rest, indent)
-        text, indent = (text, indent) if re.search(r"^return\b", moved, re.M) else (moved, "")
-    if len(indent.expandtabs()) > 1 and not _FENCE.match(rest):
-        return _program(problem, _body(text), whole=False)
-    blocks = sorted(_blocks(text))
-    defining = [block for block in blocks if define.search(block[2])]
-    bare = define.search(text)
-    if bare and not (defining and bare.start() > min(offset for _, offset, *_ in blocks)):
-        return _program(problem, _solution(text, define), whole=True)
-    if defining:
-        _, _, code, closed = defining[0]
-        return _program(problem, code if closed else _solution(code, define), whole=True)
-    margin = problem.prompt.rpartition("\n")[2]  # of a stub that ends inside its body's first line
-    fenced = blocks and (_FENCE.match(rest) or blocks[0][0] == 0)
-    if rest and not indent and not fenced and margin.isspace():
-        return _program(problem, text[:1] + _body(" " + text[1:])[1:], whole=False)
-    if blocks:
-        code = textwrap.dedent(blocks[0][2])
-        wanted = margin if margin.isspace() else "    "
-        text = textwrap.indent(code, wanted) if define.search(problem.prompt) else code
-    return _program(problem, text, whole=False)
-
-
-def _moved(text, indent):
-    return "\n".join(line.removeprefix(indent) for line in text.split("\n"))
-
-
-def _blocks(text):
-    """[(0 Python, 1 unnamed, 2 other; offset; code, moved to the margin; closed)] of the blocks."""
-    blocks, opened = [], None
-    for fence in [*_FENCE.finditer(text), None]:
-        if opened is None:
-            opened = fence
-        elif fence is None or (fence[2] == opened[2] and len(fence[1]) < len(opened[1]) + 4):
-            code = text[opened.end() : fence.start() if fence else len(text)]
-            kind = {"python": 0, "python3": 0, "py": 0, "": 1}.get(opened[3].lower(), 2)
-            blocks.append((kind, opened.start(), _moved(code, opened[1]), fence is not None))
-            opened = None
-    return blocks
-
-
-def _margins(text):
-    """Offsets where a body may end: lines at the margin outside strings, brackets and joined lines,
-    save for comments with indented code below; the end of the text, unless something is open."""
-    depth, comment = 0, None
-    for token in _TOKEN.finditer(f"\n{text}\n."):
-        symbol = token[0][0]
-        depth += (symbol in "([{") - (symbol in ")]}")
-        if symbol == "\n" and depth == 0:
-            start = token.end() - 1
-            if comment is not None and not text[comment:start].partition("\n")[2].strip():
-                yield comment
-            comment = start if text.startswith("#", start) else None
-            if comment is None:
-                yield min(start, len(text))
-
-
-def _body(text):
-    return text[: next(_margins(text), len(text))]
-
-
-def _solution(text, define):
-    """A program that stands in prose: the code above its definition, and what follows up to a line
-    that is no longer its own."""
-    entry = define.search(text).start()
-    prose = max((line.end() for line in _PROSE.finditer(text, 0, entry)), default=0)
-    first = _CODE.search(text, prose)
-    begin = min(entry, first.start()) if first else entry
-    text, entry = text[begin:], entry - begin
-    words, last, end = set(), 0, None  # end: where the comments and decorators just above begin
-    for start in _margins(text):
-        words.update(re.findall(r"\w+", text[last:start]))
-        line, last = text[start : start + 200], start
-        name = re.match(r"(?:async\s+)?(?:def|class)\s+(\w+)", line)
-        mine = _CODE.match(line) and (not name or name[1] in words) and not define.match(line)
-        if line.startswith(("#", "@")):
-            end = start if end is None else end
-        elif start <= entry or mine:
-            end = None
-        else:
-            return text[: start if end is None else end]
-    return text
 
 
 def pass_at_k(n, c, k):

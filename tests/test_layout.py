@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("config", "filters", "ppo", "batch", "reliability", "wire", "isolation", "plan"),
+    ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
     ("jail", "remote"),
     ("tester",),
     ("sandbox",),
