@@ -197,7 +197,6 @@ def main(args):
         P <= len(problems),
         f"--prompts_per_step {P}: more than the {len(problems)} prompts of {args.prompts}",
     )
-
     require(
         args.reward != "tests" or all(problem.test for problem in problems),
         f"--reward tests: some prompts of {args.prompts} have no 'test' and 'entry_point'",
@@ -214,7 +213,7 @@ def main(args):
     examiner = Examiner(
         tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch
     )
-    if not normalised:  # an RM from elsewhere: measure it on samples of the SFT policy
+    if not normalised:  # an RM from elsewhere: rewards get mean 0 and standard deviation 1 here
         with gathered(reference.lm, twin) as model:
             answers = examiner(model, problems[:256], prompts[:256], "card", args.temperature)
         rows = collate(prompts[: len(answers)], [a.ids for (a,) in answers], pad_id, ranks.device)
@@ -222,17 +221,12 @@ def main(args):
         for scalar in (reward_model, critic):
             scalar.mean, scalar.std = raw.mean().item(), raw.std().item()
 
-    def passed(model, problem_set, temperature):
-        """[1.0 or 0.0] of one answer per problem."""
-        answers = examiner(model, *problem_set, f"evaluation {temperature}", temperature)
-        return torch.tensor([float(answer.passed) for (answer,) in answers])
-
     def select(step):
         """Look at validation, and export the policy if it is the best so far (or none is known)."""
         value = None
         if validation[0]:
             with gathered(policy.lm, twin) as model:
-                value = mean(passed(model, validation, 0.0))
+                value = mean(examiner.passed(model, validation, 0.0))
         if value is None or state["best"] is None or value > state["best"]:
             state.update(best=value, best_step=step)
             checkpoint.export(policy.lm, run / "policy", twin, tokenizer, ranks)
@@ -367,17 +361,17 @@ def main(args):
     if test[0]:
         ranks.say(f"test: before, best and last on {len(test[0])} problems")
         best = read_causal_lm(run / "policy").to(ranks.device)
+        policies = {
+            "before": gathered(reference.lm, twin),
+            f"best on validation, step {state['best_step']}": contextlib.nullcontext(best),
+            f"last, step {state['step']}": gathered(policy.lm, twin),
+        }
         rates = {}
-        for name, model in (
-            ("before", gathered(reference.lm, twin)),
-            (f"best on validation, step {state['best_step']}", contextlib.nullcontext(best)),
-            (f"last, step {state['step']}", gathered(policy.lm, twin)),
-        ):
-            with model as model:
-                temperatures = {"greedy": 0.0, "sampled": args.temperature}
-                rates[name] = {
-                    k: pass_rate(passed(model, test, t)) for k, t in temperatures.items()
-                }
+        for name, opened in policies.items():
+            with opened as model:
+                greedy = pass_rate(examiner.passed(model, test, 0.0))
+                sampled = pass_rate(examiner.passed(model, test, args.temperature))
+            rates[name] = {"greedy": greedy, "sampled": sampled}
         ranks.say(table(rates, len(test[0])))
         if ranks.is_main:
             checkpoint.write_json(run / "result.json", rates)

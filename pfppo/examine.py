@@ -72,6 +72,11 @@ class Examiner:
         groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
         return gather_lists(groups, self.ranks)
 
+    def passed(self, model, problem_set, temperature):
+        """[problems] 1.0 or 0.0 for one answer to each; problem_set: (problems, prompts)."""
+        answers = self(model, *problem_set, f"evaluation {temperature}", temperature)
+        return torch.tensor([float(answer.passed) for (answer,) in answers])
+
 
 def execute(problems, texts, sandbox, progress=None):
     """Verdicts of the responses `texts` to `problems`; None where a problem has no tests."""
