@@ -80,6 +80,7 @@ def parse(cls, argv=None):
     """Build `cls` from `argv` (default: the process's own). Raises UserError; exits 0 on --help."""
     description = (inspect.getmodule(cls).__doc__ or "").strip().split("\n\n")[0]
     parser = _Parser(
+        usage="%(prog)s [--option value ...]",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
