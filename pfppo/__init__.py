@@ -7,4 +7,4 @@ busy with other things, such as the tests of candidates, spinning made a step se
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
