@@ -127,7 +127,7 @@ def load_filter(spec, samples):
 
 def apply_filter(chosen, rewards, generator):
     """weights [P, N] = chosen(rewards [P, N], generator), checked; ValueError on nonsense."""
-    weights = chosen(rewards, generator)
+    weights = chosen(rewards.clone(), generator)  # a user's filter may work in place
     if not isinstance(weights, torch.Tensor) or weights.shape != rewards.shape:
         found = tuple(getattr(weights, "shape", [type(weights).__name__]))
         raise ValueError(f"expected weights of shape {tuple(rewards.shape)}, found {found}")

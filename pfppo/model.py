@@ -128,7 +128,17 @@ def empty_classifier(config):
 
 def read_causal_lm(path, option="policy"):
     """A causal LM with its weights, fp32, on the CPU, dropout off. Raises UserError."""
-    return _read(AutoModelForCausalLM, path, option)[0]
+    kinds = ", ".join(read_config(path, option).architectures or [])
+    require(
+        "SequenceClassification" not in kinds,
+        f"--{option} {path}: not a causal LM but a {kinds}",
+    )
+    model, missing = _read(AutoModelForCausalLM, path, option)
+    require(
+        not missing,
+        f"--{option} {path}: weights are missing: {', '.join(sorted(missing)[:3])}",
+    )
+    return model
 
 
 def read_classifier(path, option="reward_model"):
