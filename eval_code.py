@@ -19,25 +19,14 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import lab
+from pfppo import benchmarks, checkpoint, data, fsdp, lab
 from pfppo.batch import collate, owned
-from pfppo.benchmarks import (
-    FORMS,
-    assemble,
-    check_of,
-    load_problems,
-    mbpp_split,
-    pass_at_k_interval,
-    read_jsonl,
-)
-from pfppo.checkpoint import append_jsonl, unused
-from pfppo.config import UserError, launch, require, require_positive
-from pfppo.data import check_style, load_tokenizer, render_all
+from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, require
 from pfppo.examine import Examiner
-from pfppo.filters import FILTERS, apply_filter, load_filter
-from pfppo.fsdp import from_main, gather_lists, init_ranks
+from pfppo.filters import FILTERS, load_filter
+from pfppo.fsdp import gather_lists
 from pfppo.loading import load_scalars
-from pfppo.model import read_causal_lm
+from pfppo.model import check_positions, read_causal_lm
 from pfppo.reliability import format_table, reliability_table
 from pfppo.reward import model_rewards
 from pfppo.sampler import stop_ids
@@ -53,23 +42,23 @@ class Args:
     benchmark: Literal["lab", "humaneval", "mbpp", "leetcode"] = "lab"  # form of the problems
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
     samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
-    samples_per_problem: int = 1  # n
+    samples_per_problem: Count = 1  # n
     temperature: float = -1.0  # 0 is greedy; -1: greedy for one sample per problem, else 1
-    top_k: int = 0  # sample from the k likeliest tokens; 0: all
+    top_k: Natural = 0  # sample from the k likeliest tokens; 0: all
     top_p: float = 1.0  # sample from the likeliest tokens that hold this probability; 1: all
     k: str = "1"  # pass@k, comma-separated: 1,10,100
-    max_new_tokens: int = 64  # longest response
-    max_prompt_tokens: int = 1024  # longest prompt; a longer one is an error
+    max_new_tokens: Count = 64  # longest response
+    max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
     reward_model: str = ""  # score samples with this RM (a folder, or "lab") and print R^2
     filters: str = "all"  # of the R^2 table: all, or comma-separated names
-    bins: int = 10  # of equal weight, for R^2
+    bins: Count = 10  # of equal weight, for R^2
     out: str = ""  # folder for samples.jsonl and results.jsonl; empty: runs/eval, -2, ...
-    timeout: float = 3.0  # CPU seconds that one sample's tests may take
-    workers: int = 2  # sandbox processes per rank
-    sampling_batch: int = 256  # rows that decode together; memory only, changes no number
-    seed: int = 1  # of samples and stochastic filters
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the RM; auto: bf16 on GPU
+    timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    workers: Count = 2  # sandbox processes per rank
+    sampling_batch: Count = 256  # rows that decode together; memory only, changes no number
+    seed: Seed = 1  # of samples and stochastic filters
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
@@ -77,7 +66,7 @@ def read_samples(path, problems):
     """[(problem, sample number, row)] in the order of the file. Raises UserError."""
     known = {problem.task_id: problem for problem in problems}
     counts, samples = Counter(), []
-    for line, row in read_jsonl(path):
+    for line, row in benchmarks.read_jsonl(path):
         task = row.get("task_id")
         require(task in known, f"{path}, line {line}: task_id {task!r} is in no problem")
         code = row.get("solution", row.get("completion"))
@@ -98,7 +87,7 @@ def execute_file(args, problems, sandbox, ranks):
     for problem, _, row in samples:
         program = row.get("solution")
         program = problem.prompt + row["completion"] if program is None else program
-        checks.append(check_of(problem, problem.setup + program))
+        checks.append(benchmarks.check_of(problem, problem.setup + program))
     mine = [checks[i] for i in owned(len(checks), ranks.rank, ranks.world)]
     with tqdm(total=len(mine), desc="tests", mininterval=1, disable=not ranks.is_main) as bar:
         verdicts = gather_lists(sandbox.run(mine, bar.update), ranks)
@@ -108,7 +97,7 @@ def execute_file(args, problems, sandbox, ranks):
 def score_answers(args, tokenizer, prompts, groups, ranks):
     """Normalised rewards [P, N] of the answers, on all ranks."""
     reward_model, _, known = load_scalars(args, tokenizer, ranks, critic=False)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = data.pad_id_of(tokenizer)
     rewards = []
     size = -(-len(groups) // ranks.world) * ranks.world  # equal shares: the first group fills up
     for i in range(ranks.rank, size, ranks.world):
@@ -133,7 +122,7 @@ def compare_filters(args, rewards, scores, ranks):
             ranks.say(f"left out: {error}")
             continue
         generator = torch.Generator().manual_seed(args.seed)
-        draws = [apply_filter(chosen, rewards, generator) for _ in range(200)]
+        draws = [chosen(rewards, generator) for _ in range(200)]
         expected[name] = torch.stack(draws).mean(0).double().numpy()
     rows = reliability_table(
         rewards.double().numpy(), scores.double().numpy(), expected, args.bins, seed=args.seed
@@ -143,13 +132,17 @@ def compare_filters(args, rewards, scores, ranks):
 
 
 def main(args):
-    ranks = init_ranks(args.device)
-    require_positive(args, "samples_per_problem", "max_new_tokens", "timeout", "workers", "bins")
+    ranks = fsdp.init_ranks(args.device)
+    require(0 < args.top_p <= 1, f"--top_p {args.top_p}: expected more than 0, at most 1")
+    require(
+        args.temperature >= 0 or args.temperature == -1,
+        f"--temperature {args.temperature}: expected at least 0, or -1",
+    )
     lab_file = args.benchmark == "lab" and not args.problems
     args.problems = "lab" if lab_file else args.problems
     require(args.problems, f"--benchmark {args.benchmark}: needs its file, --problems FILE")
-    require(args.k.replace(",", "").isdigit(), f"--k {args.k}: expected numbers like 1,10,100")
-    ks = [int(k) for k in args.k.split(",") if k]
+    ks = [int(k) if k.isdecimal() else 0 for k in args.k.split(",")]
+    require(min(ks) > 0, f"--k {args.k}: expected numbers from 1 on, like 1,10,100")
     N = args.samples_per_problem
     require(
         args.samples or max(ks) <= N,
@@ -158,18 +151,21 @@ def main(args):
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     if args.samples:
         args.policy = args.reward_model = ""
-    used = lab.resolve(args)
-    if used:
-        lab.make(ranks)
-    if "reward_model" in used and not Path(args.reward_model).exists():
-        train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
-    form = args.benchmark if args.benchmark in FORMS else "humaneval"
-    problems = load_problems(args.problems, form)
-    if form == "mbpp" and not args.samples:
-        problems = mbpp_split(problems, "test") or problems
-    out = Path(from_main(args.out or str(unused("runs/eval")), ranks))
+    out = Path(fsdp.from_main(args.out or str(checkpoint.unused("runs/eval")), ranks))
+    checkpoint.check_writable(out, "out")
     taken = [name for name in ("samples.jsonl", "results.jsonl") if (out / name).exists()]
     require(not taken, f"--out {out}: {' and '.join(taken)} exists there, choose another folder")
+    form = args.benchmark if args.benchmark in benchmarks.FORMS else "humaneval"
+    used = lab.resolve(args)
+    if not lab_file:
+        problems = benchmarks.load_problems(args.problems, form)
+    lab.make(ranks, args, used)
+    if "reward_model" in used and not Path(args.reward_model).exists():
+        train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
+    if lab_file:
+        problems = benchmarks.load_problems(args.problems, form)
+    if form == "mbpp" and not args.samples:
+        problems = benchmarks.mbpp_split(problems, "test") or problems
 
     # Answers and verdicts, in the order of the input
     with Sandbox(args.workers, args.timeout) as sandbox:
@@ -177,18 +173,22 @@ def main(args):
         if args.samples:
             keys, verdicts = execute_file(args, problems, sandbox, ranks)
         else:
-            tokenizer = load_tokenizer(args.policy)
-            check_style(tokenizer, args.prompt_style, args.policy)
-            prompts = render_all(
+            tokenizer = data.load_tokenizer(args.policy)
+            data.check_style(tokenizer, args.prompt_style, args.policy)
+            prompts = data.render_all(
                 problems, tokenizer, args.prompt_style, args.max_prompt_tokens, args.problems
             )
+            longest = max(map(len, prompts)) + args.max_new_tokens
+            what = "the longest prompt with --max_new_tokens"
+            check_positions(args.policy, "policy", longest, what)
             stop = stop_ids(args.policy, tokenizer)
             examiner = Examiner(
                 *(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens),
                 batch=args.sampling_batch,
             )
             how = {"samples": N, "bars": True, "top_k": args.top_k, "top_p": args.top_p}
-            model = read_causal_lm(args.policy).to(ranks.device)
+            dtype = fsdp.compute_dtype(args.param_dtype, ranks)
+            model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
             groups = examiner(model, problems, prompts, "eval", args.temperature, **how)
             keys = [(problem, j) for problem in problems for j in range(N)]
             verdicts = [answer.verdict for group in groups for answer in group]
@@ -203,18 +203,18 @@ def main(args):
             | {"outcome": v.outcome, "seconds": round(v.seconds, 4)}
             for (problem, j), v in zip(keys, verdicts, strict=True)
         ]
-        append_jsonl(out / "results.jsonl", results)
+        checkpoint.append_jsonl(out / "results.jsonl", results)
         if not args.samples:
             answers = [answer for group in groups for answer in group]
             rows = [
                 {"task_id": problem.task_id, "sample": j, "completion": answer.text}
-                | {"solution": assemble(problem, answer.text).program}
+                | {"solution": benchmarks.assemble(problem, answer.text).program}
                 for (problem, j), answer in zip(keys, answers, strict=True)
             ]
             if rewards is not None:
                 for row, value in zip(rows, rewards.flatten().tolist(), strict=True):
                     row["reward"] = value
-            append_jsonl(out / "samples.jsonl", rows)
+            checkpoint.append_jsonl(out / "samples.jsonl", rows)
 
     # Tables
     n, c = Counter(), Counter()
@@ -225,7 +225,7 @@ def main(args):
     for k in ks:
         counts = [(n[task], c[task]) for task in n if n[task] >= k]
         if counts:
-            value, low, high = pass_at_k_interval(counts, k)
+            value, low, high = benchmarks.pass_at_k_interval(counts, k)
             ranks.say(f"pass@{k:<4} {value:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems")
         else:
             ranks.say(f"pass@{k:<4} no problem has {k} samples")

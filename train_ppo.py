@@ -22,43 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import checkpoint, data, lab, ppo
-from pfppo.batch import (
-    check_sizes,
-    collate,
-    flat,
-    minibatch_plan,
-    over_microbatches,
-    owned,
-    rows_of,
-    unflat,
-)
-from pfppo.config import launch, require, require_positive
-from pfppo.examine import Examiner, execute, scores_of
-from pfppo.filters import apply_filter, kept_per_prompt, load_filter
-from pfppo.fsdp import (
-    clip_gradients,
-    from_main,
-    gather_lists,
-    gather_rows,
-    gathered,
-    init_ranks,
-    sum_over_ranks,
-)
-from pfppo.loading import load_policies, load_scalars
-from pfppo.metrics import (
-    Clock,
-    Meter,
-    complete,
-    line,
-    mean,
-    of_samples,
-    pass_rate,
-    peak_gib,
-    sample_records,
-    table,
-)
-from pfppo.model import read_causal_lm
+from pfppo import batch, checkpoint, data, examine, filters, fsdp, lab, loading, metrics, ppo
+from pfppo.config import Count, NonNegative, Positive, Seed, Share, launch, require
+from pfppo.model import check_positions, read_causal_lm
 from pfppo.reward import Answers, load_reward, model_rewards
 from pfppo.sampler import draw_uniforms, sample, stop_ids
 from pfppo.sandbox import Sandbox
@@ -75,38 +41,38 @@ class Args:
     test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
     filter: str = "best_random"  # name in FILTERS, module:function or file.py:function
     reward: str = "model"  # model, tests (execution oracle), module:function or file.py:function
-    steps: int = 30  # PPO steps
-    prompts_per_step: int = 48  # P
-    samples_per_prompt: int = 5  # N
-    minibatch: int = 48  # kept rows per optimizer step, over all ranks
-    microbatch: int = 48  # rows per forward and rank; memory only, changes no number
-    ppo_epochs: int = 1  # times that each kept row is used
-    max_new_tokens: int = 64  # longest response
-    max_prompt_tokens: int = 1024  # longest prompt; a longer one is an error
-    temperature: float = 1.0  # of sampling, and of all log-probs
-    sampling_batch: int = 256  # rows that decode together; memory only, changes no number
+    steps: Count = 30  # PPO steps
+    prompts_per_step: Count = 48  # P
+    samples_per_prompt: Count = 5  # N
+    minibatch: Count = 48  # kept rows per optimizer step, over all ranks
+    microbatch: Count = 48  # rows per forward and rank; memory only, changes no number
+    ppo_epochs: Count = 1  # times that each kept row is used
+    max_new_tokens: Count = 64  # longest response
+    max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
+    temperature: Positive = 1.0  # of sampling, and of all log-probs
+    sampling_batch: Count = 256  # rows that decode together; memory only, changes no number
     prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
-    kl_coef: float = 0.2  # beta; the paper: 0.01 at 6.7B
-    kl_target: float = 0.0  # nats per response that beta is adapted to; 0: beta is fixed
-    reward_clip: float = 10.0  # limit of the normalised reward
-    missing_eos_penalty: float = 0.0  # taken off the reward of a truncated response
-    gamma: float = 1.0  # discount
-    lam: float = 0.95  # lambda of GAE
-    clip: float = 0.2  # of the ratio
-    value_clip: float = 0.2  # of the change of a value
+    kl_coef: NonNegative = 0.2  # beta; the paper: 0.01 at 6.7B
+    kl_target: NonNegative = 0.0  # nats per response that beta is adapted to; 0: beta is fixed
+    reward_clip: Positive = 10.0  # limit of the normalised reward
+    missing_eos_penalty: NonNegative = 0.0  # taken off the reward of a truncated response
+    gamma: Share = 1.0  # discount
+    lam: Share = 0.95  # lambda of GAE
+    clip: Positive = 0.2  # of the ratio
+    value_clip: Positive = 0.2  # of the change of a value
     loss_aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"  # what counts alike
-    actor_lr: float = 2e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
-    critic_lr: float = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
-    grad_norm: float = 1.0  # global norm that gradients are clipped to
-    warmup: float = 0.03  # share of the steps in which learning rates rise
-    seed: int = 1  # order of prompts, samples, filter
+    actor_lr: Positive = 2e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
+    critic_lr: Positive = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
+    grad_norm: Positive = 1.0  # global norm that gradients are clipped to
+    warmup: Share = 0.03  # share of the steps in which learning rates rise
+    seed: Seed = 1  # order of prompts, samples, filter
     run_dir: str = ""  # metrics, samples, checkpoints, policies; empty: runs/FILTER, -2, ...
     resume: bool = False  # go on from the last complete checkpoint in --run_dir, if there is one
-    save_every: int = 10  # steps between checkpoints
-    keep: int = 2  # checkpoints that stay
-    eval_every: int = 5  # steps between looks at validation
-    timeout: float = 3.0  # CPU seconds that one sample's tests may take
-    workers: int = 2  # sandbox processes per rank
+    save_every: Count = 10  # steps between checkpoints
+    keep: Count = 2  # checkpoints that stay
+    eval_every: Count = 5  # steps between looks at validation
+    timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    workers: Count = 2  # sandbox processes per rank
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
@@ -123,8 +89,8 @@ def log_probs(model, rows, args):
 
 
 def values_of(critic, rows):
-    """The critic's value before each response token, [B, T]."""
-    return critic(rows.ids, rows.states).squeeze(-1)
+    """The critic's value before each response token, as a list of one [B, T]."""
+    return [critic(rows.ids, rows.states).squeeze(-1)]
 
 
 def backward(args, policy, critic, rows, ranks):
@@ -134,7 +100,7 @@ def backward(args, policy, critic, rows, ranks):
     """
     sums = Counter()
     coefficients = ppo.loss_coefficients(rows.mask, rows.weights, args.loss_aggregation)
-    total = sum_over_ranks(coefficients.sum())
+    total = fsdp.sum_over_ranks(coefficients.sum())
     parts = rows.microbatches(args.microbatch)
     for number, mb in enumerate(parts, 1):
         coefficients = ppo.loss_coefficients(mb.mask, mb.weights, args.loss_aggregation) / total
@@ -142,7 +108,7 @@ def backward(args, policy, critic, rows, ranks):
         actor_loss, actor_metrics = ppo.policy_loss(
             logp, mb.old_logp, mb.adv, coefficients, args.clip
         )
-        values = values_of(critic, mb)
+        (values,) = values_of(critic, mb)
         critic_loss, critic_metrics = ppo.value_loss(
             values, mb.old_values, mb.returns, coefficients, args.value_clip
         )
@@ -155,7 +121,7 @@ def backward(args, policy, critic, rows, ranks):
 
 def step_optimizer(model, optimizer, args):
     """Clip, step, clear. A gradient that is not finite skips the step. Returns its norm."""
-    norm = clip_gradients(model, args.grad_norm)
+    norm = fsdp.clip_gradients(model, args.grad_norm)
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -163,33 +129,31 @@ def step_optimizer(model, optimizer, args):
 
 
 def main(args):
-    ranks = init_ranks(args.device)
-    require_positive(
-        args,
-        *("steps", "prompts_per_step", "samples_per_prompt", "minibatch", "microbatch", "keep"),
-        *("ppo_epochs", "max_new_tokens", "temperature", "save_every", "eval_every", "workers"),
-        *("actor_lr", "critic_lr", "grad_norm", "timeout", "sampling_batch"),
+    ranks = fsdp.init_ranks(args.device)
+    P, N = args.prompts_per_step, args.samples_per_prompt
+    chosen = filters.load_filter(args.filter, N)
+    ranks.say(batch.check_sizes(args, filters.kept_per_prompt(chosen, N), ranks.world))
+    reward = load_reward(args.reward, args.microbatch, args.reward_clip)
+    require(
+        args.reward != "model" or args.reward_model,
+        "--reward model: needs a --reward_model, found none",
     )
-    chosen = load_filter(args.filter, args.samples_per_prompt)
-    ranks.say(check_sizes(args, kept_per_prompt(chosen, args.samples_per_prompt), ranks.world))
     label = args.filter if args.filter.isidentifier() else "own_filter"
-    args.run_dir = args.run_dir or from_main(str(checkpoint.unused(f"runs/{label}")), ranks)
+    args.run_dir = args.run_dir or fsdp.from_main(str(checkpoint.unused(f"runs/{label}")), ranks)
     for name in ("validation", "test"):
         if getattr(args, name) == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
     used = lab.resolve(args)
     run = checkpoint.check_run(args, ranks)
-    if used:
-        lab.make(ranks)
+    lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
-    P, N = args.prompts_per_step, args.samples_per_prompt
 
     # Data
     tokenizer = data.load_tokenizer(args.policy)
     data.check_style(tokenizer, args.prompt_style, args.policy)
     stop = stop_ids(args.policy, tokenizer)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad_id = data.pad_id_of(tokenizer)
     how = tokenizer, args.prompt_style, args.max_prompt_tokens
     problems, prompts = data.load_rendered(args.prompts, *how)
     validation, test = (data.load_rendered(path, *how) for path in (args.validation, args.test))
@@ -201,22 +165,25 @@ def main(args):
         args.reward != "tests" or all(problem.test for problem in problems),
         f"--reward tests: some prompts of {args.prompts} have no 'test' and 'entry_point'",
     )
+    longest = max(map(len, prompts + validation[1] + test[1])) + args.max_new_tokens
+    for name in ("policy", "reward_model"):
+        if getattr(args, name):
+            what = "the longest prompt with --max_new_tokens"
+            check_positions(getattr(args, name), name, longest, what)
 
     # Models, optimizers, state
-    policy, reference, twin = load_policies(args.policy, ranks, args.param_dtype)
-    reward_model, critic, normalised = load_scalars(args, tokenizer, ranks)
-    reward = load_reward(args.reward, reward_model, args.microbatch, args.reward_clip)
+    policy, reference, twin = loading.load_policies(args.policy, ranks, args.param_dtype)
+    reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
     actor_optimizer, critic_optimizer = adamw(policy, args.actor_lr), adamw(critic, args.critic_lr)
     trained = {"actor": (policy, actor_optimizer), "critic": (critic, critic_optimizer)}
     sandbox = Sandbox(args.workers, args.timeout)
     ranks.say(f"sandbox: {sandbox.mode}")
-    examiner = Examiner(
+    examiner = examine.Examiner(
         tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch
     )
     if not normalised:  # an RM from elsewhere: rewards get mean 0 and standard deviation 1 here
-        with gathered(reference.lm, twin) as model:
-            answers = examiner(model, problems[:256], prompts[:256], "card", args.temperature)
-        rows = collate(prompts[: len(answers)], [a.ids for (a,) in answers], pad_id, ranks.device)
+        with fsdp.gathered(reference.lm, twin) as model:
+            rows = examiner.rows(model, problems[:256], prompts[:256], args.temperature, pad_id)
         raw = model_rewards(reward_model, rows, args.microbatch)
         for scalar in (reward_model, critic):
             scalar.mean, scalar.std = raw.mean().item(), raw.std().item()
@@ -225,8 +192,8 @@ def main(args):
         """Look at validation, and export the policy if it is the best so far (or none is known)."""
         value = None
         if validation[0]:
-            with gathered(policy.lm, twin) as model:
-                value = mean(examiner.passed(model, validation, 0.0))
+            with fsdp.gathered(policy.lm, twin) as model:
+                value = metrics.mean(examiner.passed(model, validation, 0.0))
         if value is None or state["best"] is None or value > state["best"]:
             state.update(best=value, best_step=step)
             checkpoint.export(policy.lm, run / "policy", twin, tokenizer, ranks)
@@ -241,13 +208,13 @@ def main(args):
         ranks.say(f"validation before training: {'-' if value is None else f'{value:.3f}'}")
 
     for step in range(state["step"], args.steps):
-        clock, meter = Clock(), Meter()
+        clock, meter = metrics.Clock(), metrics.Meter()
 
         # 1. Sample. This rank owns every W-th of the step's prompts.
         indices = data.step_prompts(len(problems), P, step, args.seed)
-        mine = [indices[place] for place in owned(P, ranks.rank, ranks.world)]
+        mine = [indices[place] for place in batch.owned(P, ranks.rank, ranks.world)]
         keys = [(index, j) for index in mine for j in range(N)]  # which sample of which prompt
-        with gathered(policy.lm, twin) as model:
+        with fsdp.gathered(policy.lm, twin) as model:
             samples = sample(
                 model,
                 [prompts[index] for index in mine],
@@ -260,33 +227,35 @@ def main(args):
         clock.lap("sample")
 
         # 2. Score: by the tests to know the truth, by the reward slot to learn from.
-        rollout = collate([prompts[i] for i, _ in keys], samples.ids, pad_id, ranks.device)
+        rollout = batch.collate([prompts[i] for i, _ in keys], samples.ids, pad_id, ranks.device)
         asked = [problems[i] for i, _ in keys]
         texts = [data.decode(ids, tokenizer) for ids in samples.ids]
-        scores = scores_of(execute(asked, texts, sandbox))
-        rewards = reward(Answers(rollout, [p.prompt for p in asked], texts, asked, scores))
-        require(rewards.isfinite().all(), f"--reward {args.reward}: a reward is not finite")
+        scores = examine.scores_of(examine.execute(asked, texts, sandbox))
+        answers = Answers(rollout, [p.prompt for p in asked], texts, asked, scores)
+        with fsdp.agreed(ranks):
+            rewards = reward(answers, reward_model)
+            require(rewards.isfinite().all(), f"--reward {args.reward}: a reward is not finite")
         finished = torch.tensor(samples.finished)
         rewards = rewards - args.missing_eos_penalty * ~finished
         clock.lap("score")
 
         # 3. FILTER. Every rank sees all rewards [P, N] and draws the same weights [P, N].
-        all_rewards = gather_rows(rewards.view(P // ranks.world, N), ranks)
+        all_rewards = fsdp.gather_rows(rewards.view(P // ranks.world, N), ranks)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        weights = apply_filter(chosen, all_rewards, generator)
+        weights = chosen(all_rewards, generator)
         rollout.rewards = rewards.to(ranks.device)
         rollout.weights = weights[ranks.rank :: ranks.world].flatten().to(ranks.device)
         survivors = [
-            rollout.padded_select(*rows_of(*part, N, ranks.rank, ranks.world))
-            for part in minibatch_plan(weights, args.minibatch)
+            rollout.padded_select(*batch.rows_of(*part, N, ranks.rank, ranks.world))
+            for part in batch.minibatch_plan(weights, args.minibatch)
         ]  # one Rollout per optimizer step
 
         # 4. Log-probs and values, for survivors only: this is where filtering saves time.
         for rows in survivors:
             size = args.microbatch
-            rows.old_logp, entropy = over_microbatches(log_probs, policy, rows, size, args)
-            rows.ref_logp, _ = over_microbatches(log_probs, reference, rows, size, args)
-            (rows.old_values,) = over_microbatches(lambda *a: [values_of(*a)], critic, rows, size)
+            rows.old_logp, entropy = batch.over_microbatches(log_probs, policy, rows, size, args)
+            rows.ref_logp, _ = batch.over_microbatches(log_probs, reference, rows, size, args)
+            (rows.old_values,) = batch.over_microbatches(values_of, critic, rows, size)
 
             # 5. Advantages
             kl = ppo.kl_k1(rows.old_logp, rows.ref_logp)
@@ -301,11 +270,12 @@ def main(args):
         explained = None
         if survivors:  # whitened over the global batch, so only when all minibatches are there
             adv, old_values, returns, token_weights = (
-                flat(survivors, name) for name in ("adv", "old_values", "returns", "token_weights")
+                batch.flat(survivors, name)
+                for name in ("adv", "old_values", "returns", "token_weights")
             )
-            unflat(survivors, "adv", ppo.whiten(adv, token_weights, sum_over_ranks))
+            batch.unflat(survivors, "adv", ppo.whiten(adv, token_weights, fsdp.sum_over_ranks))
             explained = ppo.explained_variance(
-                old_values, returns, token_weights, sum_over_ranks
+                old_values, returns, token_weights, fsdp.sum_over_ranks
             ).item()
 
         # 6. Update
@@ -334,50 +304,51 @@ def main(args):
         step += 1
         lengths = torch.tensor([len(ids) for ids in samples.ids])
         watched = (
-            gather_rows(x.view(-1, N), ranks) for x in (scores, lengths.float(), finished.float())
+            fsdp.gather_rows(x.float().view(-1, N), ranks) for x in (scores, lengths, finished)
         )
-        metrics = {"step": step, **of_samples(all_rewards, weights, *watched)}
-        metrics |= meter.result(updates) | {"explained_variance": explained}
-        metrics |= {name: state[name] for name in ("kl_coef", "empty_steps", "skipped_updates")}
+        row = {"step": step, **metrics.of_samples(all_rewards, weights, *watched)}
+        row |= meter.result(updates) | {"explained_variance": explained}
+        row |= {name: state[name] for name in ("kl_coef", "empty_steps", "skipped_updates")}
         if args.kl_target and updates:
             state["kl_coef"] = ppo.adapted_kl_coef(
-                state["kl_coef"], metrics["kl_k1"], args.kl_target, P * N
+                state["kl_coef"], row["kl_k1"], args.kl_target, P * N
             )
         looking = step % args.eval_every == 0 or step == args.steps
-        metrics["validation"] = select(step) if looking else None
-        tokens = metrics["response_length"] * P * N
-        metrics |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
-        records = sample_records(step, N, asked, texts, rewards, scores, rollout.weights)
-        records = sum(gather_lists(records, ranks), [])
+        row["validation"] = select(step) if looking else None
+        tokens = row["response_length"] * P * N
+        row |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
+        records = metrics.sample_records(step, N, asked, texts, rewards, scores, rollout.weights)
+        records = sum(fsdp.gather_lists(records, ranks), [])
         if ranks.is_main:
-            checkpoint.append_jsonl(run / "metrics.jsonl", [complete(metrics)])
+            checkpoint.append_jsonl(run / "metrics.jsonl", [metrics.complete(row)])
             checkpoint.append_jsonl(run / "samples.jsonl", records)
-        ranks.say(line(metrics, args.steps))
+        ranks.say(metrics.line(row, args.steps))
         state["step"] = step
         if step % args.save_every == 0 or step == args.steps:
             checkpoint.save(run, step, trained, state, ranks, args.keep)
 
     # How it went, on problems that nothing was chosen by
+    exported = "best on validation" if validation[0] else "exported"
     if test[0]:
         ranks.say(f"test: before, best and last on {len(test[0])} problems")
-        best = read_causal_lm(run / "policy").to(ranks.device)
+        best = read_causal_lm(run / "policy", dtype=twin.dtype).to(ranks.device)
         policies = {
-            "before": gathered(reference.lm, twin),
-            f"best on validation, step {state['best_step']}": contextlib.nullcontext(best),
-            f"last, step {state['step']}": gathered(policy.lm, twin),
+            "before": fsdp.gathered(reference.lm, twin),
+            f"{exported}, step {state['best_step']}": contextlib.nullcontext(best),
+            f"last, step {state['step']}": fsdp.gathered(policy.lm, twin),
         }
         rates = {}
         for name, opened in policies.items():
             with opened as model:
-                greedy = pass_rate(examiner.passed(model, test, 0.0))
-                sampled = pass_rate(examiner.passed(model, test, args.temperature))
+                greedy = metrics.pass_rate(examiner.passed(model, test, 0.0))
+                sampled = metrics.pass_rate(examiner.passed(model, test, args.temperature))
             rates[name] = {"greedy": greedy, "sampled": sampled}
-        ranks.say(table(rates, len(test[0])))
+        ranks.say(metrics.table(rates, len(test[0])))
         if ranks.is_main:
             checkpoint.write_json(run / "result.json", rates)
     sandbox.close()
-    ranks.say(f"{run}: policy/ (best on validation), metrics.jsonl, samples.jsonl, checkpoints/")
-    ranks.say(f"peak memory of rank 0: {peak_gib():.1f} GiB")
+    ranks.say(f"{run}: policy/ ({exported}), metrics.jsonl, samples.jsonl, checkpoints/")
+    ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")
 
 
 if __name__ == "__main__":

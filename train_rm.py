@@ -18,24 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pfppo import lab
+from pfppo import checkpoint, data, fsdp, lab
 from pfppo.batch import collate, owned
-from pfppo.checkpoint import export, unused, write_json
-from pfppo.config import launch, require, require_positive
-from pfppo.data import (
-    check_style,
-    load_pairs,
-    load_rendered,
-    load_tokenizer,
-    render,
-    response_ids,
-    template_hash,
-    vocabulary_hash,
-)
+from pfppo.config import Count, Positive, Seed, Share, launch, require
 from pfppo.examine import Examiner
-from pfppo.fsdp import clip_gradients, from_main, gather_lists, init_ranks, sum_over_ranks
+from pfppo.fsdp import gather_lists
 from pfppo.loading import new_scalar
-from pfppo.model import empty_classifier, read_causal_lm
+from pfppo.model import check_positions, empty_classifier, read_causal_lm
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
 from pfppo.sampler import stop_ids
 from pfppo.sandbox import Sandbox
@@ -50,35 +39,38 @@ class Args:
     pairs: str = ""  # JSONL with prompt, chosen, rejected; empty: build pairs from --prompts
     prompts: str = "lab"  # JSONL in HumanEval form, or "lab": what pairs are built from
     run_dir: str = ""  # where the checkpoint goes; empty: runs/reward_model, -2, ...
-    seed: int = 1  # samples, order of pairs, new head
-    samples_per_prompt: int = 5  # N samples per prompt when pairs are built
-    max_new_tokens: int = 64  # longest response that is sampled
-    max_prompt_tokens: int = 1024  # longest prompt
-    temperature: float = 1.0  # of the samples
+    seed: Seed = 1  # samples, order of pairs, new head
+    samples_per_prompt: Count = 5  # N samples per prompt when pairs are built
+    max_new_tokens: Count = 64  # longest response that is sampled
+    max_prompt_tokens: Count = 1024  # longest prompt
+    temperature: Positive = 1.0  # of the samples
     prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
-    lr: float = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
-    epochs: int = 2  # the paper: 1
-    batch: int = 16  # pairs per optimizer step
-    microbatch: int = 16  # pairs per forward and rank
-    grad_norm: float = 1.0  # global norm that gradients are clipped to
-    held_out: float = 0.1  # share of the prompts whose pairs measure accuracy
-    timeout: float = 3.0  # CPU seconds that one sample's tests may take
-    workers: int = 2  # sandbox processes per rank
+    lr: Positive = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
+    epochs: Count = 2  # the paper: 1
+    batch: Count = 16  # pairs per optimizer step
+    microbatch: Count = 16  # pairs per forward and rank
+    grad_norm: Positive = 1.0  # global norm that gradients are clipped to
+    held_out: Share = 0.1  # share of the prompts whose pairs measure accuracy
+    timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    workers: Count = 2  # sandbox processes per rank
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
 def pairs_from_samples(args, tokenizer, ranks):
     """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows)."""
-    problems, prompts = load_rendered(
+    problems, prompts = data.load_rendered(
         args.prompts, tokenizer, args.prompt_style, args.max_prompt_tokens
     )
     untested = [problem.task_id for problem in problems if not problem.test]
     require(not untested, f"--prompts {args.prompts}: task {untested[:1]} has no test")
     stop = stop_ids(args.policy, tokenizer)
+    longest = max(map(len, prompts)) + args.max_new_tokens
+    check_positions(args.policy, "policy", longest, "the longest prompt with --max_new_tokens")
     with Sandbox(args.workers, args.timeout) as sandbox:
         examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens)
-        model = read_causal_lm(args.policy).to(ranks.device)
+        dtype = fsdp.compute_dtype(args.param_dtype, ranks)
+        model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         N = args.samples_per_prompt
         groups = examiner(model, problems, prompts, "pairs", args.temperature, N, bars=True)
     pairs, texts = [], []
@@ -99,16 +91,18 @@ def pairs_from_samples(args, tokenizer, ranks):
 
 def read_pairs(args, tokenizer):
     """Pairs of a file. The normaliser then comes from all its responses, chosen and rejected."""
-    triples = load_pairs(args.pairs)
+    triples = data.load_pairs(args.pairs)
     pairs = []
     for prompt, chosen, rejected in triples:
-        ids = render(prompt, tokenizer, args.prompt_style)
+        ids = data.render(prompt, tokenizer, args.prompt_style)
         require(
             len(ids) <= args.max_prompt_tokens,
             f"--pairs {args.pairs}: prompt of {len(ids)} tokens, expected at most "
             f"{args.max_prompt_tokens} (--max_prompt_tokens)",
         )
-        pairs.append((ids, *(response_ids(text, tokenizer) for text in (chosen, rejected))))
+        pairs.append((ids, *(data.response_ids(text, tokenizer) for text in (chosen, rejected))))
+    longest = max(len(ids) + max(map(len, responses)) for ids, *responses in pairs)
+    check_positions(args.policy, "policy", longest, f"the longest row of --pairs {args.pairs}")
     return pairs, triples, [(p, ids) for p, *responses in pairs for ids in responses]
 
 
@@ -120,8 +114,8 @@ def scores_of(model, rows, pad_id, args, ranks):
     with torch.no_grad():
         for start in range(0, math.ceil(len(rows) / ranks.world), size):  # equal on all ranks
             prompts, responses = zip(*(mine[start : start + size] or rows[:1]), strict=True)
-            data = collate(prompts, responses, pad_id, ranks.device)
-            scores += model(data.ids, data.ends).flatten().tolist()
+            batch = collate(prompts, responses, pad_id, ranks.device)
+            scores += model(batch.ids, batch.ends).flatten().tolist()
     return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
 
 
@@ -133,9 +127,11 @@ def accuracy_of(model, pairs, pad_id, args, ranks):
 
 
 def main(args, ranks=None):
-    ranks = ranks or init_ranks(args.device)  # train_ppo.py has joined its ranks already
-    require_positive(args, "samples_per_prompt", "max_new_tokens", "temperature", "lr", "epochs")
-    require_positive(args, "batch", "microbatch", "grad_norm", "timeout", "workers")
+    ranks = ranks or fsdp.init_ranks(args.device)  # train_ppo.py has joined its ranks already
+    require(
+        args.pairs or args.samples_per_prompt > 1,
+        f"--samples_per_prompt {args.samples_per_prompt}: a pair needs at least 2",
+    )
     share, left = divmod(args.batch, ranks.world)
     require(left == 0, f"--batch {args.batch}: does not divide over {ranks.world} ranks")
     microbatch = min(share, args.microbatch)
@@ -145,17 +141,16 @@ def main(args, ranks=None):
     )
     args.prompts = "" if args.pairs else args.prompts
     used = lab.resolve(args, prompts="rm")
-    run = Path(from_main(args.run_dir or str(unused("runs/reward_model")), ranks))
+    run = Path(fsdp.from_main(args.run_dir or str(checkpoint.unused("runs/reward_model")), ranks))
+    checkpoint.check_writable(run, "run_dir")
     empty = not run.exists() or not any(run.iterdir())
     require(empty, f"--run_dir {run}: is not empty, choose another name")
-
-    if used:
-        lab.make(ranks)
+    lab.make(ranks, args, used)
 
     # Data: pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
-    tokenizer = load_tokenizer(args.policy)
-    check_style(tokenizer, args.prompt_style, args.policy)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    tokenizer = data.load_tokenizer(args.policy)
+    data.check_style(tokenizer, args.prompt_style, args.policy)
+    pad_id = data.pad_id_of(tokenizer)
     if args.pairs:
         pairs, texts, rows = read_pairs(args, tokenizer)
     else:
@@ -193,26 +188,30 @@ def main(args, ranks=None):
         for start in range(0, share, microbatch):
             some = [training[i] for i in mine[start : start + microbatch]]
             prompts, chosen, rejected = zip(*some, strict=True)
-            data = collate(prompts * 2, chosen + rejected, pad_id, ranks.device)
-            scores = model(data.ids, data.ends)[:, 0, 0]  # [2 * microbatch]: chosen, then rejected
+            batch = collate(prompts * 2, chosen + rejected, pad_id, ranks.device)
+            scores = model(batch.ids, batch.ends)[
+                :, 0, 0
+            ]  # [2 * microbatch]: chosen, then rejected
             loss, metrics = bradley_terry_loss(*scores.chunk(2))
             model.set_requires_gradient_sync(start + microbatch == share)
             (loss * ranks.world / args.batch).backward()
             sums += torch.stack([metrics["loss"], metrics["accuracy"]])
-        clip_gradients(model, args.grad_norm)
+        fsdp.clip_gradients(model, args.grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        loss, accuracy = (sum_over_ranks(sums) / args.batch).tolist()
+        loss, accuracy = (fsdp.sum_over_ranks(sums) / args.batch).tolist()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
 
     # Normaliser, accuracy, checkpoint
     raw = scores_of(model, rows, pad_id, args, ranks)
-    template = template_hash(tokenizer, args.prompt_style)
-    card = RewardCard(raw.mean().item(), raw.std().item(), template, vocabulary_hash(tokenizer))
+    template = data.template_hash(tokenizer, args.prompt_style)
+    card = RewardCard(
+        raw.mean().item(), raw.std().item(), template, data.vocabulary_hash(tokenizer)
+    )
     accuracies = [accuracy_of(model, part, pad_id, args, ranks) for part in (training, held_out)]
 
     def write_pairs(folder):
-        write_json(folder / "args.json", asdict(args))
+        checkpoint.write_json(folder / "args.json", asdict(args))
         with open(folder / "pairs.jsonl", "w") as file:
             for text in texts:
                 row = dict(zip(("prompt", "chosen", "rejected"), text, strict=True))
@@ -221,7 +220,7 @@ def main(args, ranks=None):
     config = model.classifier.config
     config.pad_token_id = pad_id
     twin = empty_classifier(config)
-    export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
+    checkpoint.export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
     ranks.say(
         f"reward model in {run}: pair accuracy {accuracies[0]:.3f} in training, "
         f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs; "

@@ -15,28 +15,43 @@ checkpoint's step.
 Not covered: other numbers of ranks on resume, saving while training goes on.
 """
 
+import copy
 import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
-from pfppo.config import UserError, require
-from pfppo.fsdp import from_main, full_state
+from pfppo.config import UserError, reason, require
+from pfppo.fsdp import agreed, from_main, full_state
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-# Arguments that may differ between a run and its continuation: they change no number of a step.
+# Arguments that may differ between a run and its continuation. `steps` may grow (the warm-up is a
+# share of them), `eval_every` says how often the best policy is looked for, another device rounds
+# differently; the others change no number.
 FREE = ("run_dir", "resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
+
+
+def check_writable(folder, option):
+    """Raise UserError if a folder of this name cannot be made or written into."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(there.is_dir(), f"--{option} {folder}: {there} is a file, expected a folder")
+    require(
+        os.access(there, os.W_OK | os.X_OK),
+        f"--{option} {folder}: no permission to write into {there}",
+    )
 
 
 def check_run(args, ranks):
     """The run directory as a Path, if it is free or holds this very run. Raises UserError."""
     problem = None
-    if ranks.is_main:
-        problem = _mismatch(Path(args.run_dir), dataclasses.asdict(args))
+    with agreed(ranks):
+        if ranks.is_main:
+            check_writable(Path(args.run_dir), "run_dir")
+            problem = _mismatch(Path(args.run_dir), dataclasses.asdict(args))
     problem = from_main(problem, ranks)
     require(problem is None, f"--run_dir {args.run_dir}: {problem}")
     return Path(args.run_dir)
@@ -59,8 +74,6 @@ def open_run(args, ranks):
 
 def _mismatch(folder, args):
     """Why this folder cannot be used for a run with these arguments, or None."""
-    if folder.exists() and not folder.is_dir():
-        return "is a file, expected a folder"
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not there - {"args.json.tmp"}:  # that one is left by a start that was killed
         return None
@@ -183,7 +196,7 @@ def _clear(folder):
 def _reason(error):
     inner = list(getattr(error, "failures", {}).values())
     error = inner[0][0] if inner else error
-    return getattr(error, "strerror", None) or str(error).strip().split("\n")[-1]
+    return reason(error)
 
 
 def _seal(folder, state):
@@ -278,6 +291,7 @@ def export(sharded, folder, config_source, tokenizer, ranks, extra=()):
     weights = full_state(sharded)
     failure = None
     if ranks.is_main:
+        config_source = copy.deepcopy(config_source).float()  # the config names the weights' type
         folder = Path(folder)
         temporary = folder.with_name(folder.name + ".tmp")
         try:

@@ -6,10 +6,11 @@
 
     args = parse(Args)  # takes --steps 40
 
-Both `--a_b` and `--a-b` are taken. Kinds of fields: int, float, str, bool (`--flag`, `--no_flag`)
-and `Literal` (a list of choices). Everything that a user can get wrong ends as one line on standard
-error and exit status 2 (`UserError`, printed by `launch`, on rank 0 only). Under torchrun the line
-stands above torchrun's own report, and torchrun itself exits with 1.
+Both `--a_b` and `--a-b` are taken. Kinds of fields: int, float, str, bool (`--flag`, `--no_flag`),
+`Literal` (a list of choices), and numbers with a range: `Count`, `Positive`, `Share`, ... below.
+Everything that a user can get wrong ends as one line on standard error and exit status 2
+(`UserError`, printed by `launch`, on rank 0 only; `fsdp.agreed` brings it there from the others).
+Under torchrun the line stands above torchrun's own report, and torchrun itself exits with 1.
 
 Not covered: configuration files, nested groups, sub-commands.
 """
@@ -23,8 +24,10 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 import typing
 from pathlib import Path
+from typing import Annotated
 
 
 class UserError(Exception):
@@ -37,11 +40,26 @@ def require(condition, message):
         raise UserError(message)
 
 
-def require_positive(args, *names):
-    """Raise UserError unless each of these arguments is greater than 0."""
-    for name in names:
-        value = getattr(args, name)
-        require(value > 0, f"--{name} {value}: expected more than 0")
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number must be: Annotated[int, Range("at least 1", lambda x: x >= 1)]."""
+
+    expected: str
+    holds: typing.Callable
+
+
+Count = Annotated[int, Range("at least 1", lambda x: x >= 1)]
+Natural = Annotated[int, Range("at least 0", lambda x: x >= 0)]
+Seed = Annotated[int, Range("0 to 4294967295", lambda x: 0 <= x < 2**32)]
+Positive = Annotated[float, Range("more than 0", lambda x: x > 0)]
+NonNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
+Share = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
+
+
+def reason(error):
+    """What an exception says, in one line of at most 240 characters."""
+    text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return textwrap.shorten(text, 240, placeholder=" ...")
 
 
 def comments(cls):
@@ -65,11 +83,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _number(kind):
+def _number(kind, name, limits):
     def convert(text):
         value = kind(text)
         if value != value or value in (float("inf"), float("-inf")):
             raise ValueError
+        for limit in limits:
+            require(limit.holds(value), f"--{name} {text}: expected {limit.expected}")
         return value
 
     convert.__name__ = kind.__name__  # argparse names it in "invalid int value: 'x'"
@@ -97,8 +117,9 @@ def parse(cls, argv=None):
         elif typing.get_origin(field.type) is typing.Literal:
             parser.add_argument(f"--{field.name}", choices=typing.get_args(field.type), **option)
         else:
-            kind = field.type if field.type is str else _number(field.type)
-            parser.add_argument(f"--{field.name}", type=kind, metavar=field.type.__name__, **option)
+            kind, *limits = typing.get_args(field.type) or [field.type]
+            read = kind if kind is str else _number(kind, field.name, limits)
+            parser.add_argument(f"--{field.name}", type=read, metavar=kind.__name__, **option)
     argv = sys.argv[1:] if argv is None else argv
     return cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
 
@@ -118,7 +139,8 @@ def _underscored(word):
 def load_function(spec, option):
     """The function named by `package.module:function` or `path/to/file.py:function`.
 
-    Raises UserError naming `option` where there is no such file, module or function.
+    Modules are looked for in the working folder too, not only beside the script. Raises UserError
+    naming `option` where there is no such file, module or function.
     """
     place, _, name = spec.rpartition(":")
     try:
@@ -129,11 +151,13 @@ def load_function(spec, option):
             module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
             module = importlib.import_module(place)
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"--{option} {spec}: cannot import {place}: {error!r}") from error
+        raise UserError(f"--{option} {spec}: cannot import {place}: {reason(error)}") from error
     function = getattr(module, name, None)
     require(callable(function), f"--{option} {spec}: {place} has no function {name!r}")
     return function

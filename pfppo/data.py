@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from pfppo.benchmarks import Problem, read_jsonl
-from pfppo.config import UserError, require
+from pfppo.config import UserError, reason, require
 
 import torch
 from transformers import AutoTokenizer
@@ -31,10 +31,15 @@ def load_tokenizer(path, option="policy"):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--{option} {path}: cannot read the tokenizer: {reason}") from error
+        why = reason(error)
+        raise UserError(f"--{option} {path}: cannot read the tokenizer: {why}") from error
     require(tokenizer.eos_token_id is not None, f"--{option} {path}: the tokenizer has no EOS")
     return tokenizer
+
+
+def pad_id_of(tokenizer):
+    """What fills rows up: masks come from lengths, so EOS serves where there is no pad token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def load_prompts(path):

@@ -6,7 +6,7 @@ rollouts are in train_ppo.py, and share `execute`.
 
 from dataclasses import dataclass
 
-from pfppo.batch import owned
+from pfppo.batch import collate, owned
 from pfppo.benchmarks import assemble
 from pfppo.data import decode
 from pfppo.fsdp import gather_lists
@@ -71,6 +71,11 @@ class Examiner:
         answers = list(map(Answer, drawn.ids, texts, drawn.finished, verdicts))
         groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
         return gather_lists(groups, self.ranks)
+
+    def rows(self, model, problems, prompts, temperature, pad_id):
+        """One answer to each problem, as a Rollout on every rank."""
+        groups = self(model, problems, prompts, "rows", temperature)
+        return collate(prompts, [a.ids for (a,) in groups], pad_id, self.ranks.device)
 
     def passed(self, model, problem_set, temperature):
         """[problems] 1.0 or 0.0 for one answer to each; problem_set: (problems, prompts)."""

@@ -20,7 +20,7 @@ that draw: the same gradient on average, with less noise.
 
 from functools import partial
 
-from pfppo.config import UserError, load_function, require
+from pfppo.config import UserError, load_function, reason, require
 
 import torch
 
@@ -107,9 +107,10 @@ FILTERS = {
 
 
 def load_filter(spec, samples):
-    """The filter of that name or place, tried once on random rewards [2, samples].
+    """The filter of that name or place: rewards [P, N], generator -> weights [P, N], checked.
 
-    Raises UserError where it is unknown or cannot work with so many samples per prompt.
+    It is tried on random rewards and on equal ones. Raises UserError, now and whenever it is
+    applied, where it is unknown, fails, or gives nonsense.
     """
     known = f"{', '.join(FILTERS)}, or module:function or file.py:function"
     require(
@@ -117,12 +118,19 @@ def load_filter(spec, samples):
         f"--filter {spec}: unknown, expected one of {known}",
     )
     chosen = FILTERS[spec] if spec in FILTERS else load_function(spec, "filter")
+
+    def checked(rewards, generator):
+        try:
+            return apply_filter(chosen, rewards, generator)
+        except Exception as error:
+            why = str(error) if type(error) is ValueError else reason(error)
+            sizes = f"--samples_per_prompt {rewards.shape[1]}"
+            raise UserError(f"--filter {spec} {sizes}: {why}") from error
+
     generator = torch.Generator().manual_seed(0)
-    try:
-        apply_filter(chosen, torch.randn(2, samples, generator=generator), generator)
-    except Exception as error:
-        raise UserError(f"--filter {spec} --samples_per_prompt {samples}: {error}") from error
-    return chosen
+    for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):
+        checked(rewards, generator)
+    return checked
 
 
 def apply_filter(chosen, rewards, generator):
@@ -141,5 +149,5 @@ def kept_per_prompt(chosen, samples):
     """How many samples a filter keeps of each prompt; None where that depends on the rewards."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(256, samples, generator=generator)
-    counts = (apply_filter(chosen, rewards, generator) > 0).sum(1).unique()
+    counts = (chosen(rewards, generator) > 0).sum(1).unique()
     return int(counts) if len(counts) == 1 else None

@@ -84,16 +84,22 @@ def find_blocks(model):
     return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters())))
 
 
+def compute_dtype(param_dtype, ranks):
+    """The torch dtype of forward passes: `--param_dtype`; auto is bf16 on GPU and fp32 on CPU."""
+    if param_dtype == "auto":
+        param_dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    return getattr(torch, param_dtype)
+
+
 def shard(empty, full, ranks, param_dtype="auto", trainable=True):
     """Shard a model on the meta device and fill it from `full`, which only rank 0 needs to have.
 
     The plan has two kinds of units: every transformer block, and the root with the rest
     (embedding, last norm, head; tied weights stay tied there). Returns the sharded model.
     """
-    if param_dtype == "auto":
-        param_dtype = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    dtype = compute_dtype(param_dtype, ranks)
     precision = MixedPrecisionPolicy(
-        param_dtype=None if param_dtype == "float32" else getattr(torch, param_dtype),
+        param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # inputs are token ids
     )
@@ -116,13 +122,15 @@ def shard(empty, full, ranks, param_dtype="auto", trainable=True):
 
 
 @contextlib.contextmanager
-def gathered(sharded, twin, dtype=None):
+def gathered(sharded, twin):
     """Fill `twin`, a copy on the meta device, with the whole weights of `sharded` for a phase.
+
+    They are cast to the twin's dtype.
 
     All ranks must enter together; inside there are no collectives, so they may do different amounts
     of work. The twin shares nothing with the optimizer: updating inside has no effect on it.
     """
-    dtype = dtype or (torch.bfloat16 if next(sharded.parameters()).is_cuda else torch.float32)
+    dtype = twin.dtype
     whole = {  # copied at one rank, where `full_tensor` is the optimizer's own tensor
         n: p.detach().full_tensor().to(dtype, copy=p.device_mesh.size() == 1)
         for n, p in sharded.named_parameters()
@@ -163,6 +171,22 @@ def gather_lists(values, ranks):
     dist.all_gather_object(parts, values)
     longest = max(map(len, parts))
     return [part[i] for i in range(longest) for part in parts if i < len(part)]
+
+
+@contextlib.contextmanager
+def agreed(ranks):
+    """A UserError inside, on whichever rank, is raised on all of them. A collective at its end.
+
+    Without this the other ranks would wait for the one that failed, and rank 0, the only one that
+    prints, would have nothing to say.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = str(error)
+    failures = [f for f in gather_lists([failure], ranks) if f is not None]
+    require(not failures, failures[:1] and failures[0])
 
 
 def from_main(value, ranks):

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from pfppo import world
 from pfppo.batch import collate
-from pfppo.model import Policy
+from pfppo.data import load_prompts
+from pfppo.model import Policy, read_config
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,12 +49,24 @@ def resolve(args, prompts="train"):
     return used
 
 
-def make(ranks):
-    """Make what is missing of problems and policy, on rank 0 while the others wait."""
+def make(ranks, args, used):
+    """Make what is missing of problems and policy, on rank 0 while the others wait.
+
+    used: which of `args` mean the lab (`resolve`). Files and folders that the others name are read
+    before: a mistake is better told now than after minutes of making. Raises UserError.
+    """
+    if not used:
+        return
+    for name in ("policy", "reward_model"):
+        if name not in used and getattr(args, name, ""):
+            read_config(getattr(args, name), name)
+    for name in ("prompts", "validation", "test"):
+        if name not in used and getattr(args, name, ""):
+            load_prompts(getattr(args, name))
     if ranks.is_main:
         FOLDER.mkdir(parents=True, exist_ok=True)
         make_problems()
-        if not (FOLDER / "policy").exists():
+        if {"policy", "reward_model"} & set(used) and not (FOLDER / "policy").exists():
             make_policy(ranks.device)
     torch.distributed.barrier()
 

@@ -4,10 +4,8 @@ The reference is the SFT policy, frozen. The critic starts from the reward model
 where there is none from the policy's backbone with a new head.
 """
 
-import contextlib
-
 from pfppo.data import load_tokenizer, template_hash, vocabulary_hash
-from pfppo.fsdp import shard
+from pfppo.fsdp import agreed, compute_dtype, shard
 from pfppo.model import (
     Policy,
     ScalarModel,
@@ -17,30 +15,30 @@ from pfppo.model import (
     read_causal_lm,
     read_classifier,
     read_config,
+    read_generation_config,
 )
 from pfppo.reward import RewardCard, check_agreement, load_card
-
-from transformers import GenerationConfig
 
 
 def load_policies(path, ranks, param_dtype):
     """(policy, reference, twin): trainable, frozen, and the empty copy that sampling fills."""
     config = read_config(path, "policy")
-    full = Policy(read_causal_lm(path)) if ranks.is_main else None
+    with agreed(ranks):
+        full = Policy(read_causal_lm(path)) if ranks.is_main else None
     policy, reference = (
         shard(Policy(empty_causal_lm(config)), full, ranks, param_dtype, trainable)
         for trainable in (True, False)
     )
-    twin = empty_causal_lm(config)
-    with contextlib.suppress(OSError):  # what is exported stops where the SFT policy stops
-        twin.generation_config = GenerationConfig.from_pretrained(path)
+    twin = empty_causal_lm(config, compute_dtype(param_dtype, ranks))
+    # What is exported stops where the SFT policy stops.
+    twin.generation_config = read_generation_config(path) or twin.generation_config
     return policy, reference, twin
 
 
 def load_scalars(args, tokenizer, ranks, critic=True):
     """(reward model, critic, whether the normaliser is known), both from --reward_model.
 
-    An RM from elsewhere has no card: its vocabulary is compared by its own tokenizer, and its
+    An RM from elsewhere has no card: vocabulary and chat template are those of its tokenizer, its
     normaliser is 0 and 1 until somebody measures it. Without --reward_model: (None, critic on the
     policy's backbone with a new head, True). Raises UserError if RM and policy do not fit.
     """
@@ -51,10 +49,11 @@ def load_scalars(args, tokenizer, ranks, critic=True):
     config, card = read_config(path, "reward_model"), load_card(path)
     known = card is not None
     if not known:
-        theirs = vocabulary_hash(load_tokenizer(path, "reward_model"))
-        card = RewardCard(0.0, 1.0, template, theirs)
+        theirs = load_tokenizer(path, "reward_model")
+        card = RewardCard(0.0, 1.0, template_hash(theirs, style), vocabulary_hash(theirs))
     check_agreement(card, template, vocabulary, path, args.policy)
-    full = ScalarModel(read_classifier(path)) if ranks.is_main else None
+    with agreed(ranks):
+        full = ScalarModel(read_classifier(path)) if ranks.is_main else None
     scalars = [
         shard(
             ScalarModel(empty_classifier(config), card.mean, card.std),
@@ -71,5 +70,6 @@ def load_scalars(args, tokenizer, ranks, critic=True):
 def new_scalar(path, seed, ranks, param_dtype):
     """A trainable scalar model on the policy's backbone with a new head: RM before training."""
     config = read_config(path, "policy")
-    full = ScalarModel(classifier_from_causal_lm(path, seed)) if ranks.is_main else None
+    with agreed(ranks):
+        full = ScalarModel(classifier_from_causal_lm(path, seed)) if ranks.is_main else None
     return shard(ScalarModel(empty_classifier(config)), full, ranks, param_dtype)

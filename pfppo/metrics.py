@@ -10,7 +10,8 @@ Over kept samples, before the update (`Meter.mean`):
     entropy                        nats per token
     explained_variance             of returns by old values
 Over the optimizer steps of the step (`Meter.share`): policy_loss, value_loss, approx_kl (k3 of the
-update, nats per token), clip_fraction, grad_norm_actor, grad_norm_critic.
+update, nats per token) and clip_fraction, both weighted as the loss weighs tokens; grad_norm_actor,
+grad_norm_critic.
     ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1
 Of the run: kl_coef (beta of this step), validation (greedy pass@1), empty_steps (nothing was kept)
 and skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of

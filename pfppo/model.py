@@ -12,13 +12,20 @@ does not change a number.
 Not covered: encoder-decoder models, heads with a bias that depends on the position, several labels.
 """
 
-from pfppo.config import UserError, require
+from pathlib import Path
+
+from pfppo.config import UserError, reason, require
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 
 CHUNK = 4096  # response positions whose logits exist at one time
 
@@ -108,15 +115,37 @@ def read_config(path, option):
     """The transformers configuration in a directory. Raises UserError naming the option."""
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--{option} {path}: not a model of transformers: {reason}") from error
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise UserError(
+            f"--{option} {path}: not a model of transformers: {reason(error)}"
+        ) from error
 
 
-def empty_causal_lm(config):
+def read_generation_config(path, option="policy"):
+    """`generation_config.json` of a directory; None where there is none. Raises UserError."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except Exception as error:
+        file = Path(path) / "generation_config.json"
+        require(not file.exists(), f"--{option} {path}: damaged {file.name}: {reason(error)}")
+        return None
+
+
+def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
+    """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
+    config = read_config(path, option).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or longest
+    require(
+        longest <= positions,
+        f"--{option} {path}: {what} is {longest} tokens long, expected at most {positions}, the "
+        "max_position_embeddings of its config.json",
+    )
+
+
+def empty_causal_lm(config, dtype=torch.float32):
     """The causal LM of a configuration, on the meta device: structure without weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def empty_classifier(config):
@@ -126,23 +155,20 @@ def empty_classifier(config):
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
 
 
-def read_causal_lm(path, option="policy"):
-    """A causal LM with its weights, fp32, on the CPU, dropout off. Raises UserError."""
+def read_causal_lm(path, option="policy", dtype=torch.float32):
+    """A causal LM with its weights, on the CPU, dropout off. Raises UserError."""
     kinds = ", ".join(read_config(path, option).architectures or [])
     require(
         "SequenceClassification" not in kinds,
         f"--{option} {path}: not a causal LM but a {kinds}",
     )
-    model, missing = _read(AutoModelForCausalLM, path, option)
-    require(
-        not missing,
-        f"--{option} {path}: weights are missing: {', '.join(sorted(missing)[:3])}",
-    )
+    model, missing = _read(AutoModelForCausalLM, path, option, dtype=dtype)
+    _require_weights(missing, path, option)
     return model
 
 
 def read_classifier(path, option="reward_model"):
-    """A sequence classifier with one label, read strictly. Raises UserError.
+    """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError.
 
     A causal LM is refused: its scalar head would be made of random numbers.
     """
@@ -166,9 +192,15 @@ def read_classifier(path, option="reward_model"):
 
 
 def classifier_from_causal_lm(path, seed, option="policy"):
-    """A classifier whose backbone is a causal LM's and whose head is new, drawn from the seed."""
-    model, _ = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
+    """A classifier whose backbone is a causal LM's and whose head is new, drawn from the seed.
+
+    Raises UserError where weights of the backbone are missing.
+    """
+    model, missing = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
     head = scalar_head(model)
+    own = {name for name, parameter in model.named_parameters() if parameter is head.weight}
+    own |= {name for name, parameter in model.named_parameters() if parameter is head.bias}
+    _require_weights(set(missing) - own, path, option)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
@@ -177,13 +209,22 @@ def classifier_from_causal_lm(path, seed, option="policy"):
     return model
 
 
-def _read(auto, path, option, **kwargs):
+def _require_weights(missing, path, option):
+    some = ", ".join(sorted(missing)[:3])
+    require(not missing, f"--{option} {path}: {len(missing)} weights are missing: {some}")
+
+
+def _read(auto, path, option, dtype=torch.float32, **kwargs):
+    """(model, names of weights that the folder lacks); weights of another shape are an error."""
     read_config(path, option)
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = auto.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **kwargs
-        )
+        model, report = auto.from_pretrained(path, dtype=dtype, **loading, **kwargs)
     except Exception as error:  # a damaged file fails in a dozen ways
-        reason = str(error).strip().split("\n")[0] or repr(error)
-        raise UserError(f"--{option} {path}: cannot read the weights: {reason}") from error
+        raise UserError(f"--{option} {path}: cannot read the weights: {reason(error)}") from error
+    for name, found, expected in sorted(report["mismatched_keys"], key=str):
+        found, expected = list(found), list(expected)
+        raise UserError(
+            f"--{option} {path}: {name} has shape {found}, expected {expected} by config.json"
+        )
     return model.eval(), report["missing_keys"]

@@ -22,7 +22,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pfppo.config import UserError, load_function, require
+from pfppo.config import UserError, load_function, reason, require
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -118,28 +118,29 @@ class Answers:
     scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
 
 
-def load_reward(spec, reward_model, microbatch, limit=10.0):
-    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU. Raises UserError."""
+def load_reward(spec, microbatch, limit=10.0):
+    """The reward slot: a function (Answers, reward model) -> rewards [B], fp32, on the CPU.
+
+    Raises UserError where it is unknown; the function does where rewards are not finite.
+    """
     if spec == "model":
-        require(reward_model is not None, "--reward model: needs --reward_model")
-        return lambda answers: model_rewards(reward_model, answers.rollout, microbatch, limit)
+        return lambda answers, model: model_rewards(model, answers.rollout, microbatch, limit)
     if spec == "tests":
-        return lambda answers: 2 * answers.scores - 1
+        return lambda answers, model: 2 * answers.scores - 1
     expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
     require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
     score = load_function(spec, "reward")
 
-    def own(answers):
+    def own(answers, model):
+        """A user's reward, checked."""
         try:
             rewards = score(answers.prompts, answers.responses, answers.problems)
             rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
         except Exception as error:
-            raise UserError(f"--reward {spec}: {error!r}") from error
-        count = len(answers.responses)
-        require(
-            rewards.shape == (count,) and torch.isfinite(rewards).all(),
-            f"--reward {spec}: expected {count} finite numbers, found shape {tuple(rewards.shape)}",
-        )
+            raise UserError(f"--reward {spec}: {reason(error)}") from error
+        count, shape = len(answers.responses), tuple(rewards.shape)
+        found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
+        require(not found, f"--reward {spec}: expected {count} finite numbers, found {found}")
         return rewards
 
     return own

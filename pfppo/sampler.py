@@ -20,8 +20,9 @@ Not covered: encoder-decoder and recurrent models, speculative decoding, CUDA gr
 import hashlib
 from dataclasses import dataclass
 
+from pfppo.model import read_config, read_generation_config
+
 import torch
-from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 0.05  # share of dead rows at which the batch is compacted
@@ -78,10 +79,8 @@ class RoomLayer(DynamicLayer):
 
 def stop_ids(path, tokenizer):
     """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
-    try:
-        found = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # no generation_config.json
-        found = AutoConfig.from_pretrained(path).eos_token_id
+    config = read_generation_config(path) or read_config(path, "policy")
+    found = config.eos_token_id
     found = found if isinstance(found, list) else [found]
     return sorted({i for i in [*found, tokenizer.eos_token_id] if i is not None})
 

@@ -613,3 +613,13 @@ def test_a_policy_exported_by_two_ranks_is_the_trained_one(two):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+
+def test_what_a_bfloat16_twin_exports_is_read_back_as_fp32(ranks, tmp_path):
+    lm = tiny_lm("llama")
+    twin = empty_causal_lm(lm.config, torch.bfloat16)
+    export(policy_of(lm, ranks).lm, tmp_path / "policy", twin, tiny_tokenizer(), ranks)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    wanted = dict(lm.named_parameters())
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.named_parameters())
+    assert twin.dtype == torch.bfloat16

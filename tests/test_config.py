@@ -8,10 +8,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
-from pfppo.config import UserError, load_function, parse, require, require_positive
+from pfppo.config import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    UserError,
+    load_function,
+    parse,
+    reason,
+    require,
+)
 
 import pytest
 
@@ -122,12 +133,46 @@ def test_require_raises_the_message_only_where_the_condition_fails():
         require(0, "not fine")
 
 
-@pytest.mark.parametrize("value", [0, -1, -0.5])
-def test_require_positive_names_the_option_and_its_value(value):
-    args = SimpleNamespace(steps=3, size=value)
-    require_positive(args, "steps")
-    with pytest.raises(UserError, match=f"--size {value}: .* more than 0"):
-        require_positive(args, "steps", "size")
+@dataclass
+class Ranged:
+    rows: Count = 4  # at least 1
+    top: Natural = 0  # at least 0
+    lr: Positive = 0.1  # more than 0
+    beta: NonNegative = 0.1  # at least 0
+    gamma: Share = 0.9  # 0 to 1
+    seed: Seed = 1  # 32 bits
+
+
+@pytest.mark.parametrize(
+    ("option", "inside", "outside", "expected"),
+    [
+        ("rows", ["1", "9"], ["0", "-1"], "at least 1"),
+        ("top", ["0", "5"], ["-1"], "at least 0"),
+        ("lr", ["1e-9", "3"], ["0", "-0.001"], "more than 0"),
+        ("beta", ["0", "2.5"], ["-0.001"], "at least 0"),
+        ("gamma", ["0", "1", "0.5"], ["-0.1", "1.01"], "0 to 1"),
+        ("seed", ["0", "4294967295"], ["-1", "4294967296"], "0 to 4294967295"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused_by_name(option, inside, outside, expected):
+    for text in inside:
+        assert getattr(parse(Ranged, [f"--{option}", text]), option) == float(text)
+    for text in outside:
+        with pytest.raises(UserError, match=f"^--{option} {text}: expected {expected}$"):
+            parse(Ranged, [f"--{option}", text])
+
+
+def test_a_number_with_a_range_is_still_of_its_kind():
+    with pytest.raises(UserError, match="--rows: invalid int value: '1.5'"):
+        parse(Ranged, ["--rows", "1.5"])
+    assert type(parse(Ranged, ["--rows", "3"]).rows) is int
+
+
+def test_a_reason_is_one_short_line():
+    assert reason(KeyError("a\n  b")) == "KeyError: 'a\\n b'"
+    assert reason(ValueError("first:\n   second")) == "ValueError: first: second"
+    assert reason(OSError(28, "No space left on device")) == "No space left on device"
+    assert len(reason(ValueError("long " * 100))) <= 240
 
 
 # ------------------------------------------------------------------------------- a user's function
@@ -136,6 +181,13 @@ def test_require_positive_names_the_option_and_its_value(value):
 def test_a_function_is_loaded_from_a_file(tmp_path):
     (tmp_path / "own.py").write_text("def double(x):\n    return 2 * x\n")
     assert load_function(f"{tmp_path}/own.py:double", "filter")(21) == 42
+
+
+def test_a_function_is_loaded_from_a_module_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "own_module_here.py").write_text("def triple(x):\n    return 3 * x\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_function("own_module_here:triple", "filter")(2) == 6
 
 
 def test_a_function_is_loaded_from_a_module():

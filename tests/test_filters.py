@@ -203,7 +203,9 @@ def test_the_number_kept_of_a_prompt_is_known_or_known_to_vary(name):
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_every_name_loads(name):
-    assert load_filter(name, samples_for(name)) is FILTERS[name]
+    rewards = torch.randn(4, samples_for(name), generator=generator(5))
+    loaded = load_filter(name, samples_for(name))(rewards, generator(6))
+    assert torch.equal(loaded, FILTERS[name](rewards, generator(6)))
 
 
 def test_an_unknown_name_lists_the_known_ones():
@@ -240,7 +242,9 @@ def test_a_filter_of_ones_own_is_taken_from_a_module(tmp_path, monkeypatch):
         ("torch.full_like(rewards, -1.0)", "finite and >= 0"),
         ("torch.full_like(rewards, float('nan'))", "finite and >= 0"),
         ("torch.full_like(rewards, float('inf'))", "finite and >= 0"),
-        ("1 / 0", "division by zero"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("torch.ones(2, rewards.shape[1])", r"shape \(3, 3\), found \(2, 3\)"),
+        ("(rewards - rewards.mean()) / rewards.std() * 0 + 1", "finite and >= 0"),
     ],
 )
 def test_a_filter_that_gives_nonsense_is_refused_before_the_run(tmp_path, result, expected):
@@ -249,6 +253,14 @@ def test_a_filter_that_gives_nonsense_is_refused_before_the_run(tmp_path, result
     with pytest.raises(UserError, match=expected) as caught:
         load_filter(f"{path}:own", 3)
     assert str(caught.value).startswith(f"--filter {path}:own --samples_per_prompt 3: ")
+
+
+def test_a_filter_that_fails_later_is_still_one_line_that_names_it(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"{OWN}rewards.new_ones(rewards.shape) if rewards.max() < 90 else [][0]\n")
+    chosen = load_filter(f"{path}:own", 3)
+    with pytest.raises(UserError, match="^--filter .*mine.py:own .*: IndexError: list index out"):
+        chosen(torch.full((2, 3), 99.0), generator())
 
 
 @pytest.mark.parametrize("place", ["none.py:own", "mine.py:other", "no_such_module_here:own"])
@@ -270,3 +282,9 @@ def test_nonsense_is_refused_during_the_run_too(bad):
 def test_weights_of_any_type_come_out_in_that_of_the_rewards(kind):
     weights = apply_filter(lambda r, g: (r > 0).to(kind), torch.tensor([[1.0, -1.0]]), generator())
     assert weights.dtype == torch.float32 and weights.tolist() == [[1.0, 0.0]]
+
+
+def test_a_filter_that_works_in_place_leaves_the_rewards_alone():
+    rewards = REWARDS.repeat(3, 1)
+    apply_filter(lambda r, generator: r.zero_(), rewards, torch.Generator())
+    assert torch.equal(rewards, REWARDS.repeat(3, 1))

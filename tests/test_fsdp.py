@@ -11,7 +11,9 @@ from pathlib import Path
 from pfppo.batch import collate, minibatch_plan, owned, rows_of
 from pfppo.config import UserError
 from pfppo.fsdp import (
+    agreed,
     clip_gradients,
+    compute_dtype,
     find_blocks,
     from_main,
     full_state,
@@ -188,7 +190,7 @@ def half_precision(ranks):
     gradients = {str(p.grad.dtype) for p in policy.parameters()}
     optimizer.step()
     moments = {str(s["exp_avg"].dtype) for s in optimizer.state.values()}
-    with gathered(policy.lm, empty_causal_lm(full.config), torch.bfloat16) as twin:
+    with gathered(policy.lm, empty_causal_lm(full.config, torch.bfloat16)) as twin:
         twin_types = {str(p.dtype) for p in twin.parameters()}
     return {
         "types": [{str(p.dtype) for p in policy.parameters()}, gradients, moments, twin_types],
@@ -223,6 +225,20 @@ def collectives(ranks):
     }
 
 
+def disagreement(ranks):
+    """{rank that fails: what is raised here}; "none" fails nowhere, "all" everywhere."""
+    found = {}
+    for failing in ("0", "1", "all", "none"):
+        try:
+            with agreed(ranks):
+                if failing in (str(ranks.rank), "all"):
+                    raise UserError(f"rank {ranks.rank} failed")
+            found[failing] = None
+        except UserError as error:
+            found[failing] = str(error)
+    return found
+
+
 def sampling(ranks):
     """Two samples of each of seven prompts, every rank its own prompts."""
     prompts = ragged([3, 7, 1, 5, 2, 2, 9])
@@ -244,6 +260,7 @@ def everything(ranks):
         "half_precision": half_precision(ranks),
         "frozen": frozen(ranks),
         "collectives": collectives(ranks),
+        "disagreement": disagreement(ranks),
         "sampling": sampling(ranks),
     }
 
@@ -355,6 +372,17 @@ def test_gathered_rows_and_lists_interleave_and_sums_leave_their_input(results):
     alone = results[1][0]["collectives"]
     assert alone["rows"] == list(range(6)) and len(alone["list"]) == 5
     assert alone["sum"] == alone["own"] == [1.0, 2.0]
+
+
+def test_what_one_rank_finds_wrong_is_raised_on_all(results):
+    wanted = {"0": "rank 0 failed", "1": "rank 1 failed", "all": "rank 0 failed", "none": None}
+    assert [result["disagreement"] for result in results[2]] == [wanted, wanted]
+    assert results[1][0]["disagreement"] == wanted | {"1": None}
+
+
+def test_the_type_of_forward_passes_is_fp32_on_the_cpu_unless_asked_otherwise(ranks):
+    types = {name: compute_dtype(name, ranks) for name in ("auto", "float32", "bfloat16")}
+    assert types == {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def test_samples_at_two_ranks_equal_those_at_one(results):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from pfppo import lab, world
 from pfppo.benchmarks import load_problems
+from pfppo.config import UserError
 from pfppo.data import decode
 from pfppo.model import Policy
 
@@ -68,7 +69,8 @@ def test_making_writes_the_files_and_then_leaves_them(tmp_path, monkeypatch, ran
     monkeypatch.setattr(lab, "SFT_STEPS", 2)
     counts = {"train": 8, "rm": 6, "validation": 4, "test": 4}
     monkeypatch.setattr(lab, "PROBLEMS", counts)
-    lab.make(ranks)
+    args, used = SimpleNamespace(), ["policy", "test"]
+    lab.make(ranks, args, used)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*")}
     prompts = set()
     for name, count in counts.items():
@@ -79,8 +81,26 @@ def test_making_writes_the_files_and_then_leaves_them(tmp_path, monkeypatch, ran
     row = json.loads((tmp_path / "lab/test.jsonl").read_text().split("\n")[0])
     assert set(row) == {"task_id", "prompt", "entry_point", "canonical_solution", "test"}
     AutoModelForCausalLM.from_pretrained(tmp_path / "lab/policy")
-    lab.make(ranks)
+    lab.make(ranks, args, used)
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*")}
+
+
+def test_nothing_is_made_that_is_not_used(tmp_path, monkeypatch, ranks):
+    monkeypatch.setattr(lab, "FOLDER", tmp_path / "lab")
+    monkeypatch.setattr(lab, "PROBLEMS", {"train": 8, "test": 4})
+    lab.make(ranks, SimpleNamespace(), [])
+    assert not (tmp_path / "lab").exists()
+    lab.make(ranks, SimpleNamespace(), ["test"])
+    assert {path.name for path in (tmp_path / "lab").iterdir()} == {"train.jsonl", "test.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["policy", "reward_model", "prompts", "validation", "test"])
+def test_what_is_not_the_labs_is_read_before_the_lab_is_made(tmp_path, monkeypatch, ranks, name):
+    monkeypatch.setattr(lab, "FOLDER", tmp_path / "lab")
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=nowhere):
+        lab.make(ranks, SimpleNamespace(**{name: nowhere}), ["problems"])
+    assert not (tmp_path / "lab").exists()
 
 
 def test_resolve_names_what_it_replaced():

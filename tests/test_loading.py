@@ -205,3 +205,21 @@ def test_folders_that_do_not_exist_are_named(ranks, policy_folder, tmp_path):
     ):
         with pytest.raises(UserError, match=f"^--policy {nowhere}: "):
             load()
+
+
+def test_the_chat_template_of_a_reward_model_without_a_card_is_its_tokenizers(
+    ranks, policy_folder, tmp_path
+):
+    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
+    ours.chat_template = "{{ messages[0]['content'] }}"
+    theirs.chat_template = "User: {{ messages[0]['content'] }}"
+    folder = write_model(tmp_path, tiny_classifier("llama"), theirs)
+    assert "prompt template differs" in refusal(folder, policy_folder, ranks, ours, "chat")
+    load_scalars(args_of(policy_folder, folder), ours, ranks)  # plain prompts use no template
+
+
+def test_the_twin_has_the_type_of_the_forward_passes(ranks, policy_folder):
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        policy, _, twin = load_policies(policy_folder, ranks, name)
+        with gathered(policy.lm, twin) as model:
+            assert {p.dtype for p in model.parameters()} == {dtype}

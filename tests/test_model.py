@@ -1,6 +1,7 @@
 """Policy and ScalarModel against transformers' own forward passes; what is refused as an RM."""
 
 import json
+from pathlib import Path
 
 from pfppo import model as model_file
 from pfppo.batch import collate
@@ -8,12 +9,14 @@ from pfppo.config import UserError
 from pfppo.model import (
     Policy,
     ScalarModel,
+    check_positions,
     classifier_from_causal_lm,
     empty_causal_lm,
     empty_classifier,
     read_causal_lm,
     read_classifier,
     read_config,
+    read_generation_config,
     scalar_head,
 )
 
@@ -21,6 +24,7 @@ import pytest
 import torch
 from conftest import (
     ARCHITECTURES,
+    EOS,
     PAD,
     VOCABULARY,
     ragged,
@@ -29,6 +33,7 @@ from conftest import (
     tiny_lm,
     write_model,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 PROMPTS, RESPONSES = ragged([3, 7, 1, 5]), ragged([6, 1, 9, 4], seed=1)
@@ -303,3 +308,71 @@ def test_a_new_head_comes_from_the_seed_and_the_backbone_from_the_policy(
     head = scalar_head(first).weight
     assert head.shape == (1, 32) and (head != scalar_head(other).weight).all()
     assert 0.5 < head.std() * 33**0.5 < 1.6 and first.config.num_labels == 1
+
+
+def test_a_policy_whose_weights_are_missing_is_refused(tmp_path):
+    folder = write_model(tmp_path, tiny_lm("llama"))
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if "layers.1." in name)
+    save_file({k: v for k, v in weights.items() if k != lost}, file, metadata={"format": "pt"})
+    for read in (read_causal_lm, lambda path: classifier_from_causal_lm(path, seed=0)):
+        with pytest.raises(
+            UserError, match=f"^--policy {folder}: 1 weights .* missing: .*layers.1"
+        ):
+            read(folder)
+
+
+def damage(folder, **changes):
+    """Change config.json."""
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"vocab_size": 99}, r"has shape \[61, 32\], expected \[99, 32\] by config.json"),
+        ({"hidden_size": "x"}, "'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 5}, r"hidden size \(32\) is not a multiple"),
+        ({"model_type": "nonsense"}, "model type `nonsense`"),
+        ({"num_hidden_layers": 3}, "weights are missing: .*layers.2"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line_that_says_why(tmp_path, changes, expected):
+    folder = write_model(tmp_path, tiny_lm("llama"))
+    damage(folder, **changes)
+    with pytest.raises(UserError, match=f"^--policy {folder}: .*{expected}") as error:
+        read_causal_lm(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_longer_than_the_model_has_positions_for_are_refused(tmp_path, architecture):
+    folder = write_model(tmp_path, tiny_lm(architecture))
+    check_positions(folder, "policy", 128)
+    with pytest.raises(UserError, match=f"^--policy {folder}: .* is 129 tokens .* at most 128"):
+        check_positions(folder, "policy", 129)
+
+
+def test_a_damaged_generation_config_is_named_and_a_missing_one_is_not(tmp_path):
+    folder = write_model(tmp_path, tiny_lm("llama"))
+    assert read_generation_config(folder).eos_token_id == EOS
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="--policy .*: damaged generation_config.json"):
+        read_generation_config(folder)
+    (tmp_path / "generation_config.json").unlink()
+    assert read_generation_config(folder) is None
+
+
+def test_a_policy_is_read_in_the_type_asked_for_with_fp32_frequencies(tmp_path):
+    folder = write_model(tmp_path, tiny_lm("llama"))
+    model = read_causal_lm(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in model.buffers()} == {torch.float32}
+
+
+def test_a_classifier_is_refused_as_policy(tmp_path):
+    write_model(tmp_path / "rm", tiny_classifier("llama"))
+    with pytest.raises(UserError, match="--policy .*: not a causal LM but a Llama"):
+        read_causal_lm(tmp_path / "rm")

@@ -416,10 +416,15 @@ BAD = {
     "minibatch": ({"minibatch": 6}, "--minibatch 6: does not divide the 8 samples"),
     "microbatch": ({"microbatch": 3}, "--microbatch 3: does not divide the 4 rows"),
     "prompts": ({"prompts_per_step": 32, "minibatch": 64}, "more than the 24 prompts"),
-    "zero steps": ({"steps": 0}, "--steps 0: expected more than 0"),
+    "zero steps": ({"steps": 0}, "--steps 0: expected at least 1"),
+    "negative KL": ({"kl_coef": -0.1}, "--kl_coef -0.1: expected at least 0"),
+    "discount": ({"gamma": 1.5}, "--gamma 1.5: expected 0 to 1"),
+    "huge seed": ({"seed": 10**20}, f"--seed {10**20}: expected 0 to 4294967295"),
     "long prompt": ({"max_prompt_tokens": 5}, "tokens, expected 1 to 5"),
+    "long response": ({"max_new_tokens": 250}, "expected at most 256, the max_position_embeddings"),
     "no file": ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
     "no policy": ({"policy": "./nowhere"}, "--policy ./nowhere: there is no such folder"),
+    "no reward model": ({"reward_model": ""}, "--reward model: needs a --reward_model, found none"),
     "unknown reward": ({"reward": "nice"}, "--reward nice: unknown, expected one of model, tests"),
     "chat": ({"prompt_style": "chat"}, "has no chat template"),
 }
@@ -432,6 +437,85 @@ def test_a_bad_option_is_one_line(tiny, tmp_path, case):
         run(train_ppo, *options(tiny, tmp_path / "run", **changed))
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl: cannot be read"),
+        ({"reward": "nice"}, "--reward nice: unknown"),
+        ({"reward_model": "./nowhere"}, "--reward_model ./nowhere: not a model"),
+        ({"run_dir": "file/run"}, "--run_dir file/run: .*file is a file, expected a folder"),
+        ({"filter": "my_filters:own"}, "--filter my_filters:own: cannot import my_filters"),
+    ],
+)
+def test_a_mistake_is_told_before_the_lab_is_made(tmp_path, monkeypatch, changed, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=expected):
+        run(train_ppo, *(word for name, value in changed.items() for word in (f"--{name}", value)))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--top_p", 0), "--top_p 0.0: expected more than 0, at most 1"),
+        (("--top_k", -1), "--top_k -1: expected at least 0"),
+        (("--k", "1,0"), "--k 1,0: expected numbers from 1 on"),
+        (("--k", "one"), "--k one: expected numbers from 1 on"),
+        (("--k", "2"), "--k 2: expected at most --samples_per_problem 1"),
+        (("--temperature", -0.5), "--temperature -0.5: expected at least 0, or -1"),
+        (("--max_new_tokens", 250), "expected at most 256, the max_position_embeddings"),
+    ],
+)
+def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected):
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl")
+    with pytest.raises(UserError) as error:
+        run(eval_code, *argv, "--out", tmp_path / "o", *words)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--held_out", 1.5), "--held_out 1.5: expected 0 to 1"),
+        (("--held_out", 1), "more than the 0 pairs"),
+        (("--batch", 64), "--batch 64: more than the"),
+        (("--pairs", "", "--samples_per_prompt", 1), "a pair needs at least 2"),
+        (("--pairs", "", "--max_new_tokens", 250), "expected at most 256"),
+    ],
+)
+def test_train_rm_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected):
+    argv = ("--policy", tiny / "policy", "--prompts", tiny / "train.jsonl")
+    pairs = ("--pairs", tiny / "pairs.jsonl", "--run_dir", tmp_path / "rm")
+    with pytest.raises(UserError) as error:
+        run(train_rm, *argv, *pairs, *words)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "rm").exists()
+
+
+def test_what_only_the_second_rank_meets_is_one_line_of_the_first(tiny, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import os\n"
+        "def score(prompts, responses, problems):\n"
+        "    return [float('nan') if os.environ['RANK'] == '1' else 0.5] * len(responses)\n"
+    )
+    argv = options(tiny, tmp_path / "run", reward=f"{own}:score", test="", validation="")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train_ppo.py", *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    ours = [line for line in done.stderr.splitlines() if line.startswith("train_ppo.py: error:")]
+    assert len(ours) == 1 and "expected 6 finite numbers, found [nan" in ours[0]
+    assert "gloo" not in done.stderr and done.returncode != 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
