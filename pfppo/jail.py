@@ -37,6 +37,7 @@ class CandidateLink(Link):
         self.running = _thread.RLock()
 
     def other(self, value):
+        """As in `Link`, but subclasses of plain data (int enums, numpy's scalars) become plain."""
         kind = type(value)
         if kind is Callback:
             return {"y": value._number}
@@ -163,6 +164,7 @@ class Server:
         self.current, self.spare = None, None  # (pid, the tester's end of its socket)
 
     def fork(self):
+        """Fork the spare candidate; the child confines itself, serves, and never returns."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid:
@@ -214,6 +216,7 @@ class Server:
                 os.chown(directory, uid, uid)
 
     def run(self):
+        """Serve requests until the tester closes its end."""
         self.fork()
         while request := self.control.recv(1):
             if request == b"n":

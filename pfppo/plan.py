@@ -41,6 +41,7 @@ def _bytes(source):
 
 @functools.lru_cache(512)
 def plan_of(test, entry_point, reference):
+    """The `Plan` of a check's texts; SyntaxError where one of them is no Python."""
     tree = ast.parse(_bytes(test))
     base = (entry_point or "").split("(")[0].split(".")[0]
     bound, used = set(), set()

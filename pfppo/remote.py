@@ -108,10 +108,12 @@ class TesterLink(Link):
         sock.settimeout(min(timeout, 0.25))
 
     def end(self, outcome, detail):
+        """Raise `Over`, and go on raising this first one."""
         self.over = self.over or Over(outcome, detail)
         raise self.over
 
     def other(self, value):
+        """As in `Link`; the candidate's own objects go back by their numbers, iterators as data."""
         kind = type(value)
         if kind is Remote:
             return {"y": value._number}
@@ -122,6 +124,7 @@ class TesterLink(Link):
         raise TypeError(f"the test passes an argument of a kind that cannot travel: {kind}")
 
     def ask(self, operation, target, args=(), kwargs=None):
+        """The candidate's answer to one of jail.py's OPERATIONS, or what it raised."""
         if self.over:
             raise self.over
         self.calls += operation == "call"
@@ -200,6 +203,7 @@ class TesterLink(Link):
             self.end("timeout", f"{wall:.1f} s of wall time")
 
     def write(self, data):
+        """Send within the limits."""
         data = memoryview(data)
         while data:
             try:
@@ -211,6 +215,7 @@ class TesterLink(Link):
             self.check_limits()
 
     def more(self):
+        """The next bytes, within the limits of time and of size."""
         while True:
             self.check_limits()
             try:
@@ -225,6 +230,7 @@ class TesterLink(Link):
             return data or self.died()
 
     def died(self):
+        """The candidate is gone, which is no verdict that it could have wished for."""
         self.over = self.over or Over("died", "")
         raise self.over
 

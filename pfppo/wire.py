@@ -110,6 +110,7 @@ class Link:
         return {"h": number}
 
     def pack(self, value):
+        """A value as JSON can hold it; exact types only, so that no subclass passes for data."""
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -151,6 +152,7 @@ class Link:
         self.write(len(data).to_bytes(4, "little") + data)
 
     def receive(self):
+        """The text of the next frame. EOFError where there is none or it is too long."""
         buffer = self.buffer
         while len(buffer) < 4:
             buffer += self.more()
