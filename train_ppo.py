@@ -51,7 +51,7 @@ class Args:
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     temperature: Positive = 1.0  # of sampling, and of all log-probs
     sampling_batch: Count = 256  # rows that decode together; memory only, changes no number
-    prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
+    prompt_style: Literal["plain", "chat", "deepseek"] = "plain"  # as code, or as a dialogue
     kl_coef: NonNegative = 0.2  # beta; the paper: 0.01 at 6.7B
     kl_target: NonNegative = 0.0  # nats per response that beta is adapted to; 0: beta is fixed
     reward_clip: Positive = 10.0  # limit of the normalised reward
@@ -73,6 +73,7 @@ class Args:
     eval_every: Count = 5  # steps between looks at validation
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
     workers: Count = 2  # sandbox processes per rank
+    require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
@@ -176,7 +177,7 @@ def main(args):
     reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
     actor_optimizer, critic_optimizer = adamw(policy, args.actor_lr), adamw(critic, args.critic_lr)
     trained = {"actor": (policy, actor_optimizer), "critic": (critic, critic_optimizer)}
-    sandbox = Sandbox(args.workers, args.timeout)
+    sandbox = Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation)
     ranks.say(f"sandbox: {sandbox.mode}")
     examiner = examine.Examiner(
         tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch

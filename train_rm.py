@@ -44,7 +44,7 @@ class Args:
     max_new_tokens: Count = 64  # longest response that is sampled
     max_prompt_tokens: Count = 1024  # longest prompt
     temperature: Positive = 1.0  # of the samples
-    prompt_style: Literal["plain", "chat"] = "plain"  # chat: the tokenizer's chat template
+    prompt_style: Literal["plain", "chat", "deepseek"] = "plain"  # as code, or as a dialogue
     lr: Positive = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
     epochs: Count = 2  # the paper: 1
     batch: Count = 16  # pairs per optimizer step
@@ -53,6 +53,7 @@ class Args:
     held_out: Share = 0.1  # share of the prompts whose pairs measure accuracy
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
     workers: Count = 2  # sandbox processes per rank
+    require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
@@ -67,7 +68,8 @@ def pairs_from_samples(args, tokenizer, ranks):
     stop = stop_ids(args.policy, tokenizer)
     longest = max(map(len, prompts)) + args.max_new_tokens
     check_positions(args.policy, "policy", longest, "the longest prompt with --max_new_tokens")
-    with Sandbox(args.workers, args.timeout) as sandbox:
+    how = {"require_isolation": args.require_isolation}
+    with Sandbox(args.workers, args.timeout, **how) as sandbox:
         examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
@@ -79,7 +81,7 @@ def pairs_from_samples(args, tokenizer, ranks):
         if found:
             chosen, rejected = (group[i] for i in found)
             pairs.append((prompt, chosen.ids, rejected.ids))
-            texts.append((problem.prompt, chosen.text, rejected.text))
+            texts.append((data.text_of(problem, args.prompt_style), chosen.text, rejected.text))
     marks = [answer.passed for group in groups for answer in group]
     ranks.say(
         f"pairs: {len(pairs)} of {len(problems)} prompts have a passing and a failing sample; "

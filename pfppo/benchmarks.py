@@ -7,8 +7,11 @@ Every benchmark becomes `Problem`s: `setup + prompt + canonical_solution` is a P
     sandbox.run([assemble(problem, response)])  # what a model said
     sandbox.run([check_of(problem, program)])  # a whole program from a samples file, as it stands
 
-Not covered: EvalPlus's extra inputs in its own raw MBPP+ file (its base asserts are used; the
-Hugging Face file has all inputs in `test`); chat templates and few-shots.
+EvalPlus's own HumanEvalPlus.jsonl has inputs instead of asserts: the test then compares with the
+reference solution on all of them (its rule for floats, its special case `find_zero`).
+
+Not covered: the extra inputs in EvalPlus's own MbppPlus.jsonl, which need a conversion for each
+task (its base asserts are used; the Hugging Face file of MBPP+ has all inputs in `test`).
 """
 
 import ast
@@ -34,7 +37,16 @@ from itertools import *; from math import *; from typing import *; from builtins
 """
 KINDS = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list"}
 KINDS |= {dict: "an object", type(None): "null"}
-MBPP_SPLITS = {"prompt": (1, 10), "test": (11, 510), "validation": (511, 600), "train": (601, 974)}
+MBPP_TEST = range(11, 511)  # task ids of the MBPP paper's test split
+MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # its three examples
+# The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
+INSTRUCTION = """\
+Please continue to complete the function. You are not allowed to modify the given code and do the \
+completion only. Please return all completed function in a codeblock. Here is the given code to do \
+completion:
+```python
+{prompt}
+```"""
 
 
 @dataclass(frozen=True)
@@ -106,13 +118,15 @@ class _Row(dict):
         return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
 
 
-def load_problems(path, form="humaneval"):
+def load_problems(path, form="humaneval", test_split=False):
     """The problems of a file, in its order. `form`: a key of FORMS; variants are told by fields.
 
-    UserError: file, line and field with what was found and expected; a repeated task_id.
+    test_split: of Google's MBPP, full or sanitized, only the test split (if any of it is there);
+    EvalPlus's selection of 378 tasks is taken whole. UserError: file, line and field with what was
+    found and expected; a repeated task_id.
     """
     require(form in FORMS, f"form {form!r} is unknown: expected one of {', '.join(FORMS)}")
-    problems, lines = [], {}
+    problems, chosen, lines = [], [], {}
     for number, fields in read_jsonl(path):
         row = _Row(fields)
         row.where = f"{path}, line {number}"
@@ -121,12 +135,43 @@ def load_problems(path, form="humaneval"):
         message = f"{row.where}: task_id {problem.task_id!r} was on line {first} already"
         require(first == number, message)
         problems.append(problem)
-    return problems
+        google = form == "mbpp" and not {"test", "assertion"} & row.keys()
+        if not google or int(problem.task_id.removeprefix("Mbpp/")) in MBPP_TEST:
+            chosen.append(problem)
+    return chosen if test_split and chosen else problems
 
 
 def _humaneval(row):
     prompt, solution = row("prompt", empty=True), row("canonical_solution", empty=True)
-    return Problem(row("task_id"), prompt, row("entry_point"), solution, row("test"))
+    name, task = row("entry_point"), row("task_id")
+    if "plus_input" not in row:
+        return Problem(task, prompt, name, solution, row("test"))
+    inputs = row("base_input", list) + row("plus_input", list, empty=True)
+    test = PLUS_TEST.format(
+        inputs=json.dumps(inputs), reference=prompt + solution, name=name, atol=row.get("atol", 0)
+    )
+    return Problem(task, prompt, name, solution, test)
+
+
+PLUS_TEST = """\
+import copy, json, math
+INPUTS = json.loads({inputs!r})
+EXPECTED = {{"__name__": "expected"}}
+exec({reference!r}, EXPECTED)
+def same(found, wanted, atol):
+    if isinstance(wanted, (list, tuple)) and type(found) is type(wanted):
+        return len(found) == len(wanted) and all(same(f, w, atol) for f, w in zip(found, wanted))
+    if isinstance(wanted, float) and type(found) is float:
+        return found == wanted or math.isclose(found, wanted, rel_tol=1e-7, abs_tol=atol or 1e-6)
+    return found == wanted
+def check(candidate):
+    for args in INPUTS:
+        found = candidate(*copy.deepcopy(args))
+        if {name!r} == "find_zero":
+            assert abs(EXPECTED["poly"](*args, found)) <= ({atol!r} or 1e-4)
+        else:
+            assert same(found, EXPECTED[{name!r}](*copy.deepcopy(args)), {atol!r}), args
+"""
 
 
 def _mbpp(row):
@@ -159,12 +204,26 @@ def _docstring(text):
     return f'"""\n{escaped}\n"""\n'
 
 
-def mbpp_split(problems, name="test"):
-    """The MBPP problems of one split of the paper (its three shots are tasks 2, 3 and 4)."""
-    message = f"split {name!r} is unknown: expected one of {', '.join(MBPP_SPLITS)}"
-    require(name in MBPP_SPLITS, message)
-    low, high = MBPP_SPLITS[name]
-    return [p for p in problems if low <= int(p.task_id.removeprefix("Mbpp/")) <= high]
+def instruction_of(problem):
+    """What an instruction-tuned model is asked: the file's own words, or the prompt as a block."""
+    if problem.instruction or not problem.entry_point:
+        return problem.instruction or problem.prompt
+    return INSTRUCTION.format(prompt=problem.prompt.strip())
+
+
+def few_shot_prompts(problems, all_problems):
+    """The MBPP paper's prompts for base models: tasks 2, 3 and 4 solved, then the task in question.
+
+    UserError where `all_problems` does not hold these three.
+    """
+    known = {problem.task_id: problem for problem in all_problems}
+    missing = [task for task in MBPP_SHOTS if task not in known]
+    require(not missing, f"--prompt_style few_shot: the problems have no task {missing}")
+    shots = "".join(
+        f"{known[task].instruction}\n[BEGIN]\n{known[task].canonical_solution.strip()}\n[DONE]\n\n"
+        for task in MBPP_SHOTS
+    )
+    return [f"{shots}{problem.instruction}\n[BEGIN]\n" for problem in problems]
 
 
 def _leetcode(row):

@@ -32,7 +32,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 # Arguments that may differ between a run and its continuation. `steps` may grow (the warm-up is a
 # share of them), `eval_every` says how often the best policy is looked for, another device rounds
 # differently; the others change no number.
-FREE = ("run_dir", "resume", "steps", "save_every", "eval_every", "keep", "workers", "device")
+FREE = (
+    *("resume", "steps", "save_every", "eval_every", "keep", "workers", "device"),
+    "require_isolation",
+)
 
 
 def check_writable(folder, option):
@@ -45,36 +48,38 @@ def check_writable(folder, option):
     )
 
 
-def check_run(args, ranks):
-    """The run directory as a Path, if it is free or holds this very run. Raises UserError."""
-    problem = None
+def check_run(args, ranks, option="run_dir", free=FREE, files=None):
+    """The run directory as a Path, if it is free or holds this very run. Raises UserError.
+
+    option: which argument names it; free: arguments that may differ; files: the names that matter
+    in it (None: all, so another folder's files are in the way).
+    """
+    folder = Path(getattr(args, option))
     with agreed(ranks):
         if ranks.is_main:
-            check_writable(Path(args.run_dir), "run_dir")
-            problem = _mismatch(Path(args.run_dir), dataclasses.asdict(args))
-    problem = from_main(problem, ranks)
-    require(problem is None, f"--run_dir {args.run_dir}: {problem}")
-    return Path(args.run_dir)
+            check_writable(folder, option)
+            problem = _mismatch(folder, dataclasses.asdict(args), (*free, option), files)
+            require(problem is None, f"--{option} {folder}: {problem}")
+    return folder
 
 
-def open_run(args, ranks):
+def open_run(args, ranks, option="run_dir"):
     """Make the run directory with its args.json, if it is not there yet. Raises UserError."""
-    problem = None
-    if ranks.is_main:
-        folder = Path(args.run_dir)
+    folder = Path(getattr(args, option))
+    with agreed(ranks):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "args.json").exists():
-                write_json(folder / "args.json", dataclasses.asdict(args))
+            if ranks.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (folder / "args.json").exists():
+                    write_json(folder / "args.json", dataclasses.asdict(args))
         except OSError as error:
-            problem = error.strerror
-    problem = from_main(problem, ranks)
-    require(problem is None, f"--run_dir {args.run_dir}: cannot be written: {problem}")
+            raise UserError(f"--{option} {folder}: cannot be written: {error.strerror}") from error
 
 
-def _mismatch(folder, args):
+def _mismatch(folder, args, free, files):
     """Why this folder cannot be used for a run with these arguments, or None."""
     there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    there = there if files is None else there & set(files)
     if not there - {"args.json.tmp"}:  # that one is left by a start that was killed
         return None
     try:
@@ -84,7 +89,7 @@ def _mismatch(folder, args):
     differ = [
         f"{name} {there.get(name)!r} there, {value!r} here"
         for name, value in args.items()
-        if name not in FREE and there.get(name) != value
+        if name not in free and there.get(name) != value
     ]
     if differ:
         advice = "choose another name, or give --resume and the arguments of that run"
@@ -123,19 +128,25 @@ def append_jsonl(path, rows):
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def whole_lines(path):
+    """The objects of a JSONL file, without a last line that was cut short; [] without a file."""
+    if not path.exists():
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def rewrite_jsonl(path, rows):
+    """Make a JSONL file hold these rows and no others, if it is there."""
+    if path.exists():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        temporary.rename(path)
+
+
 def cut_jsonl(path, step):
     """Drop the rows after `step`, and a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    with open(path) as file:
-        for line in file:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    rewrite_jsonl(path, [row for row in whole_lines(path) if row["step"] <= step])
 
 
 def _state(model, optimizer):

@@ -15,13 +15,21 @@ import hashlib
 import json
 from pathlib import Path
 
-from pfppo.benchmarks import Problem, read_jsonl
+from pfppo.benchmarks import Problem, instruction_of, read_jsonl
 from pfppo.config import UserError, reason, require
 
 import torch
 from transformers import AutoTokenizer
 
-PROMPT_STYLES = ("plain", "chat")
+DEEPSEEK = """\
+You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
+Company, and you only answer questions related to computer science. For politically sensitive \
+questions, security and privacy issues, and other non-computer science questions, you will refuse \
+to answer
+### Instruction:
+{prompt}
+### Response:
+"""
 
 
 def load_tokenizer(path, option="policy"):
@@ -85,11 +93,13 @@ def load_pairs(path):
 
 
 def render(prompt, tokenizer, style):
-    """A prompt's token ids: as it stands, or as a user's turn of the tokenizer's chat template."""
+    """A prompt's token ids: as it stands ("plain", "few_shot"), as a user's turn of the tokenizer's
+    chat template ("chat"), or in DeepSeek-Coder's ("deepseek")."""
     if style == "chat":
         turn = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = DEEPSEEK.format(prompt=prompt) if style == "deepseek" else prompt
     ids = tokenizer(prompt)["input_ids"]
     # Some tokenizers close every text with EOS; a prompt goes on.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
@@ -103,12 +113,17 @@ def check_style(tokenizer, style, policy):
     )
 
 
-def render_all(problems, tokenizer, style, limit, source):
-    """Token ids of every problem's prompt; in chat style of its instruction, where it has one.
+def text_of(problem, style):
+    """What a problem asks: code to continue, or an instruction in the styles that are dialogues."""
+    return instruction_of(problem) if style in ("chat", "deepseek") else problem.prompt
+
+
+def render_all(problems, tokenizer, style, limit, source, texts=None):
+    """Token ids of every problem's prompt; `texts` instead, one for each, where they are given.
 
     Raises UserError on the first that is longer than `limit` tokens.
     """
-    texts = [style == "chat" and problem.instruction or problem.prompt for problem in problems]
+    texts = texts or [text_of(problem, style) for problem in problems]
     rendered = [render(text, tokenizer, style) for text in texts]
     for problem, ids in zip(problems, rendered, strict=True):
         require(

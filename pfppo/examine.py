@@ -43,29 +43,39 @@ class Examiner:
     max_new_tokens: int
     batch: int = 256  # rows that decode together
 
-    def __call__(self, model, problems, prompts, tag, temperature, samples=1, bars=False, **how):
+    def draw(self, model, prompts, tag, temperature, samples=1, first=0, progress=None, **how):
+        """Sample from `model`, for this rank's share of the prompts (token ids), no collective.
+
+        tag, and the prompt's number counted from `first`, say which draw this is: they are hashed
+        with the seed. how: top_k, top_p. Returns sampler.Samples and the rows' (prompt, sample).
+        """
+        mine = owned(len(prompts), self.ranks.rank, self.ranks.world)
+        rows = [(i, j) for i in mine for j in range(samples)]
+        drawn = sample(
+            model,
+            [prompts[i] for i in mine],
+            draw_uniforms(self.seed, tag, [(first + i, j) for i, j in rows], self.max_new_tokens),
+            stop=self.stop,
+            samples_per_prompt=samples,
+            temperature=temperature,
+            batch=self.batch,
+            progress=progress,
+            **how,
+        )
+        return drawn, rows
+
+    def __call__(self, model, problems, prompts, tag, temperature, samples=1, bars=False):
         """`samples` answers to each problem, on all ranks: [[Answer] * samples] * problems.
 
-        prompts: token ids, one list per problem; the problems are spread over the ranks. tag: which
-        draw this is, hashed with the seed. bars: show progress on rank 0. how: top_k, top_p.
+        bars: show progress on rank 0; the rest as in `draw`.
         """
-        mine = owned(len(problems), self.ranks.rank, self.ranks.world)
-        rows = [(i, j) for i in mine for j in range(samples)]
-        quiet = {"mininterval": 1, "disable": not (bars and self.ranks.is_main)}
-        with tqdm(total=len(rows), desc="samples", **quiet) as bar:
-            drawn = sample(
-                model,
-                [prompts[i] for i in mine],
-                draw_uniforms(self.seed, tag, rows, self.max_new_tokens),
-                stop=self.stop,
-                samples_per_prompt=samples,
-                temperature=temperature,
-                batch=self.batch,
-                progress=bar.update,
-                **how,
-            )
+        total = len(owned(len(problems), self.ranks.rank, self.ranks.world)) * samples
+        quiet = {"total": total, "mininterval": 1, "disable": not (bars and self.ranks.is_main)}
+        with tqdm(desc="samples", **quiet) as bar:
+            how = {"samples": samples, "progress": bar.update}
+            drawn, rows = self.draw(model, prompts, tag, temperature, **how)
         texts = [decode(ids, self.tokenizer) for ids in drawn.ids]
-        with tqdm(total=len(rows), desc="tests", **quiet) as bar:
+        with tqdm(desc="tests", **quiet) as bar:
             asked = [problems[i] for i, _ in rows]
             verdicts = execute(asked, texts, self.sandbox, bar.update)
         answers = list(map(Answer, drawn.ids, texts, drawn.finished, verdicts))

@@ -43,6 +43,8 @@ def load_scalars(args, tokenizer, ranks, critic=True):
     policy's backbone with a new head, True). Raises UserError if RM and policy do not fit.
     """
     path, style = args.reward_model, args.prompt_style
+    if not path and not critic:
+        return None, None, True
     if not path:
         return None, new_scalar(args.policy, args.seed, ranks, args.param_dtype), True
     template, vocabulary = template_hash(tokenizer, style), vocabulary_hash(tokenizer)

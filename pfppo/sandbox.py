@@ -176,11 +176,15 @@ class Sandbox:
         longest = patience(self._options["timeout"])
         remaining = len(checks)
         while remaining:
+            if not self._workers:
+                raise RuntimeError("the sandbox was closed, with checks under way")
             for worker in self._workers:
                 while todo and len(worker.given) < 2:
                     index = todo.popleft()
                     worker.give(index, checks[index])
             for number, found in self._wait(longest):
+                if not self._workers:
+                    break
                 worker = self._workers[number]
                 for values in found or ():
                     yield worker.given.popleft(), Verdict(*values)
@@ -211,6 +215,8 @@ class Sandbox:
                 if worker.unsent:
                     selector.register(worker.process.stdin, selectors.EVENT_WRITE, number)
             ready = selector.select(1.0)
+        if not self._workers:
+            return []
         for key, events in ready:
             if events == selectors.EVENT_WRITE:
                 self._workers[key.data].write()
@@ -222,13 +228,14 @@ class Sandbox:
         ]
 
     def close(self):
-        """End every process. Safe to call twice, and in a forked child of the caller."""
+        """End every process. Safe to call twice, in a forked child of the caller, and while another
+        thread is in `run`, which then raises."""
         if self._pid != os.getpid():
             return
         atexit.unregister(self.close)
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.close()
-        self._workers = []
 
     def __enter__(self):
         return self

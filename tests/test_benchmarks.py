@@ -1,6 +1,6 @@
 """Loaders against real and broken files, programs, pass@k.
 
-Programs are run here by plain `exec`: all of them stand in this file or are reference solutions.
+Programs are mostly run by plain `exec`: all of them stand here or are reference solutions.
 """
 
 import gzip
@@ -10,16 +10,19 @@ import math
 from pathlib import Path
 
 from pfppo.benchmarks import (
+    Problem,
     assemble,
     check_of,
+    few_shot_prompts,
+    instruction_of,
     load_problems,
-    mbpp_split,
     pass_at_k,
     pass_at_k_interval,
     read_jsonl,
     reference_check,
 )
 from pfppo.config import UserError
+from pfppo.sandbox import Sandbox
 
 import numpy as np
 import pytest
@@ -99,10 +102,13 @@ def test_humaneval_pass_fails_everywhere():
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the references
 def test_mbpp_full_form():
     problems = load_problems(data("mbpp.jsonl.gz"), "mbpp")
-    assert len(problems) == 974 and len(mbpp_split(problems)) == 500
-    assert [p.task_id for p in mbpp_split(problems, "prompt")] == [
-        f"Mbpp/{i}" for i in range(1, 11)
+    test = load_problems(data("mbpp.jsonl.gz"), "mbpp", test_split=True)
+    assert len(problems) == 974 and [p.task_id for p in test] == [
+        f"Mbpp/{i}" for i in range(11, 511)
     ]
+    shots = few_shot_prompts(test[:2], problems)
+    assert [text.count("[BEGIN]") for text in shots] == [4, 4] and shots[0].endswith("[BEGIN]\n")
+    assert shots[0].count("[DONE]") == 3 and test[1].instruction in shots[1]
     by_id = {p.task_id: p for p in problems}
     assert by_id["Mbpp/126"].entry_point == "sum"
     for problem in problems:
@@ -193,6 +199,69 @@ def test_the_hugging_face_form_of_mbpp_plus_runs_its_extra_inputs(tmp_path):
         run(assemble(problem, "def two(x):\n    return 4"))
 
 
+def test_the_test_split_is_googles_and_not_of_evalplus_selection(tmp_path):
+    ids = (2, 11, 510, 511)
+    for form, wanted in (
+        (MBPP, [11, 510]),
+        (SANITIZED, [11, 510]),
+        (HUGGING, [2, 11, 510, 511]),
+        (EVALPLUS, [2, 11, 510, 511]),
+    ):
+        named = [f"Mbpp/{i}" if form is EVALPLUS else i for i in ids]
+        path = write(tmp_path / "mbpp.jsonl", [form | {"task_id": name} for name in named])
+        found = load_problems(path, "mbpp", test_split=True)
+        assert [p.task_id for p in found] == [f"Mbpp/{i}" for i in wanted]
+        assert len(load_problems(path, "mbpp")) == 4
+    path = write(tmp_path / "mbpp.jsonl", [MBPP | {"task_id": 700}])
+    assert len(load_problems(path, "mbpp", test_split=True)) == 1  # better than nothing
+
+
+def test_few_shots_need_their_three_tasks(tmp_path):
+    rows = [MBPP | {"task_id": i} for i in (2, 4, 11)]
+    problems = load_problems(write(tmp_path / "mbpp.jsonl", rows), "mbpp")
+    with pytest.raises(UserError, match=r"few_shot: the problems have no task \['Mbpp/3'\]"):
+        few_shot_prompts(problems[2:], problems)
+
+
+def test_an_instruction_is_the_files_own_or_the_prompt_in_a_block(tmp_path):
+    (problem,) = load_problems(write(tmp_path / "h.jsonl", [HUMANEVAL]))
+    text = instruction_of(problem)
+    assert text.startswith("Please continue to complete the function.")
+    assert text.endswith(f"```python\n{problem.prompt.strip()}\n```")
+    (problem,) = load_problems(write(tmp_path / "m.jsonl", [MBPP]), "mbpp")
+    assert instruction_of(problem) == problem.instruction
+    assert instruction_of(Problem("x", "Say hello.", "", "", "")) == "Say hello."
+
+
+PLUS = HUMANEVAL | {
+    "prompt": 'def root(x):\n    return x**0.5\n\ndef two(x):\n    """Twice."""\n',
+    "base_input": [[2], [0.5]],
+    "plus_input": [[-3], [[1, [0.1]]], ["a'\"\\n"]],
+    "atol": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "passes"),
+    [
+        ("return 2 * x", True),
+        ("return x + x", True),
+        ("return 2 * x if x != -3 else 0", False),
+        ("return 2 * x if x != 0.5 else 1.0000001", True),  # EvalPlus's tolerance for floats
+        ("return 2 * x if x != 0.5 else 1.001", False),
+        ("return 2 * x if not isinstance(x, str) else x", False),
+        ("return 2 * x if not isinstance(x, list) else (2 * x)[:3]", False),
+    ],
+)
+def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(
+    tmp_path, body, passes
+):
+    (problem,) = load_problems(write(tmp_path / "plus.jsonl", [PLUS]))
+    with Sandbox(workers=1) as sandbox:
+        verdicts = sandbox.run([reference_check(problem), assemble(problem, f"    {body}\n")])
+    assert [v.passed for v in verdicts] == [True, passes], verdicts
+
+
 def test_one_array_of_objects_is_read_as_rows(tmp_path):
     path = tmp_path / "sanitized.json"
     path.write_text(json.dumps([SANITIZED, SANITIZED | {"task_id": 13}], indent=2))
@@ -248,8 +317,6 @@ def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
         read_jsonl(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="'apps' is unknown: expected one of humaneval, mbpp, leet"):
         load_problems(tmp_path / "none.jsonl", "apps")
-    with pytest.raises(UserError, match="'dev' is unknown: expected one of prompt, test"):
-        mbpp_split([], "dev")
 
 
 @pytest.mark.parametrize("field", list(HUMANEVAL))

@@ -16,7 +16,7 @@ FLOORS = (
     ("reward", "benchmarks"),
     ("world", "data", "fsdp", "model"),
     ("sampler", "checkpoint", "loading", "metrics"),
-    ("examine", "lab"),
+    ("examine", "lab", "evaluation"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
 CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "tokenizers", "pfppo"}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval_code  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
-from pfppo import checkpoint, lab, world  # noqa: E402
+from pfppo import checkpoint, data, lab, world  # noqa: E402
 from pfppo.config import UserError, parse  # noqa: E402
 from pfppo.filters import FILTERS  # noqa: E402
 from pfppo.metrics import NAMES, SECONDS  # noqa: E402
@@ -366,6 +366,79 @@ def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_pat
     results = read(tmp_path / "o/results.jsonl")
     assert [r["task_id"] for r in results] == [s["task_id"] for s in samples]
     assert [r["passed"] for r in results] == [True, False] * 3
+
+
+EVALUATION = ("--samples_per_problem", 2, "--max_new_tokens", 8, "--sampling_batch", 4)
+
+
+def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatch):
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl", *EVALUATION)
+    argv = (*argv, "--reward_model", tiny / "rm", "--filters", "best_worst")
+    run(eval_code, *argv, "--out", tmp_path / "whole")
+    table = capsys.readouterr().out.split("held_out.jsonl: ")[1].split(str(tmp_path))[0]
+    original, calls = checkpoint.append_jsonl, []
+
+    def interrupted(path, rows):
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        original(path, rows)
+
+    monkeypatch.setattr(checkpoint, "append_jsonl", interrupted)
+    argv_stopped = (*argv, "--out", tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        run(eval_code, *argv_stopped)
+    monkeypatch.undo()
+    left = len(read(tmp_path / "stopped/samples.jsonl"))
+    assert 0 < left < 12
+    with pytest.raises(UserError, match="--out .* holds a run with these arguments: give"):
+        run(eval_code, *argv_stopped)
+    with pytest.raises(UserError, match="--out .* holds a run with other arg.*seed 1 there"):
+        run(eval_code, *argv_stopped, "--resume", "--seed", 2)
+    capsys.readouterr()
+    run(eval_code, *argv_stopped, "--resume", "--k", "1,2")
+    again = capsys.readouterr().out
+    for name in ("samples.jsonl", "results.jsonl"):
+        whole, stopped = (
+            [
+                {k: v for k, v in row.items() if k != "seconds"}
+                for row in read(tmp_path / run / name)
+            ]
+            for d in ("whole", "stopped")
+        )
+        assert len(whole) == 12 and whole == stopped
+    assert "pass@2" in again and table.split("outcome")[1] in again
+
+
+@pytest.mark.parametrize("style", ["chat", "deepseek"])
+def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny / "policy", policy)
+    config = json.loads((policy / "tokenizer_config.json").read_text())
+    config["chat_template"] = "<{{ messages[0]['content'] }}>"
+    (policy / "tokenizer_config.json").write_text(json.dumps(config))
+    seen, original = [], data.render
+
+    def watch(prompt, tokenizer, style):
+        ids = original(prompt, tokenizer, style)
+        seen.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(data, "render", watch)
+    argv = ("--policy", policy, "--problems", tiny / "held_out.jsonl", "--prompt_style", style)
+    with pytest.raises(UserError, match="max_position_embeddings"):  # 256 are too few for these
+        run(eval_code, *argv, "--out", tmp_path / "o")
+    ends = {"chat": ("<Please", "```>"), "deepseek": ("You are an AI", "### Response:\n")}
+    begin, end = ends[style]
+    assert len(seen) == 6
+    assert all(text.startswith(begin) and text.endswith(end) for text in seen)
+    assert all("```python\ndef" in text for text in seen)
+
+
+def test_few_shots_are_mbpps(tiny, tmp_path):
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl")
+    with pytest.raises(UserError, match="--prompt_style few_shot: the examples are MBPP's"):
+        run(eval_code, *argv, "--out", tmp_path / "o", "--prompt_style", "few_shot")
 
 
 def test_eval_code_compares_filters(tiny, tmp_path, capsys):

@@ -12,8 +12,8 @@ round by round in turn; a rate is the median of the rounds.
 
 The hostile programs are run one at a time, each in process, mount and network namespaces of its
 own (`unshare`, as root), so that what a harness lets through ends there. A side effect is a process
-that outlives the verdict, a file left in TMPDIR, or a change in the canary folder. Prints a table and
-one line of JSON.
+that outlives the verdict, a file left in TMPDIR, or a change in the canary folder. Prints a table
+and one line of JSON.
 """
 
 import argparse
