@@ -255,10 +255,14 @@ class Isolation:
             self.directory = "/tmp"
             paths = [path for path in paths if os.path.exists(path)]
         else:
-            self.directory = f"{self.options['temporary']}/pfppo-jail-{os.urandom(6).hex()}"
-            os.mkdir(self.directory, 0o700)
             if self.uid and "landlock" in wanted and not _open_to_others(sys.base_prefix):
                 self.uid = None  # it could not import; as root without capabilities it can
+            temporary = self.options["temporary"]
+            os.makedirs(temporary, exist_ok=True)
+            if self.uid and not _open_to_others(temporary):
+                temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
+            self.directory = f"{temporary}/pfppo-jail-{os.urandom(6).hex()}"
+            os.mkdir(self.directory, 0o700)
         if self.uid:
             os.chown(self.directory, self.uid, self.uid)
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)

@@ -5,6 +5,7 @@ them, where its folder exists, runs here too.
 """
 
 import pathlib
+import shutil
 import time
 
 from pfppo.config import UserError
@@ -207,6 +208,37 @@ def test_lesser_modes_work_and_say_so(without, monkeypatch):
             assert not [(n, v) for n, v in zip(HELD, verdicts, strict=True) if not v.passed]
     with pytest.raises(UserError, match="require_isolation"):
         Sandbox(workers=1, require_isolation=True)
+
+
+@pytest.mark.parametrize("without", [(), ("namespaces",)], ids=["full", "lesser"])
+def test_a_vanishing_temporary_folder_changes_no_verdict(without, monkeypatch, tmp_path):
+    monkeypatch.setattr(Sandbox, "without", without)
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    monkeypatch.setenv("TMPDIR", str(private))
+    write = "open('x', 'w').write('1')\nint(open('x').read())\n"
+    checks = [
+        Check(f"{write}{ADD if i % 2 else WRONG}\n# {i}", TEST_ADD, "add") for i in range(200)
+    ]
+    with Sandbox(workers=2) as box:
+        seen = []
+
+        def progress(count):
+            seen.append(count)
+            if len(seen) % 60 == 0:
+                shutil.rmtree(private, ignore_errors=True)
+
+        verdicts = box.run(checks, progress)
+    assert [v.outcome for v in verdicts] == ["wrong_answer", "passed"] * 100
+    assert not private.exists() or not list(private.iterdir())
+
+
+def test_root_s_private_temporary_folder_keeps_no_candidate_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(Sandbox, "without", ("namespaces", "landlock"))
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Sandbox(workers=1) as box:
+        assert judge(box, ADD).passed
 
 
 def test_require_isolation_is_content_with_namespaces_and_seccomp(sandbox):
