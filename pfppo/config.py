@@ -21,10 +21,12 @@ import errno
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import re
 import sys
 import textwrap
+import tokenize
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -64,17 +66,16 @@ def reason(error):
 
 def comments(cls):
     """{field name: comment} read from the class's source: on the field's line or just above it."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    texts = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
     found, above = {}, []
-    for line in inspect.getsource(cls).splitlines():
-        field = re.match(r"\s+(\w+)\s*:[^#]*?(?:#\s*(.*))?$", line)
-        lone = re.match(r"\s+#\s*(.*)$", line)
-        if lone:
-            above.append(lone.group(1))
-        elif field:
-            found[field.group(1)] = " ".join([*above, field.group(2) or ""]).strip()
-            above = []
-        else:
-            above = []
+    for number, line in enumerate(source.splitlines(), 1):
+        field = re.match(r"\s+(\w+)\s*:", line)
+        text = [texts[number]] if number in texts else []
+        if field:
+            found[field.group(1)] = " ".join([*above, *text])
+        above = [] if field or not text else [*above, *text]
     return found
 
 

@@ -57,7 +57,7 @@ class Meter:
     """Collects sums on one rank; `result` adds them up over ranks and divides."""
 
     def __init__(self):
-        self.sums = {}
+        self.sums, self.shares = {}, set()
 
     def add(self, name, total, count):
         """A sum and what it is divided by."""
@@ -70,15 +70,17 @@ class Meter:
 
     def share(self, name, part):
         """This rank's part of a number that is already divided by a global denominator."""
+        self.shares.add(name)
         self.add(name, part, torch.zeros(()))
 
     def result(self, updates):
-        """{name: float}; shares are averaged over the optimizer steps. A collective."""
+        """{name: float}; shares are averaged over the optimizer steps, a mean of nothing is NaN. A
+        collective."""
         if not self.sums:
             return {}
         totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
         return {
-            name: total / (count or updates)
+            name: total / (updates if name in self.shares else count or math.nan)
             for name, (total, count) in zip(self.sums, totals, strict=True)
         }
 

@@ -18,6 +18,7 @@ from pfppo.config import (
     Seed,
     Share,
     UserError,
+    comments,
     load_function,
     parse,
     reason,
@@ -131,6 +132,16 @@ def test_require_raises_the_message_only_where_the_condition_fails():
     require(True, "fine")
     with pytest.raises(UserError, match="^not fine$"):
         require(0, "not fine")
+
+
+@dataclass
+class Odd:
+    mark: str = "#"  # a default may hold the sign
+    none: str = "a:b"
+
+
+def test_a_comment_begins_where_python_says():
+    assert comments(Odd) == {"mark": "a default may hold the sign", "none": ""}
 
 
 @dataclass
