@@ -103,19 +103,25 @@ def answers(args, tokenizer, problems, prompts, examiner, ranks):
     return answer
 
 
-def compare_filters(args, rewards, scores, ranks):
-    """Print how well rewards tell scores, for what each filter keeps (expected weights)."""
-    names = list(FILTERS) if args.filters == "all" else args.filters.split(",")
-    expected = {}
-    for name in names:
+def load_filters(names, samples, ranks):
+    """{name: filter} of those asked for; of all, those that take so many samples per problem."""
+    if names != "all":
+        return {name: load_filter(name, samples, "filters") for name in names.split(",")}
+    chosen = {}
+    for name in FILTERS:
         try:
-            chosen = load_filter(name, rewards.shape[1])
-        except UserError as error:
-            require(args.filters == "all", str(error))
+            chosen[name] = load_filter(name, samples)
+        except UserError as error:  # `single` takes one sample, some others at least two
             ranks.say(f"left out: {error}")
-            continue
+    return chosen
+
+
+def compare_filters(args, chosen, rewards, scores, ranks):
+    """Print how well rewards tell scores, for what each filter keeps (expected weights)."""
+    expected = {}
+    for name, weigh in chosen.items():
         generator = torch.Generator().manual_seed(args.seed)
-        draws = [chosen(rewards, generator) for _ in range(200)]
+        draws = [weigh(rewards, generator) for _ in range(200)]
         expected[name] = torch.stack(draws).mean(0).double().numpy()
     rows = reliability_table(
         rewards.double().numpy(), scores.double().numpy(), expected, args.bins, seed=args.seed
@@ -141,10 +147,20 @@ def main(args):
         args.samples or max(ks) <= N,
         f"--k {args.k}: expected at most --samples_per_problem {N}",
     )
+    require(
+        args.samples or args.temperature != 0 or N == 1,
+        f"--temperature 0: gives one answer {N} times, expected --samples_per_problem 1",
+    )
+    require(
+        args.reward_model or args.filters == "all",
+        f"--filters {args.filters}: what they keep is judged by a --reward_model, found none",
+    )
+    chosen = load_filters(args.filters, N, ranks) if args.reward_model else {}
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     if args.samples:
         args.policy = args.reward_model = ""
-    args.out = fsdp.from_main(args.out or str(checkpoint.unused("runs/eval")), ranks)
+    name = (checkpoint.latest if args.resume else checkpoint.unused)("runs/eval")
+    args.out = fsdp.from_main(args.out or str(name), ranks)
     form = args.benchmark if args.benchmark in benchmarks.FORMS else "humaneval"
     style = args.prompt_style
     require(
@@ -209,7 +225,7 @@ def main(args):
         )
         if load_card(args.reward_model) is None:  # an RM from elsewhere: normalised here
             rewards = (rewards - rewards.mean()) / rewards.std()
-        compare_filters(args, rewards, scores, ranks)
+        compare_filters(args, chosen, rewards, scores, ranks)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))
 
 

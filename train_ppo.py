@@ -25,7 +25,7 @@ import train_rm
 from pfppo import batch, checkpoint, data, examine, filters, fsdp, lab, loading, metrics, ppo
 from pfppo.config import Count, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.model import check_positions, read_causal_lm
-from pfppo.reward import Answers, load_reward, model_rewards
+from pfppo.reward import Answers, load_reward, model_rewards, try_reward
 from pfppo.sampler import draw_uniforms, sample, stop_ids
 from pfppo.sandbox import Sandbox
 
@@ -132,15 +132,18 @@ def step_optimizer(model, optimizer, args):
 def main(args):
     ranks = fsdp.init_ranks(args.device)
     P, N = args.prompts_per_step, args.samples_per_prompt
-    chosen = filters.load_filter(args.filter, N)
-    ranks.say(batch.check_sizes(args, filters.kept_per_prompt(chosen, N), ranks.world))
+    with fsdp.agreed(ranks):
+        chosen = filters.load_filter(args.filter, N)
+        kept_per_prompt = filters.kept_per_prompt(chosen, N)
+    ranks.say(batch.check_sizes(args, fsdp.from_main(kept_per_prompt, ranks), ranks.world))
     reward = load_reward(args.reward, args.microbatch, args.reward_clip)
     require(
         args.reward != "model" or args.reward_model,
         "--reward model: needs a --reward_model, found none",
     )
     label = args.filter if args.filter.isidentifier() else "own_filter"
-    args.run_dir = args.run_dir or fsdp.from_main(str(checkpoint.unused(f"runs/{label}")), ranks)
+    name = (checkpoint.latest if args.resume else checkpoint.unused)(f"runs/{label}")
+    args.run_dir = args.run_dir or fsdp.from_main(str(name), ranks)
     for name in ("validation", "test"):
         if getattr(args, name) == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
@@ -162,10 +165,14 @@ def main(args):
         P <= len(problems),
         f"--prompts_per_step {P}: more than the {len(problems)} prompts of {args.prompts}",
     )
-    require(
-        args.reward != "tests" or all(problem.test for problem in problems),
-        f"--reward tests: some prompts of {args.prompts} have no 'test' and 'entry_point'",
-    )
+    tested = {"validation": validation[0], "test": test[0]}
+    for name, asked in (tested | ({"prompts": problems} if args.reward == "tests" else {})).items():
+        lacking = [problem.task_id for problem in asked if not problem.test][:1]
+        path = getattr(args, name)
+        require(not lacking, f"--{name} {path}: {lacking} has no 'test' and 'entry_point'")
+    if ":" in args.reward:
+        with fsdp.agreed(ranks):
+            try_reward(reward, problems[:2])
     longest = max(map(len, prompts + validation[1] + test[1])) + args.max_new_tokens
     for name in ("policy", "reward_model"):
         if getattr(args, name):
@@ -203,6 +210,8 @@ def main(args):
     checkpoint.open_run(args, ranks)  # nothing was written before everything had been checked
     state = checkpoint.load(run, trained, ranks)
     if state is None:
+        if args.resume:
+            ranks.say(f"{run}: no checkpoint to go on from, starting at step 1")
         state = {"step": 0, "kl_coef": args.kl_coef, "best": None, "best_step": 0}
         state |= {"empty_steps": 0, "skipped_updates": 0}
         value = select(0)
@@ -240,10 +249,12 @@ def main(args):
         rewards = rewards - args.missing_eos_penalty * ~finished
         clock.lap("score")
 
-        # 3. FILTER. Every rank sees all rewards [P, N] and draws the same weights [P, N].
+        # 3. FILTER. Every rank sees all rewards [P, N] and has the same weights [P, N].
         all_rewards = fsdp.gather_rows(rewards.view(P // ranks.world, N), ranks)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        weights = chosen(all_rewards, generator)
+        with fsdp.agreed(ranks):
+            weights = chosen(all_rewards, generator)
+        weights = fsdp.from_main(weights, ranks)  # a filter of one's own may draw from elsewhere
         rollout.rewards = rewards.to(ranks.device)
         rollout.weights = weights[ranks.rank :: ranks.world].flatten().to(ranks.device)
         survivors = [
@@ -346,7 +357,7 @@ def main(args):
             rates[name] = {"greedy": greedy, "sampled": sampled}
         ranks.say(metrics.table(rates, len(test[0])))
         if ranks.is_main:
-            checkpoint.write_json(run / "result.json", rates)
+            checkpoint.write_json(run / "result.json", {"problems": len(test[0]), "rates": rates})
     sandbox.close()
     ranks.say(f"{run}: policy/ ({exported}), metrics.jsonl, samples.jsonl, checkpoints/")
     ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")

@@ -206,6 +206,7 @@ def main(args, ranks=None):
 
     # Normaliser, accuracy, checkpoint
     raw = scores_of(model, rows, pad_id, args, ranks)
+    require(raw.std() > 0, f"--run_dir {run}: the model scores all {len(rows)} responses alike")
     template = data.template_hash(tokenizer, args.prompt_style)
     card = RewardCard(
         raw.mean().item(), raw.std().item(), template, data.vocabulary_hash(tokenizer)
@@ -223,9 +224,11 @@ def main(args, ranks=None):
     config.pad_token_id = pad_id
     twin = empty_classifier(config)
     checkpoint.export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
+    unseen = (
+        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs" if held_out else "none held out"
+    )
     ranks.say(
-        f"reward model in {run}: pair accuracy {accuracies[0]:.3f} in training, "
-        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs; "
+        f"reward model in {run}: pair accuracy {accuracies[0]:.3f} in training, {unseen}; "
         f"normaliser mean {card.mean:.3f}, standard deviation {card.std:.3f} "
         f"over {len(rows)} responses"
     )

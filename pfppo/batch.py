@@ -1,4 +1,4 @@
-"""Rows of prompt and response: ids, lengths, masks, groups; select, pad, minibatches.
+"""Rows of prompt and response: ids, lengths, masks; select, pad, minibatches.
 
 Legend of shapes, used in all files:
 
@@ -17,8 +17,8 @@ One row, prompt of 3 tokens, response of 4 whose last is the end-of-sequence tok
     response_mask [B, T]       1   1   1   1   0   0               also the mask of values
 
 Masks come from lengths, never from `ids == pad`, so pad may equal EOS. A truncated response has no
-EOS; tokens are never edited. A row belongs to prompt `groups`, the prompt's place 0..P-1 in the
-step's global batch, and is that prompt's sample `samples`, 0..N-1.
+EOS; tokens are never edited. A rank's rows are its prompts' in order, the N samples of a prompt
+together.
 
 Ranks: rank r of W owns the prompts r, r + W, r + 2W, ...: a group never straddles ranks, and any
 run of prompts is spread evenly.
@@ -55,9 +55,6 @@ class Rollout:
     ids: torch.Tensor  # [B, L] int64, padded on the right
     prompt_lengths: torch.Tensor  # [B]
     lengths: torch.Tensor  # [B] response tokens, EOS included
-    finished: torch.Tensor  # [B] bool: ends with EOS
-    groups: torch.Tensor  # [B]
-    samples: torch.Tensor  # [B]
     rewards: torch.Tensor | None = None  # [B] normalised reward, before KL
     weights: torch.Tensor | None = None  # [B] from the filter
     old_logp: torch.Tensor | None = None  # [B, T]
@@ -156,24 +153,16 @@ def unflat(minibatches, name, values):
         setattr(rows, name, torch.zeros_like(rows.mask).masked_scatter(rows.mask > 0, part))
 
 
-def collate(prompts, responses, pad_id, device="cpu", finished=None, groups=None, samples=None):
-    """Lists of token ids (prompts and responses, B each) -> Rollout; what is left out is 0."""
+def collate(prompts, responses, pad_id, device="cpu"):
+    """Lists of token ids (prompts and responses, B each) -> Rollout."""
     longest = max(len(p) + len(y) for p, y in zip(prompts, responses, strict=True))
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     for row, prompt, response in zip(ids, prompts, responses, strict=True):
         row[: len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-
-    def tensor(values, dtype=torch.long):
-        return torch.as_tensor(values or [0] * len(prompts), dtype=dtype).to(device)
-
-    return Rollout(
-        ids=ids.to(device),
-        prompt_lengths=tensor([len(p) for p in prompts]),
-        lengths=tensor([len(y) for y in responses]),
-        finished=tensor(finished, torch.bool),
-        groups=tensor(groups),
-        samples=tensor(samples),
+    prompt_lengths, lengths = (
+        torch.tensor([len(tokens) for tokens in part]).to(device) for part in (prompts, responses)
     )
+    return Rollout(ids=ids.to(device), prompt_lengths=prompt_lengths, lengths=lengths)
 
 
 def check_sizes(args, kept_per_prompt, world):

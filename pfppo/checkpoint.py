@@ -8,9 +8,9 @@
 
 A checkpoint is written under a temporary name, listed with the sizes of its files in
 `manifest.json`, flushed, and renamed; so a folder named step_N is complete unless somebody damaged
-it, and then the manifest tells. There is no random state to save: every draw of a run is a function
-of (seed, step), see data.py and sampler.py. On resume the JSONL files are cut back to the
-checkpoint's step.
+it, and then the manifest tells, where a size has changed. There is no random state to save: every
+draw of a run is a function of (seed, step), see data.py and sampler.py. On resume the JSONL files
+are cut back to the checkpoint's step.
 
 Not covered: other numbers of ranks on resume, saving while training goes on.
 """
@@ -97,6 +97,13 @@ def _mismatch(folder, args, free, files):
     if not args["resume"]:
         return "holds a run with these arguments: give --resume to go on with it, or another name"
     return None
+
+
+def latest(folder):
+    """Of the folder, folder-2, folder-3, ... the last one that exists; else the folder."""
+    numbered = unused(folder)
+    number = int(numbered.name.rpartition("-")[2]) if numbered != Path(folder) else 2
+    return Path(folder) if number == 2 else Path(f"{folder}-{number - 1}")
 
 
 def unused(folder):

@@ -58,6 +58,13 @@ NonNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
 
 
+def require_folder(path, option):
+    """Raise UserError if there is no such folder; owner/name may be one of Hugging Face's."""
+    owner, *rest = Path(path).parts or ("",)
+    hub = len(rest) == 1 and owner not in (".", "..", "/", "~") and not Path(owner).exists()
+    require(hub or Path(path).is_dir(), f"--{option} {path}: there is no such folder")
+
+
 def reason(error):
     """What an exception says, in one line of at most 240 characters."""
     text = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

@@ -13,10 +13,9 @@ Not covered: streaming, several files, packing of several rows into one.
 
 import hashlib
 import json
-from pathlib import Path
 
 from pfppo.benchmarks import Problem, instruction_of, read_jsonl
-from pfppo.config import UserError, reason, require
+from pfppo.config import UserError, reason, require, require_folder
 
 import torch
 from transformers import AutoTokenizer
@@ -34,8 +33,7 @@ to answer
 
 def load_tokenizer(path, option="policy"):
     """The tokenizer in a directory. Raises UserError where there is none, or it has no EOS."""
-    hub = Path(path).parts[1:] and not Path(path).parent.exists()  # looks like owner/name
-    require(hub or Path(path).is_dir(), f"--{option} {path}: there is no such folder")
+    require_folder(path, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
@@ -88,6 +86,8 @@ def load_pairs(path):
                 + ("nothing" if value is None else repr(value)[:40]),
             )
             triple.append(value)
+        same = f"{path}, line {line}: chosen and rejected are the same, expected two responses"
+        require(triple[1] != triple[2], same)
         pairs.append(tuple(triple))
     return pairs
 

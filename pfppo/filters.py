@@ -106,7 +106,7 @@ FILTERS = {
 }
 
 
-def load_filter(spec, samples):
+def load_filter(spec, samples, option="filter"):
     """The filter of that name or place: rewards [P, N], generator -> weights [P, N], checked.
 
     It is tried on random rewards and on equal ones. Raises UserError, now and whenever it is
@@ -115,17 +115,17 @@ def load_filter(spec, samples):
     known = f"{', '.join(FILTERS)}, or module:function or file.py:function"
     require(
         spec in FILTERS or ":" in spec,
-        f"--filter {spec}: unknown, expected one of {known}",
+        f"--{option} {spec}: unknown, expected one of {known}",
     )
-    chosen = FILTERS[spec] if spec in FILTERS else load_function(spec, "filter")
+    chosen = FILTERS[spec] if spec in FILTERS else load_function(spec, option)
 
     def checked(rewards, generator):
         try:
             return apply_filter(chosen, rewards, generator)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             why = str(error) if type(error) is ValueError else reason(error)
             sizes = f"--samples_per_prompt {rewards.shape[1]}"
-            raise UserError(f"--filter {spec} {sizes}: {why}") from error
+            raise UserError(f"--{option} {spec} {sizes}: {why}") from error
 
     generator = torch.Generator().manual_seed(0)
     for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):
@@ -136,9 +136,12 @@ def load_filter(spec, samples):
 def apply_filter(chosen, rewards, generator):
     """weights [P, N] = chosen(rewards [P, N], generator), checked; ValueError on nonsense."""
     weights = chosen(rewards.clone(), generator)  # a user's filter may work in place
-    if not isinstance(weights, torch.Tensor) or weights.shape != rewards.shape:
-        found = tuple(getattr(weights, "shape", [type(weights).__name__]))
-        raise ValueError(f"expected weights of shape {tuple(rewards.shape)}, found {found}")
+    found = type(weights).__name__
+    if isinstance(weights, torch.Tensor):
+        found = f"a tensor of shape {tuple(weights.shape)}"
+    if found != f"a tensor of shape {tuple(rewards.shape)}":
+        shape = tuple(rewards.shape)
+        raise ValueError(f"expected weights, a tensor of shape {shape}, found {found}")
     weights = weights.to(rewards.dtype)
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("expected weights that are finite and >= 0")

@@ -156,22 +156,21 @@ def sample_records(step, group_size, problems, texts, rewards, scores, weights):
 
 
 def pass_rate(passed):
-    """[0 or 1] of one answer per problem -> "0.512 [0.468, 0.556]": mean, 95 % bootstrap."""
+    """[0 or 1] of one answer per problem -> mean with its 95 % bootstrap interval over problems."""
     value, low, high = pass_at_k_interval([(1, int(p)) for p in passed], 1)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return {"pass@1": value, "low": low, "high": high}
 
 
 def table(rates, count):
-    """{row: {column: text}} as the last lines of a run."""
+    """{row: {column: pass_rate}} as the last lines of a run."""
     columns = list(next(iter(rates.values())))
     width = max(len(name) for name in rates)
     title = f"pass@1 on {count} test problems, with 95 % intervals"
-    head = f"{'':{width}}  " + "  ".join(f"{column:22}" for column in columns)
-    body = [
-        f"{name:{width}}  " + "  ".join(f"{row[column]:22}" for column in columns)
-        for name, row in rates.items()
-    ]
-    return "\n".join(["", title, head, *body, ""])
+    lines = ["", title, f"{'':{width}}  " + "  ".join(f"{column:22}" for column in columns)]
+    for name, row in rates.items():
+        cells = ("{pass@1:.3f} [{low:.3f}, {high:.3f}]".format(**row[c]) for c in columns)
+        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:22}" for cell in cells))
+    return "\n".join([*lines, ""])
 
 
 def peak_gib():

@@ -14,7 +14,7 @@ Not covered: encoder-decoder models, heads with a bias that depends on the posit
 
 from pathlib import Path
 
-from pfppo.config import UserError, reason, require
+from pfppo.config import UserError, reason, require, require_folder
 
 import torch
 import transformers
@@ -113,6 +113,7 @@ def scalar_head(classifier):
 
 def read_config(path, option):
     """The transformers configuration in a directory. Raises UserError naming the option."""
+    require_folder(path, option)
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways

@@ -136,7 +136,7 @@ def load_reward(spec, microbatch, limit=10.0):
         try:
             rewards = score(answers.prompts, answers.responses, answers.problems)
             rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"--reward {spec}: {reason(error)}") from error
         count, shape = len(answers.responses), tuple(rewards.shape)
         found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
@@ -146,11 +146,23 @@ def load_reward(spec, microbatch, limit=10.0):
     return own
 
 
+def try_reward(reward, problems):
+    """Call a user's reward once, with reference solutions: better it fails at the start."""
+    texts = [[getattr(p, name) for p in problems] for name in ("prompt", "canonical_solution")]
+    reward(Answers(None, *texts, problems, torch.ones(len(problems))), None)
+
+
 @torch.no_grad()
 def model_rewards(reward_model, rollout, microbatch, limit=float("inf")):
     """The RM's normalised score at the last response token of each row, clipped to +-limit.
 
-    [B], fp32, on the CPU. A collective: all ranks need equally many microbatches.
+    [B], fp32, on the CPU. A collective: all ranks need equally many microbatches. Equal rows get
+    equal rewards: the last bits of a matrix product depend on a row's place in the batch, and a
+    tie is for the filter's generator to break.
     """
     parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rollout.microbatches(microbatch)]
-    return torch.cat(parts).clamp(-limit, limit).float().cpu()
+    rewards = torch.cat(parts).clamp(-limit, limit).float().cpu()
+    ends, first = (rollout.prompt_lengths + rollout.lengths).tolist(), {}
+    for i, (row, end) in enumerate(zip(rollout.ids.tolist(), ends, strict=True)):
+        rewards[i] = rewards[first.setdefault(tuple(row[:end]), i)]
+    return rewards

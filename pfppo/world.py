@@ -14,7 +14,7 @@ mistakes nearly everybody makes, and these cap what a short RL run can learn.
 
 Splits are by composition (the chain of step names), so a test problem's chain was never seen. Tests
 are made by running the reference on inputs chosen to tell every single wrong form from the right
-one, where any input can.
+one, where one of a thousand drawn inputs can.
 
 Not covered: loops with state, nested data, tasks with more than one function.
 """
@@ -154,7 +154,8 @@ def draw_task(rng, split):
         steps, ends = DOMAINS[variable]
         length = rng.choices((1, 2, 3), (0.2, 0.4, 0.4))[0]
         chosen = (*rng.sample(steps, length), rng.choice(ends))
-        constants = [str(rng.randint(2, 4)) for _ in chosen]
+        # Multiples of 2 would be the even numbers by another name, and cross the splits.
+        constants = [str(rng.randint(2, 4) + (step.name == "multiples")) for step in chosen]
         takes = [i for i, step in enumerate(chosen) if "{k}" in step.right[0]]
         if takes and rng.random() < 0.4:
             constants[rng.choice(takes)] = "k"
@@ -202,15 +203,13 @@ def draw_problem(rng, split, task_id):
         reference = _outputs(task, body(task, right), inputs)
         if len({repr(value) for value in reference}) < 5:
             continue  # an answer that hardly depends on the input tests nothing
-        telling = []
-        for variant in variants:
-            outputs = _outputs(task, variant, inputs)
-            differs = [i for i in range(len(inputs)) if repr(outputs[i]) != repr(reference[i])]
-            telling += differs[:1]
-        chosen = list(dict.fromkeys([*telling, *range(len(inputs))]))[:8]
+        telling = [_telling(task, body(task, right), wrong, inputs, rng) for wrong in variants]
+        chosen = {repr(arguments): arguments for part in (*telling, inputs) for arguments in part}
+        chosen = list(chosen.values())[:8]
+        answers = _outputs(task, body(task, right), chosen)
         lines = [
-            f"    assert candidate({', '.join(map(repr, inputs[i]))}) == {reference[i]!r}\n"
-            for i in chosen
+            f"    assert candidate({', '.join(map(repr, arguments))}) == {answer!r}\n"
+            for arguments, answer in zip(chosen, answers, strict=True)
         ]
         return Problem(
             task_id=task_id,
@@ -255,6 +254,16 @@ def _draw_input(rng, task):
         spaces = rng.choice(("", " ", "  "))
         value = spaces + " ".join(words[: rng.randint(0, 3)]) + rng.choice(("", " "))
     return (value, rng.randint(1, 4)) if "k" in task.constants else (value,)
+
+
+def _telling(task, right, wrong, inputs, rng):
+    """[the first input on which the two programs differ], of these or of a thousand more, or []."""
+    for some in (inputs, _draw_inputs(rng, task, 1000)):
+        pairs = zip(_outputs(task, right, some), _outputs(task, wrong, some), strict=True)
+        for arguments, (one, other) in zip(some, pairs, strict=True):
+            if repr(one) != repr(other):
+                return [arguments]
+    return []
 
 
 def _outputs(task, source, inputs):

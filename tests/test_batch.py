@@ -24,12 +24,11 @@ import torch
 EOS, PAD = 2, 0
 PROMPTS = [[10, 11, 12], [13, 14, 15], [16], [17, 18, 19, 20, 21]]
 RESPONSES = [[30, 31, 32, EOS], [33, 34, 35, 36, 37, 38], [39, 40, EOS], [EOS]]
-FINISHED = [True, False, True, True]
 
 
 def rollout(pad_id=PAD):
     """Four ragged rows, two prompts of two samples, with all fields; off the mask 1000."""
-    rows = collate(PROMPTS, RESPONSES, pad_id, "cpu", FINISHED, [0, 0, 1, 1], [0, 1, 0, 1])
+    rows = collate(PROMPTS, RESPONSES, pad_id)
     rows.rewards = torch.tensor([0.5, -1.0, 2.0, 0.0])
     rows.weights = torch.tensor([1.0, 0.0, 2.0, 0.5])
     count = float(rows.mask.sum())
@@ -88,14 +87,6 @@ def test_token_weights_are_the_weights_on_response_tokens_only():
     rows = rollout()
     expected = [[w] * n + [0] * (6 - n) for w, n in zip([1, 0, 2, 0.5], [4, 6, 3, 1], strict=True)]
     assert rows.token_weights.tolist() == expected
-
-
-def test_collate_keeps_what_it_is_given_and_leaves_the_rest_0():
-    rows = rollout()
-    assert rows.finished.tolist() == FINISHED and rows.finished.dtype == torch.bool
-    assert rows.groups.tolist() == [0, 0, 1, 1] and rows.samples.tolist() == [0, 1, 0, 1]
-    bare = collate(PROMPTS, RESPONSES, PAD)
-    assert not bare.finished.any() and not bare.groups.any() and not bare.samples.any()
 
 
 def test_collate_refuses_prompts_without_a_response():

@@ -235,15 +235,17 @@ def test_a_filter_of_ones_own_is_taken_from_a_module(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "result, expected",
     [
-        ("rewards[:, :2]", r"shape \(2, 3\), found \(2, 2\)"),
-        ("rewards.sum(1)", r"shape \(2, 3\), found \(2,\)"),
+        ("rewards[:, :2]", r"shape \(2, 3\), found a tensor of shape \(2, 2\)"),
+        ("rewards.sum(1)", r"shape \(2, 3\), found a tensor of shape \(2,\)"),
+        ("rewards.numpy() * 0 + 1", r"shape \(2, 3\), found ndarray"),
+        ("exit(0)", "SystemExit: 0"),
         ("[[1.0, 1.0, 1.0]] * 2", r"shape \(2, 3\), found .*list"),
         ("None", r"shape \(2, 3\), found .*NoneType"),
         ("torch.full_like(rewards, -1.0)", "finite and >= 0"),
         ("torch.full_like(rewards, float('nan'))", "finite and >= 0"),
         ("torch.full_like(rewards, float('inf'))", "finite and >= 0"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
-        ("torch.ones(2, rewards.shape[1])", r"shape \(3, 3\), found \(2, 3\)"),
+        ("torch.ones(2, rewards.shape[1])", r"shape \(3, 3\), found a tensor of shape \(2, 3\)"),
         ("(rewards - rewards.mean()) / rewards.std() * 0 + 1", "finite and >= 0"),
     ],
 )

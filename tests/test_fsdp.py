@@ -54,7 +54,6 @@ def data():
     prompts = [p for p in ragged([3, 7, 1, 5]) for _ in range(2)]
     rows = collate(prompts, ragged([6, 2, 1, 9, 4, 4, 8, 3], seed=1), pad_id=0)
     rows.weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.3, 1.0, 1.0])
-    rows.groups = torch.arange(4).repeat_interleave(2)
     return rows
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from types import SimpleNamespace
 
 from pfppo.metrics import (
@@ -192,8 +191,8 @@ def test_a_clock_names_the_seconds_between_laps(monkeypatch):
 
 
 def test_a_pass_rate_stands_within_its_interval():
-    numbers = re.findall(r"[\d.]+", pass_rate([1.0] * 30 + [0.0] * 10))
-    value, low, high = map(float, numbers)
+    rate = pass_rate([1.0] * 30 + [0.0] * 10)
+    value, low, high = rate["pass@1"], rate["low"], rate["high"]
     # the normal approximation: 0.75 +- 1.96 * sqrt(0.75 * 0.25 / 40) = 0.616 to 0.884
     assert value == 0.75 and low == pytest.approx(0.616, abs=0.04)
     assert high == pytest.approx(0.884, abs=0.04)
@@ -201,13 +200,17 @@ def test_a_pass_rate_stands_within_its_interval():
 
 def test_the_table_has_a_row_per_policy_and_a_column_per_way_of_decoding():
     rates = {
-        "before": {"greedy": "0.5", "sampled": "0.6"},
-        "after": {"greedy": "x", "sampled": "y"},
+        name: {
+            column: {"pass@1": value, "low": value - 0.1, "high": value + 0.1}
+            for column, value in zip(("greedy", "sampled"), values, strict=True)
+        }
+        for name, values in {"before": (0.5, 0.6), "after": (0.7, 0.8)}.items()
     }
     title, head, *rows = table(rates, 200).strip().split("\n")
     assert "200 test problems" in title and head.split() == ["greedy", "sampled"]
-    assert [row.split() for row in rows] == [["before", "0.5", "0.6"], ["after", "x", "y"]]
-    assert head.index("sampled") == rows[0].index("0.6") == rows[1].index("y")
+    assert rows[0].split() == ["before", *"0.500 [0.400, 0.600] 0.600 [0.500, 0.700]".split()]
+    assert rows[1].split() == ["after", *"0.700 [0.600, 0.800] 0.800 [0.700, 0.900]".split()]
+    assert head.index("sampled") == rows[0].index("0.600 [") == rows[1].index("0.800 [")
 
 
 def test_peak_memory_is_in_gib():
