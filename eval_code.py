@@ -174,7 +174,7 @@ def main(args):
         benchmarks.load_problems(args.problems, form)  # what is wrong is told before all else
     lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
-        train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
+        train_rm.make_for_lab(args.reward_model, ranks)
     problems = benchmarks.load_problems(args.problems, form, test_split=not args.samples)
 
     # Samples and verdicts, in the order of the input
@@ -224,6 +224,8 @@ def main(args):
             for name, column in (("reward", rows), ("passed", results))
         )
         if load_card(args.reward_model) is None:  # an RM from elsewhere: normalised here
+            what = f"--reward_model {args.reward_model}: rewards of {N} samples have no spread"
+            require(0 < rewards.std() < float("inf"), what)
             rewards = (rewards - rewards.mean()) / rewards.std()
         compare_filters(args, chosen, rewards, scores, ranks)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))

@@ -151,7 +151,7 @@ def main(args):
     run = checkpoint.check_run(args, ranks)
     lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
-        train_rm.main(train_rm.Args(run_dir=args.reward_model), ranks)
+        train_rm.make_for_lab(args.reward_model, ranks)
 
     # Data
     tokenizer = data.load_tokenizer(args.policy)
@@ -193,6 +193,8 @@ def main(args):
         with fsdp.gathered(reference.lm, twin) as model:
             rows = examiner.rows(model, problems[:256], prompts[:256], args.temperature, pad_id)
         raw = model_rewards(reward_model, rows, args.microbatch)
+        what = f"--reward_model {args.reward_model}: rewards of {len(raw)} samples have no spread"
+        require(len(raw) > 1 and 0 < raw.std() < math.inf, what)
         for scalar in (reward_model, critic):
             scalar.mean, scalar.std = raw.mean().item(), raw.std().item()
 
@@ -204,7 +206,7 @@ def main(args):
                 value = metrics.mean(examiner.passed(model, validation, 0.0))
         if value is None or state["best"] is None or value > state["best"]:
             state.update(best=value, best_step=step)
-            checkpoint.export(policy.lm, run / "policy", twin, tokenizer, ranks)
+            checkpoint.export_best(policy.lm, run, twin, tokenizer, ranks, state)
         return value
 
     checkpoint.open_run(args, ranks)  # nothing was written before everything had been checked

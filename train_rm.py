@@ -14,6 +14,7 @@ and holds `reward_model.json` (normaliser, template and vocabulary hashes) and `
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,6 +129,11 @@ def accuracy_of(model, pairs, pad_id, args, ranks):
     return (scores[:, 0] > scores[:, 1]).double().mean().item()
 
 
+def make_for_lab(folder, ranks):
+    """The lab's reward model, on any number of ranks."""
+    main(Args(run_dir=folder, batch=math.ceil(16 / ranks.world) * ranks.world), ranks)
+
+
 def main(args, ranks=None):
     ranks = ranks or fsdp.init_ranks(args.device)  # train_ppo.py has joined its ranks already
     require(
@@ -157,9 +163,13 @@ def main(args, ranks=None):
         pairs, texts, rows = read_pairs(args, tokenizer)
     else:
         pairs, texts, rows = pairs_from_samples(args, tokenizer, ranks)
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    cut = round(len(pairs) * args.held_out)
-    held_out, training = ([pairs[i] for i in part] for part in (order[:cut], order[cut:]))
+    of_prompt = defaultdict(list)  # a prompt's pairs are all held out, or all trained on
+    for pair in pairs:
+        of_prompt[tuple(pair[0])].append(pair)
+    groups, generator = list(of_prompt.values()), torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    cut = round(len(groups) * args.held_out)
+    held_out, training = (sum((groups[i] for i in p), []) for p in (order[:cut], order[cut:]))
     per_epoch = len(training) // args.batch
     require(
         per_epoch > 0,
@@ -221,7 +231,7 @@ def main(args, ranks=None):
                 file.write(json.dumps(row) + "\n")
 
     config = model.classifier.config
-    config.pad_token_id = pad_id
+    config.pad_token_id = data.classifier_pad_id(tokenizer, stop_ids(args.policy, tokenizer))
     twin = empty_classifier(config)
     checkpoint.export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
     unseen = (

@@ -29,6 +29,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
+
 # Arguments that may differ between a run and its continuation. `steps` may grow (the warm-up is a
 # share of them), `eval_every` says how often the best policy is looked for, another device rounds
 # differently; the others change no number.
@@ -136,11 +138,17 @@ def append_jsonl(path, rows):
 
 
 def whole_lines(path):
-    """The objects of a JSONL file, without a last line that was cut short; [] without a file."""
+    """The objects of a JSONL file, without a last line that was cut short; [] without a file.
+    Raises UserError naming file and line."""
     if not path.exists():
         return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: damaged, expected a JSON object") from error
+    return rows
 
 
 def rewrite_jsonl(path, rows):
@@ -275,29 +283,49 @@ def load(run, trained, ranks):
         found = state["world"]
         require(
             found == ranks.world,
-            f"{newest}: written by {found} ranks, expected {found}, found {ranks.world}",
+            f"{newest}: written by {found} ranks, expected as many, found {ranks.world}",
         )
         for name, (model, optimizer) in trained.items():
             loaded = _state(model, optimizer)
-            dcp.load(loaded, checkpoint_id=newest / name)
+            try:
+                dcp.load(loaded, checkpoint_id=newest / name)
+            except dcp.api.CheckpointException as error:  # of any rank, on all of them
+                raise UserError(
+                    f"{newest}: damaged ({_reason(error)}); remove it to go on from the one before"
+                ) from error
             set_state_dict(
                 model,
                 optimizer,
                 model_state_dict=loaded["model"],
                 optim_state_dict=loaded["optimizer"],
             )
-    if ranks.is_main:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            cut_jsonl(run / name, state["step"] if state else 0)
-        policy, previous = run / "policy", run / "policy.old"
-        if previous.exists() and not policy.exists():  # killed between the renames of `export`
-            previous.rename(policy)
-    dist.barrier()
+    later = {}
+    with agreed(ranks):
+        if ranks.is_main:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_jsonl(run / name, state["step"] if state else 0)
+            policy, previous = run / "policy", run / "policy.old"
+            if previous.exists() and not policy.exists():  # killed between the renames of `export`
+                previous.rename(policy)
+            if (policy / BEST).exists():
+                later = json.loads((policy / BEST).read_text())
+    later = from_main(later, ranks)
+    if state and later.get("best_step", 0) > state["step"]:
+        state |= later  # exported after the checkpoint was saved, and still the best there was
     return state
 
 
 def _number(path):
     return int(path.name.removeprefix("step_"))
+
+
+def export_best(sharded, run, config_source, tokenizer, ranks, state):
+    """`export` to policy/, with a note of which step that was and how good. A collective."""
+
+    def note(folder):
+        write_json(folder / BEST, {name: state[name] for name in ("best", "best_step")})
+
+    export(sharded, run / "policy", config_source, tokenizer, ranks, [note])
 
 
 def export(sharded, folder, config_source, tokenizer, ranks, extra=()):

@@ -48,6 +48,14 @@ def pad_id_of(tokenizer):
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def classifier_pad_id(tokenizer, stop):
+    """The pad id for an exported reward model. transformers' classifiers read the score before the
+    padding that they find at the end, so it must not be one of the `stop` ids: the last token that
+    is no padding is the response's EOS. None: there is no such id; they then take single rows."""
+    found = (tokenizer.pad_token_id, tokenizer.bos_token_id)
+    return next((i for i in found if i is not None and i not in stop), None)
+
+
 def load_prompts(path):
     """Prompts as a list of Problem; fields other than `prompt` may be empty. Raises UserError."""
     problems, seen = [], {}

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pfppo import benchmarks, checkpoint
 from pfppo.config import require
-from pfppo.fsdp import from_main, gather_lists
+from pfppo.fsdp import agreed, from_main, gather_lists
 
 from tqdm import tqdm
 
@@ -56,7 +56,8 @@ def sample_row(problem, number, response):
 
 def left(path, group, ranks):
     """What an interrupted run has left in a JSONL file, in whole groups of rows, on all ranks."""
-    rows = checkpoint.whole_lines(path) if ranks.is_main else None
+    with agreed(ranks):
+        rows = checkpoint.whole_lines(path) if ranks.is_main else None
     rows = from_main(rows, ranks)
     rows = rows[: len(rows) // group * group]
     if ranks.is_main:

@@ -142,7 +142,7 @@ def apply_filter(chosen, rewards, generator):
     if found != f"a tensor of shape {tuple(rewards.shape)}":
         shape = tuple(rewards.shape)
         raise ValueError(f"expected weights, a tensor of shape {shape}, found {found}")
-    weights = weights.to(rewards.dtype)
+    weights = weights.detach().to(rewards.dtype)
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise ValueError("expected weights that are finite and >= 0")
     return weights

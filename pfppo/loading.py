@@ -53,6 +53,11 @@ def load_scalars(args, tokenizer, ranks, critic=True):
     if not known:
         theirs = load_tokenizer(path, "reward_model")
         card = RewardCard(0.0, 1.0, template_hash(theirs, style), vocabulary_hash(theirs))
+        if config.pad_token_id == theirs.eos_token_id:
+            ranks.say(
+                f"--reward_model {path}: it pads with its end-of-sequence token, so transformers "
+                "would read the score one token before it; here it is read there"
+            )
     check_agreement(card, template, vocabulary, path, args.policy)
     with agreed(ranks):
         full = ScalarModel(read_classifier(path)) if ranks.is_main else None

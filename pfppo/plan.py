@@ -42,18 +42,9 @@ def _bytes(source):
 @functools.lru_cache(512)
 def plan_of(test, entry_point, reference):
     """The `Plan` of a check's texts; SyntaxError where one of them is no Python."""
-    tree = ast.parse(_bytes(test))
+    code = compile(_bytes(test), "test", "exec")
     base = (entry_point or "").split("(")[0].split(".")[0]
-    bound, used = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
+    used, bound = (set(), set()) if reference and base else _names(ast.parse(_bytes(test)))
     names, exceptions, refused = {base} - {""}, [], set()
     if reference:
         reference_tree = ast.parse(_bytes(reference))
@@ -69,12 +60,27 @@ def plan_of(test, entry_point, reference):
                 names.add(node.name)
     else:
         names |= used - bound - set(dir(builtins))
-    checks = any(isinstance(n, ast.FunctionDef) and n.name == "check" for n in tree.body)
+    functions = {part.co_name for part in code.co_consts if isinstance(part, types.CodeType)}
     return Plan(
-        compile(tree, "test", "exec"),
+        code,
         compile(_bytes(reference), "reference", "exec") if reference else None,
-        base, names, exceptions, frozenset(refused), checks,
+        base, names, exceptions, frozenset(refused), "check" in functions,
     )  # fmt: skip
+
+
+def _names(tree):
+    """(names that a test reads, names that it binds)"""
+    used, bound = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.alias):
+            bound.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+    return used, bound
 
 
 # An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.

@@ -13,7 +13,7 @@ import collections
 import time
 
 from pfppo.plan import BUILTIN_ERRORS
-from pfppo.wire import MAX_MESSAGE, Link
+from pfppo.wire import CHUNK, MAX_MESSAGE, Link
 
 
 class Over(BaseException):
@@ -219,7 +219,7 @@ class TesterLink(Link):
         while True:
             self.check_limits()
             try:
-                data = self.sock.recv(1 << 18)
+                data = self.sock.recv(CHUNK)
             except TimeoutError:
                 continue
             except OSError:

@@ -134,8 +134,9 @@ def load_reward(spec, microbatch, limit=10.0):
     def own(answers, model):
         """A user's reward, checked."""
         try:
-            rewards = score(answers.prompts, answers.responses, answers.problems)
-            rewards = torch.as_tensor(rewards, dtype=torch.float32).cpu()
+            seen = answers.prompts, answers.responses, answers.problems
+            rewards = score(*map(list, seen))  # lists of its own: it may sort or edit them
+            rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
         except (Exception, SystemExit) as error:
             raise UserError(f"--reward {spec}: {reason(error)}") from error
         count, shape = len(answers.responses), tuple(rewards.shape)

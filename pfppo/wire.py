@@ -19,6 +19,7 @@ import functools
 import json
 
 BIG = 4096  # bits from which an int travels in hex (decimal conversion is quadratic, and capped)
+CHUNK = 1 << 16  # bytes to receive at once: more would be mapped and unmapped by each `recv`
 MAX_MESSAGE = 16 << 20  # bytes; the objects made of a message may take thirty times as much
 _ATOMS = frozenset((float, str, bool, type(None)))
 
@@ -98,6 +99,7 @@ class Link:
 
     def __init__(self, sock, proxy):
         self.sock, self.proxy = sock, proxy
+        self.loads = json.JSONDecoder(object_hook=self._unpack).decode
         self.objects, self.numbers = [], {}
         self.buffer = bytearray()
 
@@ -136,9 +138,6 @@ class Link:
     def dumps(self, value):
         return json_dumps(self.pack(value))
 
-    def loads(self, text):
-        return json.loads(text, object_hook=self._unpack)
-
     def _unpack(self, tagged):
         ((tag, content),) = tagged.items()
         if tag == "h":
@@ -170,7 +169,7 @@ class Link:
 
     def more(self):
         """The next bytes, never none."""
-        data = self.sock.recv(1 << 18)
+        data = self.sock.recv(CHUNK)
         if not data:
             raise EOFError
         return data

@@ -152,6 +152,34 @@ def test_a_loaded_checkpoint_is_bit_equal_and_so_is_the_next_step(run, saved, ra
     assert any("exp_avg_sq" in name for name in after[3])  # the moments are compared too
 
 
+def test_a_policy_exported_after_the_checkpoint_stays_the_best_there_is(run, saved, ranks):
+    """A run killed between the export of step 3 and its checkpoint: policy/ is step 3's."""
+    lm, tokenizer = policy_of(tiny_lm("llama"), ranks).lm, tiny_tokenizer()
+    for best, step in ((0.25, 1), (0.75, 3)):
+        twin = empty_causal_lm(tiny_lm("llama").config)
+        exported = {"best": best, "best_step": step, "kl_coef": 9.0}
+        checkpoint.export_best(lm, run, twin, tokenizer, ranks, exported)
+        state = checkpoint.load(run, trained_pair(ranks), ranks)
+        assert state["step"] == 2 and state["kl_coef"] == 0.2
+        assert (state["best"], state.get("best_step")) == ((0.75, 3) if step == 3 else (None, None))
+
+
+@pytest.mark.parametrize("line", ["{broken", "7", "\x00\x00"])
+def test_a_damaged_line_in_the_metrics_is_named(run, ranks, line):
+    path = run / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=f"^{path}, line 2: damaged"):
+        checkpoint.load(run, trained_pair(ranks), ranks)
+
+
+def test_a_checkpoint_whose_bytes_changed_is_named(run, ranks):
+    path = next((run / "checkpoints/step_2/actor").glob("*.distcp"))
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match="step_2: damaged .*remove it") as error:
+        checkpoint.load(run, trained_pair(ranks), ranks)
+    assert "\n" not in str(error.value)
+
+
 def test_saving_changes_nothing_in_the_models(ranks, tmp_path):
     plain, saving = trained_pair(ranks), trained_pair(ranks)
     for step in (1, 2):

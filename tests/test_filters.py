@@ -290,3 +290,9 @@ def test_a_filter_that_works_in_place_leaves_the_rewards_alone():
     rewards = REWARDS.repeat(3, 1)
     apply_filter(lambda r, generator: r.zero_(), rewards, torch.Generator())
     assert torch.equal(rewards, REWARDS.repeat(3, 1))
+
+
+def test_weights_that_carry_a_gradient_are_taken_without_it():
+    weight = torch.ones(1, requires_grad=True)
+    found = apply_filter(lambda r, g: torch.sigmoid(r * weight), REWARDS, torch.Generator())
+    assert not found.requires_grad and torch.equal(found, REWARDS.sigmoid())

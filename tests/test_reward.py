@@ -216,6 +216,19 @@ def test_a_reward_of_ones_own_that_gives_nonsense_is_refused(tmp_path, result):
         reward(answers(), None)
 
 
+@pytest.mark.parametrize("name", ["prompts", "responses", "problems"])
+def test_a_reward_that_works_in_place_leaves_the_answers_alone(tmp_path, name):
+    asked, untouched = answers(), answers()
+    reward = own_reward(tmp_path, f"{name}.clear() or [1.0, 2.0, 3.0]")
+    assert reward(asked, None).tolist() == [1, 2, 3]
+    assert getattr(asked, name) == getattr(untouched, name)
+
+
+def test_a_reward_may_carry_a_gradient_that_nobody_wants(tmp_path):
+    found = own_reward(tmp_path, "torch.ones(3, requires_grad=True) * 2")(answers(), None)
+    assert found.tolist() == [2, 2, 2] and not found.requires_grad
+
+
 def test_a_card_is_readable_json(tmp_path):
     SAVED.save(tmp_path)
     assert json.loads((tmp_path / CARD).read_text())["mean"] == 1.25

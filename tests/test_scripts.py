@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,6 +333,49 @@ def test_the_reward_model_loads_in_transformers_with_equal_scores(tiny):
     ours = ScalarModel(read_classifier(tiny / "rm"))(ids, torch.tensor([[4]]))
     assert theirs.config.num_labels == 1
     torch.testing.assert_close(ours[0, 0], theirs(ids).logits[0])
+
+
+@pytest.mark.parametrize("padding", ["none", "eos", "its own"])
+def test_an_exported_reward_model_scores_a_response_with_eos_as_here(tiny, tmp_path, padding):
+    """transformers reads the score before what it takes for padding, which EOS must not be."""
+    from pfppo.batch import collate
+    from pfppo.model import ScalarModel, read_classifier
+
+    shutil.copytree(tiny / "policy", tmp_path / "policy")
+    tokenizer = data.load_tokenizer(tmp_path / "policy")
+    if padding != "its own":
+        tokenizer.pad_token = None if padding == "none" else tokenizer.eos_token
+        tokenizer.save_pretrained(tmp_path / "policy")
+        config = json.loads((tmp_path / "policy/config.json").read_text())
+        config["pad_token_id"] = tokenizer.pad_token_id
+        (tmp_path / "policy/config.json").write_text(json.dumps(config))
+    rm = ("--policy", tmp_path / "policy", "--pairs", tiny / "pairs.jsonl", "--batch", 8)
+    run(train_rm, *rm, "--run_dir", tmp_path / "rm")
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    rows = collate([[5, 6, 7]], [[8, 9, tokenizer.eos_token_id]], data.pad_id_of(tokenizer))
+    ours = ScalarModel(read_classifier(tmp_path / "rm"))(rows.ids, rows.ends)
+    with torch.no_grad():
+        torch.testing.assert_close(ours[:, 0], theirs(rows.ids).logits)
+
+
+def test_all_pairs_of_a_prompt_are_held_out_together(tiny, tmp_path, capsys):
+    row = {"prompt": "def f(x):\n", "rejected": "    return 0\n"}
+    rows = [row | {"chosen": f"    return {i}\n"} for i in range(1, 9)]
+    rows += [row | {"prompt": "def g(x):\n", "chosen": "    return x\n"}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rm = ("--policy", tiny / "policy", "--pairs", tmp_path / "pairs.jsonl", "--batch", 1)
+    run(train_rm, *rm, "--run_dir", tmp_path / "rm", "--held_out", 0.5, "--epochs", 1)
+    said = capsys.readouterr().out
+    assert "8 pairs for training, 1 held out" in said or "1 pairs for training, 8 held out" in said
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 12, 24])
+def test_the_labs_reward_model_is_made_on_any_number_of_ranks(monkeypatch, world):
+    asked = []
+    monkeypatch.setattr(train_rm, "main", lambda args, ranks: asked.append(args))
+    train_rm.make_for_lab("folder", SimpleNamespace(world=world))
+    assert asked[0].run_dir == "folder" and asked[0].batch % world == 0
+    assert 16 <= asked[0].batch < 16 + world
 
 
 def test_eval_code_reads_what_it_writes(tiny, tmp_path, capsys):

