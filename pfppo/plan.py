@@ -33,13 +33,14 @@ class Plan:
     exceptions: list  # the reference's exception classes: they are the test's own
     refused: frozenset  # methods of plain data that no class of the reference has
     checks: bool  # does the test define check(candidate)?
+    script: list | None = None  # its first calls, once rehearsed (rehearsal.py)
 
 
 def _bytes(source):
     return source.encode("utf-8", "surrogatepass")  # in this form it may begin with a BOM
 
 
-@functools.lru_cache(512)
+@functools.lru_cache(1024)
 def plan_of(test, entry_point, reference):
     """The `Plan` of a check's texts; SyntaxError where one of them is no Python."""
     code = compile(_bytes(test), "test", "exec")

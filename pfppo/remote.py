@@ -15,6 +15,8 @@ import time
 from pfppo.plan import BUILTIN_ERRORS
 from pfppo.wire import CHUNK, MAX_MESSAGE, Link
 
+AHEAD = 1 << 15  # characters: what goes ahead must fit the socket's buffer, or both would wait
+
 
 class Over(BaseException):
     """Ends a check: (outcome, detail). A test that swallows it has not passed either."""
@@ -105,6 +107,8 @@ class TesterLink(Link):
         self.exceptions = {}  # name -> the reference's own exception class
         self.idle = (0.0, self.start)  # CPU seconds when last seen to move, and when that was
         self.received = self.calls = 0
+        self.script = collections.deque()  # requests that are known to come (rehearsal.py)
+        self.ahead = 0  # how many of them have been sent already
         sock.settimeout(min(timeout, 0.25))
 
     def end(self, outcome, detail):
@@ -128,9 +132,7 @@ class TesterLink(Link):
         if self.over:
             raise self.over
         self.calls += operation == "call"
-        body = self.dumps([target, list(args), kwargs or {}])
-        self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
-        self.send(f"{operation}\n{body}")
+        self.request(self.message(operation, target, self.arguments(args, kwargs or {})))
         while True:
             try:
                 kind, _, body = self.receive().partition("\n")
@@ -156,6 +158,32 @@ class TesterLink(Link):
             except EOFError:
                 self.end("memory", "the answer is too large")
             raise error
+
+    def arguments(self, args, kwargs):
+        """What ends a request: arguments in packed form."""
+        return self.dumps([list(args), kwargs])[1:]
+
+    def message(self, operation, target, arguments):
+        """A request: `operation NEWLINE [target, args, kwargs]`."""
+        return f"{operation}\n[{self.dumps(target)}, {arguments}"
+
+    def request(self, message):
+        """Send a request, and with it those that the script says will follow; or nothing, if it
+        went ahead with an earlier one."""
+        self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
+        if self.script and message != self.script.popleft():
+            self.end("diverged", "")
+        if self.ahead:
+            self.ahead -= 1
+            return
+        batch, size = [message], len(message)
+        for following in self.script:
+            size += len(following)
+            if size > AHEAD:
+                break
+            batch.append(following)
+        self.ahead = len(batch) - 1
+        self.send(*batch)
 
     def call_back(self, number, args):
         """The candidate calls a function that the test passed to it."""

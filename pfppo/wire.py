@@ -146,9 +146,9 @@ class Link:
             return self.objects[content]
         return _UNPACK[tag](content)
 
-    def send(self, text):
-        data = text.encode()
-        self.write(len(data).to_bytes(4, "little") + data)
+    def send(self, *texts):
+        frames = [text.encode() for text in texts]
+        self.write(b"".join(len(f).to_bytes(4, "little") + f for f in frames))
 
     def receive(self):
         """The text of the next frame. EOFError where there is none or it is too long."""

