@@ -172,7 +172,7 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
         if plan.checks:
             exec(plan.test, space)
             found[""] = eval(entry_point, space)
-        if rehearsed:
+        if rehearsed and not link.objects:  # a callback's answer would stand behind what is ahead
             if plan.script is None:
                 plan.script = rehearse(link, plan.test, space, plan.names, plan.checks)
             link.script.extend(messages(link, plan.script, found))

@@ -140,3 +140,15 @@ def test_a_program_that_dies_is_judged_by_what_it_answered_before():
     with Sandbox(workers=1) as sandbox:
         found = sandbox.run([Check(p, test, "f", "def f(x):\n    return x\n") for p in programs])
     assert [v.outcome for v in found] == ["exit", "wrong_answer"]
+
+
+def test_a_program_that_calls_back_is_asked_one_by_one():
+    program = "class M:\n    def __init__(self, g):\n        self.g = g\n"
+    program += "    def run(self, x):\n        return self.g(x) + x\n"
+    test = "def check(f):\n    assert f(1) == 3\n    assert f(5) == 11\n    assert f(7) == 15"
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([
+            Check(text, test, "M(lambda x: x + 1).run", program)
+            for text in (program, program + "\n", program.replace("self.g(x)", "x"))
+        ])  # fmt: skip
+    assert [v.passed for v in found] == [True, True, False]
