@@ -165,7 +165,8 @@ class TesterLink(Link):
 
     def message(self, operation, target, arguments):
         """A request: `operation NEWLINE [target, args, kwargs]`."""
-        return f"{operation}\n[{self.dumps(target)}, {arguments}"
+        text = f'{{"y": {target._number}}}' if type(target) is Remote else self.dumps(target)
+        return f"{operation}\n[{text}, {arguments}"
 
     def request(self, message):
         """Send a request, and with it those that the script says will follow; or nothing, if it

@@ -1,0 +1,173 @@
+"""Tokens per second of the sampler against transformers' `generate`, at the same lengths.
+
+    python tests/bench/sampler.py                       # S1, all kinds of lengths, and S2 (slow)
+    python tests/bench/sampler.py --only s1 --pairs 9
+
+S1: Llama of 1.2 M parameters (4 layers, width 128, vocabulary 512), 64 prompts of 64 tokens x 5
+samples, 64 new tokens. S2: Llama of 97 M (12 layers, width 768, vocabulary 16,384), 8 prompts of
+256 x 5, 128 new. Random weights, fp32. Lengths are imposed on both sides from one table: full,
+uniform over 1..most, or geometric with a mean of a quarter of it: a row ends at its length.
+The two run in turn; the ratio is the median over the pairs. Prints a table and one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from pfppo import sampler  # noqa: E402
+from pfppo.sampler import draw_uniforms, sample  # noqa: E402
+
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.generation import LogitsProcessor, LogitsProcessorList  # noqa: E402
+
+SETTINGS = {
+    "s1": {"prompts": 64, "prompt": 64, "new": 64, "layers": 4, "width": 128, "vocabulary": 512},
+    "s2": {"prompts": 8, "prompt": 256, "new": 128, "layers": 12, "width": 768}
+    | {"vocabulary": 16384},
+}
+N, EOS = 5, 0
+KINDS = ("full", "uniform", "geometric")
+
+
+def model_of(setting):
+    torch.manual_seed(0)
+    width = setting["width"]
+    config = LlamaConfig(
+        vocab_size=setting["vocabulary"],
+        hidden_size=width,
+        intermediate_size=4 * width if width < 256 else 2048,
+        num_hidden_layers=setting["layers"],
+        num_attention_heads=width // 32 if width < 256 else width // 64,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def lengths_of(kind, rows, most):
+    """[rows] tokens that each row gets, its EOS included."""
+    generator = torch.Generator().manual_seed(1)
+    if kind == "full":
+        return torch.full((rows,), most)
+    if kind == "uniform":
+        return torch.randint(1, most + 1, (rows,), generator=generator)
+    drawn = torch.rand(rows, generator=generator).log() / torch.tensor(1 - 4 / most).log()
+    return drawn.long().clamp(0, most - 1) + 1
+
+
+def scheduled(logits, step, lengths):
+    """EOS, surely, where a row's last token is due, and never before."""
+    logits[:, EOS] = float("-inf")
+    due = lengths == step + 1
+    logits[due] = float("-inf")
+    logits[due, EOS] = 0.0
+    return logits
+
+
+class Schedule(LogitsProcessor):
+    """The table of lengths, for `generate`, whose rows stay where they are."""
+
+    def __init__(self, lengths, prompt):
+        self.lengths, self.prompt = lengths, prompt
+
+    def __call__(self, ids, scores):
+        return scheduled(scores, ids.shape[1] - self.prompt, self.lengths)
+
+
+def ours(model, prompts, lengths, setting):
+    """(seconds, tokens, useful share of row-steps); the table comes in through the uniforms."""
+    uniforms = draw_uniforms(0, 0, [(i, j) for i in range(len(prompts)) for j in range(N)], 1)
+    uniforms = uniforms.expand(-1, setting["new"]).clone()
+    original, drawn = sampler.draw_tokens, {"step": 0}
+    table = lengths[:, None] == torch.arange(1, setting["new"] + 1)  # [rows, new]: EOS is due
+    uniforms[table] = 2.0  # no random number: `draw` below takes it as the sign
+
+    def draw(logits, numbers, *how):
+        due = numbers > 1
+        logits = logits.clone()
+        logits[:, EOS] = float("-inf")
+        tokens, logp = original(logits, numbers.clamp(max=0.999), *how)
+        drawn["step"] += 1
+        return tokens.masked_fill(due, EOS), logp
+
+    sampler.draw_tokens = draw
+    try:
+        start = time.perf_counter()
+        done = sample(model, prompts, uniforms, stop=[EOS], samples_per_prompt=N, batch=10**6)
+        seconds = time.perf_counter() - start
+    finally:
+        sampler.draw_tokens = original
+    tokens = sum(map(len, done.ids))
+    assert [len(ids) for ids in done.ids] == lengths.tolist()
+    # What the last decoding pass gives is not fed back, nor is a row's last token.
+    return seconds, tokens, (tokens - len(lengths)) / max(1, done.row_steps)
+
+
+def theirs(model, prompts, lengths, setting):
+    ids = torch.tensor(prompts)
+    start = time.perf_counter()
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=N,
+            max_new_tokens=setting["new"],
+            logits_processor=LogitsProcessorList([Schedule(lengths, ids.shape[1])]),
+            pad_token_id=EOS,
+            eos_token_id=EOS,
+        )
+    seconds = time.perf_counter() - start
+    made = out[:, ids.shape[1] :]
+    assert torch.equal((made != EOS).sum(1) + (lengths < setting["new"] + 1), lengths)
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=list(SETTINGS), default=None)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+    found = {}
+    for name in [args.only] if args.only else SETTINGS:
+        setting = SETTINGS[name]
+        model = model_of(setting)
+        size = sum(p.numel() for p in model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        shape = (setting["prompts"], setting["prompt"])
+        prompts = torch.randint(1, setting["vocabulary"], shape, generator=generator).tolist()
+        for kind in args.kinds.split(","):
+            lengths = lengths_of(kind, len(prompts) * N, setting["new"])
+            rows = []
+            for _ in range(args.pairs):
+                mine, tokens, useful = ours(model, prompts, lengths, setting)
+                rows.append((theirs(model, prompts, lengths, setting) / mine, tokens / mine))
+            ratio, rate = (statistics.median(column) for column in zip(*rows, strict=True))
+            found[f"{name} {kind}"] = {
+                "ratio": round(ratio, 2),
+                "ratios": [round(r, 2) for r, _ in rows],
+                "tokens_per_second": round(rate),
+                "useful": round(useful, 3),
+            }
+            print(
+                f"{name} ({size / 1e6:.1f} M) {kind:10} {ratio:5.2f} x generate  "
+                f"{rate:8.0f} tokens/s  useful row-steps {useful:.1%}",
+                flush=True,
+            )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
