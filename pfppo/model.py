@@ -6,7 +6,7 @@ right-padded rows *without* mask or position ids: attention is causal, so paddin
 cannot be seen by what stands before it, and the fast causal kernel is taken.
 
 The largest thing in memory would be the logits, B x T x V numbers. So log-probs are computed at
-response positions only, `CHUNK` of them at a time, and recomputed in the backward pass. This knob
+response positions only, `CHUNK` logits at a time, and recomputed in the backward pass. This knob
 does not change a number.
 
 Not covered: encoder-decoder models, heads with a bias that depends on the position, several labels.
@@ -27,7 +27,7 @@ from transformers import (
     GenerationConfig,
 )
 
-CHUNK = 4096  # response positions whose logits exist at one time
+CHUNK = 1 << 24  # logits that exist at one time: 64 MiB in fp32, and a few copies of it
 
 transformers.logging.set_verbosity_error()  # its warnings are for other uses than ours
 transformers.logging.disable_progress_bar()
@@ -55,9 +55,10 @@ class Policy(nn.Module):
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
         there = mask > 0
         states = positions_of(hidden, positions)[there]  # [K, D]
+        size = max(1, CHUNK // self.lm.get_output_embeddings().weight.shape[0])
         parts = [
             checkpoint(self._chunk, *part, temperature, use_reentrant=False)
-            for part in zip(states.split(CHUNK), targets[there].split(CHUNK), strict=True)
+            for part in zip(states.split(size), targets[there].split(size), strict=True)
         ]
         logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         blank = torch.zeros_like(mask, dtype=torch.float32)

@@ -100,7 +100,7 @@ def test_families_that_scale_their_logits_are_followed(architecture, changes):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_of_chunked_log_probs_are_those_of_the_naive_ones(lms, monkeypatch, architecture):
-    monkeypatch.setattr(model_file, "CHUNK", 3)
+    monkeypatch.setattr(model_file, "CHUNK", 3 * VOCABULARY)
     lm, rows = lms[architecture], rows_of()
     factors = torch.randn(rows.mask.shape, generator=torch.Generator().manual_seed(0))
     lm.zero_grad()
@@ -128,7 +128,7 @@ def test_the_chunk_changes_no_number_and_bounds_the_logits(lms, monkeypatch, chu
     lm, rows, seen = lms["llama"], rows_of(), []
     with torch.no_grad():
         expected = log_probs(Policy(lm), rows)
-        monkeypatch.setattr(model_file, "CHUNK", chunk)
+        monkeypatch.setattr(model_file, "CHUNK", chunk * VOCABULARY)
         hook = lm.lm_head.register_forward_hook(lambda m, i, out: seen.append(out.numel()))
         found = log_probs(Policy(lm), rows)
         hook.remove()
