@@ -107,7 +107,7 @@ class TesterLink(Link):
         self.exceptions = {}  # name -> the reference's own exception class
         self.idle = (0.0, self.start)  # CPU seconds when last seen to move, and when that was
         self.received = self.calls = 0
-        self.script = collections.deque()  # requests that are known to come (rehearsal.py)
+        self.script = collections.deque()  # requests that are known to come, and do they wait?
         self.ahead = 0  # how many of them have been sent already
         sock.settimeout(min(timeout, 0.25))
 
@@ -172,15 +172,15 @@ class TesterLink(Link):
         """Send a request, and with it those that the script says will follow; or nothing, if it
         went ahead with an earlier one."""
         self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
-        if self.script and message != self.script.popleft():
+        if self.script and message != self.script.popleft()[0]:
             self.end("diverged", "")
         if self.ahead:
             self.ahead -= 1
             return
         batch, size = [message], len(message)
-        for following in self.script:
+        for following, wait in self.script:
             size += len(following)
-            if size > AHEAD:
+            if wait or size > AHEAD:
                 break
             batch.append(following)
         self.ahead = len(batch) - 1

@@ -8,6 +8,7 @@ Three roles for each worker. The *tester* (tester.py, a clean process) runs the 
 proxies in place of the program's names (remote.py): answers come back as plain data of exact types,
 and the verdict is the tester's alone. This file is the caller's side: what a check and a verdict
 are, and the pool of testers that gives work out and replaces what dies. It judges nothing itself.
+Calls that a test makes whatever the answers are sent to the candidate together (rehearsal.py).
 Names: the entry point and the reference's classes are the candidate's; every other name that the
 reference defines (helpers of the prompt, imports) runs here, from the reference.
 

@@ -23,16 +23,16 @@ def script_of(link, test, names=(), checks=True):
 def test_the_calls_of_plain_asserts_are_known_in_their_order(link):
     test = "def check(f):\n    assert f(1, [2]) == 3\n    for i in range(2):\n        assert f(x=i)"
     script = script_of(link, test)
-    assert script == [("", link.arguments(*call)) for call in (
+    assert script == [("", link.arguments(*call), False) for call in (
         ((1, [2]), {}), ((), {"x": 0}), ((), {"x": 1}),
     )]  # fmt: skip
     sent = list(messages(link, script, {"": remote.Remote(link, 5)}))
-    assert sent[0] == 'call\n[{"y": 5}, [1, [2]], {"d": []}]' and len(sent) == 3
+    assert sent[0] == ('call\n[{"y": 5}, [1, [2]], {"d": []}]', False) and len(sent) == 3
 
 
 def test_bare_asserts_call_the_programs_names(link):
     script = script_of(link, "assert f(1) == g(2)\nassert g(3) == []", ["f", "g"], checks=False)
-    assert [name for name, _ in script] == ["f", "g", "g"]
+    assert [name for name, *_ in script] == ["f", "g", "g"]
     assert len(list(messages(link, script, {"f": remote.Remote(link, 0)}))) == 1  # there is no g
 
 
@@ -55,6 +55,43 @@ def test_a_rehearsal_ends_where_an_answer_is_needed(link, line, known):
     )
     assert len(found) == known
     assert "ask" not in vars(link)  # and the link asks again
+
+
+@pytest.mark.parametrize(
+    "asserts, waits",
+    [
+        ("f(1) == 3, f(2) == 4, f(4) == 5", [False, False, True]),
+        ("f(1) == 3, f(2) == 4, f(3.0) == 5, f(4) == 6", [False, False, True, False]),
+        ("f([1, 2]) == [2, 1], f([2, 1]) == [1, 2]", [False, True]),
+        ("f('ab') == 'ba', f(x={'k': ['ba']}) == 0", [False, True]),
+        ("f(1) == (1, 2), f([[1, 2]]) == 0", [False, True]),
+        ("(1, 2) == f(1), f(2) == f(3), f({(1, 2): 0}) == 0", [False, False, False, True]),
+        ("f(1) == 3, f([3, 4]) == 7, f('3') == 0", [False] * 3),  # among others it says nothing
+        ("f(1) == 'b', f('abc') == [1], f([1, 2]) == None, f(None) == 1", [False] * 4),
+    ],
+)
+def test_a_call_that_gives_an_answer_away_waits_for_it(link, asserts, waits):
+    script = script_of(link, f"def check(f):\n    assert all([{asserts}])")
+    assert [wait for *_, wait in script] == waits
+
+
+def test_a_program_that_reads_what_was_sent_ahead_learns_no_answer():
+    test = "def check(f):\n    assert f(2) == 3\n    assert f(3) == 5\n    assert f(5) == 7"
+    peeks = """
+import re, sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        link = frame.f_locals.get("link")
+        if hasattr(link, "buffer"):
+            found = re.search(rb"\\[(\\d+)\\], ", bytes(link.buffer))
+            return int(found[1]) if found else 7
+        frame = frame.f_back
+"""
+    right = "def f(x):\n    return {2: 3, 3: 5, 5: 7}[x]\n"
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([Check(p, test, "f", right) for p in (peeks, right, peeks + "\n")])
+    assert [v.outcome for v in found] == ["wrong_answer", "passed", "wrong_answer"]
 
 
 TESTS = {
