@@ -71,7 +71,8 @@ def read_jsonl(path):
             data = file.read()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text") from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason})") from None
@@ -142,10 +143,14 @@ def load_problems(path, form="humaneval", test_split=False):
 
 
 def _humaneval(row):
-    prompt, solution = row("prompt", empty=True), row("canonical_solution", empty=True)
-    name, task = row("entry_point"), row("task_id")
+    prompt, task = row("prompt", empty=True), row("task_id")
+    name, solution = (  # without them: bare asserts, and no reference
+        row(field, empty=True) if row.get(field) is not None else ""
+        for field in ("entry_point", "canonical_solution")
+    )
     if "plus_input" not in row:
-        return Problem(task, prompt, name, solution, row("test"))
+        leetcode = PREAMBLE if re.search(r"\bSolution\(\)", row("test")) else ""
+        return Problem(task, prompt, name, solution, row("test"), leetcode)
     inputs = row("base_input", list) + row("plus_input", list, empty=True)
     test = PLUS_TEST.format(
         inputs=json.dumps(inputs), reference=prompt + solution, name=name, atol=row.get("atol", 0)

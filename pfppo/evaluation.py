@@ -10,9 +10,11 @@ Not here: what is asked and sampled (eval_code.py), code out of responses (extra
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from pfppo import benchmarks, checkpoint
 from pfppo.config import require
+from pfppo.extract import program_of
 from pfppo.fsdp import agreed, from_main, gather_lists
 
 from tqdm import tqdm
@@ -24,15 +26,20 @@ def read_samples(path, problems):
     counts, samples = Counter(), []
     for line, row in benchmarks.read_jsonl(path):
         task = row.get("task_id")
-        require(task in known, f"{path}, line {line}: task_id {task!r} is in no problem")
-        code = row.get("solution", row.get("completion"))
+        task = f"Mbpp/{task}" if isinstance(task, int) else task  # as Google's file has them
+        expected = f"expected one of the problems', such as {next(iter(known))!r}"
+        there = isinstance(task, str) and task in known
+        require(there, f"{path}, line {line}: task_id {task!r} is in no problem: {expected}")
+        whole = row.get("solution") is not None
+        code = row["solution"] if whole else row.get("completion")
         require(
             isinstance(code, str),
             f"{path}, line {line}: expected a string in 'completion' or 'solution', "
             f"found {sorted(row)}",
         )
-        program = code if "solution" in row else known[task].prompt + code
-        row = {"task_id": task, "sample": counts[task], "solution": known[task].setup + program}
+        code = code if whole else known[task].prompt + code
+        program = program_of(replace(known[task], prompt=""), code, whole=True)  # adds the setup
+        row = {"task_id": task, "sample": counts[task], "solution": program}
         counts[task] += 1
         samples.append(row)
     return samples

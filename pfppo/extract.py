@@ -15,6 +15,7 @@ Not covered: a solution spread over several blocks; helpers that a completion de
 body (cut, as by Codex's stop words).
 """
 
+import dataclasses
 import re
 import textwrap
 
@@ -26,7 +27,8 @@ def lines_of(text):
 def definition_of(problem):
     """Finds the entry point's definition at the margin: `def f`, `class Solution`, `f = ...`."""
     name = re.escape(re.split(r"[.(]", problem.entry_point)[0])
-    return re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*=(?!=)", re.M)
+    define = rf"(?:(?:async[ \t]+)?def|class)[ \t]+{name}[ \t]*[(:\[]|{name}[ \t]*=(?!=)"
+    return re.compile(f"^(?:{define})", re.M)
 
 
 def program_of(problem, code, whole):
@@ -49,7 +51,7 @@ _FENCE = re.compile(r"^([ \t]*)(```|~~~)[ \t]*([\w+#.-]*)[^\n]*\n?", re.M)
 _LINE = (  # a line at the margin that belongs to a solution
     r"import[ \t]+[\w.]+(?=[ \t]*(?:,|;|#|as[ \t]|$))|from[ \t]+[\w.]+[ \t]+import[ \t]|@[\w.]+"
     r"|(?:async[ \t]+)?def[ \t]+\w+[ \t]*[(\[]|class[ \t]+\w+[ \t]*[(:\[]"
-    r"|[A-Za-z_][\w.]*[ \t]*=[^=]"
+    r"|[A-Za-z_][\w.]*(?:\[[^\]\n]*\])?[ \t]*[-+*/%&|^]{,2}=[^=]"
 )
 _CODE = re.compile(rf"^(?:{_LINE})", re.M)
 _PROSE = re.compile(rf"^(?!{_LINE}|[#)\]}}\s]).", re.M)
@@ -65,6 +67,9 @@ _TOKEN = re.compile(
 def extract_code(response, problem):
     """The whole program in a model's response, for `check_of`. Takes any text and never raises."""
     text = lines_of(response.removeprefix("\ufeff"))
+    text = text.rpartition("</think>\n")[2]  # drafts are no answer
+    if method := _method(text, problem):
+        return program_of(problem, method, whole=True)
     define, rest = definition_of(problem), text.lstrip()
     indent = text[: len(text) - len(rest)].rpartition("\n")[2]
     if indent and define.match(rest):  # an indented signature, unless it is a helper of a body
@@ -74,6 +79,7 @@ def extract_code(response, problem):
         return program_of(problem, _body(text), whole=False)
     blocks = sorted(_blocks(text))
     defining = [block for block in blocks if define.search(block[2])]
+    defining.sort(key=lambda block: block[2].split()[-1] in ("...", "pass"))  # a stub quoted first
     bare = define.search(text)
     if bare and not (defining and bare.start() > min(offset for _, offset, *_ in blocks)):
         return program_of(problem, _solution(text, define), whole=True)
@@ -89,6 +95,22 @@ def extract_code(response, problem):
         wanted = margin if margin.isspace() else "    "
         text = textwrap.indent(code, wanted) if define.search(problem.prompt) else code
     return program_of(problem, text, whole=False)
+
+
+def _method(text, problem):
+    """A method repeated without its class, put into a class of that name; or None."""
+    names = re.fullmatch(r"(\w+)\(.*\)\.(\w+)", problem.entry_point)
+    if not names or re.search(rf"^[ \t]*class[ \t]+{names[1]}\b", text, re.M):
+        return None
+    define = re.compile(rf"^[ \t]*def[ \t]+{names[2]}[ \t]*\([ \t\n]*self\b", re.M)
+    blocks = [code for _, _, code, _ in sorted(_blocks(text)) if define.search(code)]
+    if not blocks and not define.search(text):
+        return None
+    alone = dataclasses.replace(problem, entry_point=names[2], prompt="", setup="")
+    code = extract_code(textwrap.dedent(blocks[0] if blocks else text), alone)
+    method = define.search(code)
+    start = method.start() if method else 0
+    return f"{code[:start]}class {names[1]}:\n{textwrap.indent(code[start:], '    ')}"
 
 
 def _moved(text, indent):

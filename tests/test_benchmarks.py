@@ -283,7 +283,7 @@ BROKEN = [  # content, form, what the message says after the file's name
     (b'[{"a": 1}, 2]', "humaneval", ", line 2: expected an object {...}, found a number"),
     (b"[1]\n", "humaneval", ", line 1: expected an object {...}, found a list"),
     (b"null\n", "humaneval", ", line 1: expected an object {...}, found null"),
-    (b"\xff\xfe", "humaneval", ": not UTF-8 text"),
+    (b"{}\n\xff\xfe", "humaneval", ", line 2: not UTF-8 text"),
     (b"\x1f\x8b\x08rest", "humaneval", ": cannot be read"),
     (gzip.compress(b'{"a": 1}')[:-6], "humaneval", ": cannot be read"),
     (b"{}", "humaneval", ", line 1: field 'prompt' is missing (expected a string (may be empty)"),
@@ -319,15 +319,21 @@ def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
         load_problems(tmp_path / "none.jsonl", "apps")
 
 
+MAY_LACK = ("entry_point", "canonical_solution")
+
+
 @pytest.mark.parametrize("field", list(HUMANEVAL))
 def test_a_missing_or_wrong_field_is_named(tmp_path, field):
     for value, found in ((None, "found null"), (3, "found a number"), ([], "found a list")):
+        if value is None and field in MAY_LACK:
+            continue
         path = write(tmp_path / "p.jsonl", [HUMANEVAL, HUMANEVAL | {"task_id": "B", field: value}])
         with pytest.raises(UserError, match=f"p.jsonl, line 2: field '{field}': expected.*{found}"):
             load_problems(path)
-    row = {name: value for name, value in HUMANEVAL.items() if name != field}
-    with pytest.raises(UserError, match=f"p.jsonl, line 1: field '{field}' is missing"):
-        load_problems(write(tmp_path / "p.jsonl", [row]))
+    if field not in MAY_LACK:
+        row = {name: value for name, value in HUMANEVAL.items() if name != field}
+        with pytest.raises(UserError, match=f"p.jsonl, line 1: field '{field}' is missing"):
+            load_problems(write(tmp_path / "p.jsonl", [row]))
 
 
 @pytest.mark.parametrize(
@@ -401,3 +407,44 @@ def test_interval_of_equal_problems_has_no_width_and_of_none_is_an_error():
     assert pass_at_k_interval([(4, 1)] * 7, 2) == pytest.approx((0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="no problems"):
         pass_at_k_interval([], 1)
+
+
+def test_a_problem_may_lack_entry_point_and_reference(tmp_path):
+    row = {"task_id": "A", "prompt": "", "test": "assert f(1) == 2", "entry_point": None}
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", [row]))
+    assert (problem.entry_point, problem.canonical_solution) == ("", "")
+    programs = ["def f(x):\n    return x + 1\n", "def f(x):\n    return x\n"]
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([check_of(problem, program) for program in programs])
+    assert [verdict.passed for verdict in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "```python\ndef inc(self, x: int) -> int:\n    return x + 1\n```",
+        "```python\n    def inc(self, x: int) -> int:\n        return x + 1\n```",
+        "    def inc(self, x):\n        return x + 1\n",
+        "def inc(self, x):\n    return x + 1\n\nThis adds one.",
+        "import math\ndef inc(self, x):\n    return math.ceil(x + 0.5)",
+        "So:\n```py\ndef inc(self, x):\n    return self.h(x)\ndef h(self, x): return x + 1\n```",
+        "return x + 1",
+        "def inc(x):\n            return x + 1\n        return inc(x)\n",
+    ],
+)
+def test_a_method_may_be_repeated_without_its_class(response):
+    stub = "class Solution:\n    def inc(self, x: int) -> int:\n        "
+    test = "def check(candidate):\n    assert candidate(1) == 2\n"
+    problem = Problem("t", stub, "Solution().inc", "return x + 1\n", test)
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run([assemble(problem, response)])[0].passed
+
+
+def test_leetcodes_tests_in_humanevals_form_have_its_usual_names(tmp_path):
+    row = {"task_id": "A", "prompt": "", "entry_point": "Solution", "canonical_solution": ""}
+    row["test"] = "my_solution = Solution()\nassert my_solution.twice(nums=[1]) == [1, 1]\n"
+    (problem,) = load_problems(write(tmp_path / "p.jsonl", [row]))
+    code = "class Solution:\n    def twice(self, nums: List[int]):\n        return nums * {}\n"
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([assemble(problem, code.format(times)) for times in (2, 3)])
+    assert [verdict.passed for verdict in found] == [True, False]

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 from pfppo import evaluation
 from pfppo.benchmarks import Problem
@@ -170,3 +171,17 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, message):
     file.write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
     with pytest.raises(UserError, match=message):
         evaluation.read_samples(file, PROBLEMS)
+
+
+def test_solutions_with_a_future_import_stand_after_the_setup(tmp_path):
+    setup = "from typing import *\n"
+    problem = replace(PROBLEMS[1], setup=setup)
+    file = tmp_path / "theirs.jsonl"
+    code = "from __future__ import annotations\ndef f(x: List[int]):\n    return x\n"
+    good = {"task_id": "t/1", "solution": None, "completion": "    return x + 1\n"}
+    file.write_text(f"{json.dumps({'task_id': 't/1', 'solution': code})}\n{json.dumps(good)}\n")
+    first, second = evaluation.read_samples(file, [problem])
+    names = {}
+    exec(first["solution"], names)
+    assert names["f"](1) == 1 and names["List"]
+    assert second["solution"] == setup + problem.prompt + good["completion"]
