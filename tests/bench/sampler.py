@@ -7,7 +7,9 @@ S1: Llama of 1.2 M parameters (4 layers, width 128, vocabulary 512), 64 prompts 
 samples, 64 new tokens. S2: Llama of 97 M (12 layers, width 768, vocabulary 16,384), 8 prompts of
 256 x 5, 128 new. Random weights, fp32. Lengths are imposed on both sides from one table: full,
 uniform over 1..most, or geometric with a mean of a quarter of it: a row ends at its length.
-The two run in turn; the ratio is the median over the pairs. Prints a table and one line of JSON.
+The two run in turn; the ratio is the median over the pairs, and so are the shares of our time in
+prefill, decode (the model's forward), sampling (`draw_tokens`) and bookkeeping (the rest). Prints a
+table and one line of JSON.
 """
 
 import argparse
@@ -16,7 +18,9 @@ import os
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -83,11 +87,14 @@ class Schedule(LogitsProcessor):
         return scheduled(scores, ids.shape[1] - self.prompt, self.lengths)
 
 
+PARTS = ("prefill", "decode", "sampling", "bookkeeping")
+
+
 def ours(model, prompts, lengths, setting):
-    """(seconds, tokens, useful share of row-steps); the table comes in through the uniforms."""
+    """(seconds, tokens, useful share of row-steps, share of the seconds in each of PARTS)."""
     uniforms = draw_uniforms(0, 0, [(i, j) for i in range(len(prompts)) for j in range(N)], 1)
     uniforms = uniforms.expand(-1, setting["new"]).clone()
-    original, drawn = sampler.draw_tokens, {"step": 0}
+    original, spent = sampler.draw_tokens, dict.fromkeys(PARTS, 0.0)
     table = lengths[:, None] == torch.arange(1, setting["new"] + 1)  # [rows, new]: EOS is due
     uniforms[table] = 2.0  # no random number: `draw` below takes it as the sign
 
@@ -96,20 +103,35 @@ def ours(model, prompts, lengths, setting):
         logits = logits.clone()
         logits[:, EOS] = float("-inf")
         tokens, logp = original(logits, numbers.clamp(max=0.999), *how)
-        drawn["step"] += 1
         return tokens.masked_fill(due, EOS), logp
 
-    sampler.draw_tokens = draw
-    try:
+    def timed(part, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] += time.perf_counter() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, part, function in (
+            (sampler, "_prefill", "prefill", sampler._prefill),
+            (model, "forward", "decode", model.forward),
+            (sampler, "draw_tokens", "sampling", draw),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, timed(part, function)))
         start = time.perf_counter()
         done = sample(model, prompts, uniforms, stop=[EOS], samples_per_prompt=N, batch=10**6)
         seconds = time.perf_counter() - start
-    finally:
-        sampler.draw_tokens = original
+    spent["decode"] -= spent["prefill"]  # one of the forwards
+    spent["bookkeeping"] = seconds - sum(spent.values())
     tokens = sum(map(len, done.ids))
     assert [len(ids) for ids in done.ids] == lengths.tolist()
     # What the last decoding pass gives is not fed back, nor is a row's last token.
-    return seconds, tokens, (tokens - len(lengths)) / max(1, done.row_steps)
+    useful = (tokens - len(lengths)) / max(1, done.row_steps)
+    return seconds, tokens, useful, [spent[part] / seconds for part in PARTS]
 
 
 def theirs(model, prompts, lengths, setting):
@@ -152,18 +174,21 @@ def main():
             lengths = lengths_of(kind, len(prompts) * N, setting["new"])
             rows = []
             for _ in range(args.pairs):
-                mine, tokens, useful = ours(model, prompts, lengths, setting)
-                rows.append((theirs(model, prompts, lengths, setting) / mine, tokens / mine))
-            ratio, rate = (statistics.median(column) for column in zip(*rows, strict=True))
+                mine, tokens, useful, shares = ours(model, prompts, lengths, setting)
+                other = theirs(model, prompts, lengths, setting)
+                rows.append((other / mine, tokens / mine, *shares))
+            ratio, rate, *shares = (statistics.median(column) for column in zip(*rows, strict=True))
             found[f"{name} {kind}"] = {
                 "ratio": round(ratio, 2),
-                "ratios": [round(r, 2) for r, _ in rows],
+                "ratios": [round(row[0], 2) for row in rows],
                 "tokens_per_second": round(rate),
                 "useful": round(useful, 3),
+                **{part: round(share, 3) for part, share in zip(PARTS, shares, strict=True)},
             }
+            split = ", ".join(f"{part} {found[f'{name} {kind}'][part]:.0%}" for part in PARTS)
             print(
                 f"{name} ({size / 1e6:.1f} M) {kind:10} {ratio:5.2f} x generate  "
-                f"{rate:8.0f} tokens/s  useful row-steps {useful:.1%}",
+                f"{rate:8.0f} tokens/s  useful row-steps {useful:.1%}  {split}",
                 flush=True,
             )
     print(json.dumps(found))
