@@ -154,12 +154,11 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
     except Exception as error:
         outcome = "syntax_error" if isinstance(error, SyntaxError) else None
         return _outcome(link, error, outcome)
-    module = sys.modules["reference"] = types.ModuleType("reference")  # dataclasses look for it
-    space = module.__dict__
     try:
-        if plan.reference:
-            exec(plan.reference, space)
-        elif plan.names - {plan.base}:
+        if plan.script is None:  # in a space of its own: what it does there is not seen later
+            plan.script = rehearse(link, plan.test, _space(plan), plan.names, plan.checks)
+        space = _space(plan)
+        if not plan.reference and plan.names - {plan.base}:
             found.update(imports_of(program, plan.names - {plan.base}))
         link.refused = plan.refused
         link.exceptions = {name: space[name] for name in plan.exceptions}
@@ -173,8 +172,6 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
             exec(plan.test, space)
             found[""] = eval(entry_point, space)
         if rehearsed and not link.objects:  # a callback's answer would stand behind what is ahead
-            if plan.script is None:
-                plan.script = rehearse(link, plan.test, space, plan.names, plan.checks)
             link.script.extend(messages(link, plan.script, found))
         random.seed(0)
         if plan.checks:
@@ -186,6 +183,14 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
     if plan.reference and not link.calls:
         return "wrong_answer", "the test never called the program"
     return "passed", ""
+
+
+def _space(plan):
+    """What a test sees besides the program: the reference's names, in a module of their own."""
+    module = sys.modules["reference"] = types.ModuleType("reference")  # dataclasses look for it
+    if plan.reference:
+        exec(plan.reference, module.__dict__)
+    return module.__dict__
 
 
 def _outcome(link, error, outcome=None):

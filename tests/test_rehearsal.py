@@ -152,6 +152,17 @@ def test_verdicts_are_those_of_a_test_that_asks_one_by_one(name):
     assert found[5] and found[6] and not found[0]
 
 
+def test_the_references_own_state_is_that_of_a_first_run():
+    """A rehearsal runs the reference too, and only for the first program that meets a test."""
+    right = "def f(x):\n    return x\nseen = []\ndef number():\n    seen.append(1)\n"
+    right += "    return len(seen)\n"
+    test = "def check(f):\n    assert f(1) == number()\n    assert f(2) == number()"
+    programs = [right, right + "\n", "def f(x):\n    return x + 1\n"]
+    with Sandbox(workers=1) as sandbox:
+        found = sandbox.run([Check(program, test, "f", right) for program in programs])
+    assert [verdict.passed for verdict in found] == [True, True, False]
+
+
 def directly(program, test):
     """What the test says in this process. The programs are those above."""
     if program is HOSTILE:
