@@ -49,7 +49,10 @@ class CandidateLink(Link):
                 return self.pack(base(value))
         if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
             return self.pack(value.item())
-        return super().other(value)
+        if isinstance(value, type) and issubclass(value, BaseException):
+            return {"x": [base.__name__ for base in value.__mro__[:-1]]}
+        number = super().other(value)
+        return {"w": number} if isinstance(value, types.CoroutineType) else number
 
 
 class Callback:
@@ -102,6 +105,7 @@ OPERATIONS = {
     "bool": bool,
     "str": str,
     "repr": repr,
+    "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
 }
 
 

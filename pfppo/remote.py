@@ -94,6 +94,10 @@ class _RemoteIterator:
         return next(self.remote)
 
 
+async def _awaited(coroutine):
+    return coroutine._link.ask("await", coroutine)
+
+
 class TesterLink(Link):
     """The tester's end: asks, waits within the limits, and reads answers as data."""
 
@@ -110,6 +114,21 @@ class TesterLink(Link):
         self.script = collections.deque()  # requests that are known to come, and do they wait?
         self.ahead = 0  # how many of them have been sent already
         sock.settimeout(min(timeout, 0.25))
+
+    def _unpack(self, tagged):
+        ((tag, content),) = tagged.items()
+        if tag == "w":
+            return _awaited(content)
+        return self.exception_class(content) if tag == "x" else super()._unpack(tagged)
+
+    def exception_class(self, names):
+        """The test's own class for an exception class of the program's, by the names of its bases:
+        `except` can name it, and of what is raised here it catches nothing."""
+        kind = BaseException
+        for name in reversed(names):
+            known = BUILTIN_ERRORS.get(name) or self.exceptions.get(name)
+            kind = known or self.exceptions.setdefault(name, type(name, (kind,), {}))
+        return kind
 
     def end(self, outcome, detail):
         """Raise `Over`, and go on raising this first one."""

@@ -26,7 +26,7 @@ import types
 import warnings
 
 from pfppo.isolation import PR_SET_DUMPABLE, libc
-from pfppo.plan import imports_of, plan_of
+from pfppo.plan import BUILTIN_ERRORS, imports_of, plan_of
 from pfppo.rehearsal import messages, rehearse
 from pfppo.remote import Over, TesterLink
 
@@ -161,7 +161,12 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
         if not plan.reference and plan.names - {plan.base}:
             found.update(imports_of(program, plan.names - {plan.base}))
         link.refused = plan.refused
-        link.exceptions = {name: space[name] for name in plan.exceptions}
+        link.exceptions.update({name: space[name] for name in plan.exceptions})
+        for name, kind in found.items():
+            if isinstance(kind, type) and issubclass(kind, BaseException):
+                if kind in BUILTIN_ERRORS.values():  # `E = Exception` catches nothing raised here
+                    found[name] = type(name, (kind,), {})
+                link.exceptions[kind.__name__] = found[name]
         for name in plan.names:
             space.pop(name, None)
         space.update(found)

@@ -184,6 +184,56 @@ def check(candidate):
     assert judge(sandbox, "def f(x):\n    return x", test).outcome == "wrong_answer"
 
 
+CATCHES = """
+def check(candidate):
+    for x in (1, 2):
+        try:
+            candidate(x)
+            assert False, "no error"
+        except Bad as error:
+            assert x == 1 and error.args == (1,)
+        except Worse:
+            assert x == 2
+"""
+
+
+@pytest.mark.parametrize(
+    "classes, raised, outcome",
+    [
+        ("class Bad(Exception): pass\nclass Worse(Exception): pass", "Bad Worse", "passed"),
+        ("class Worse(Exception): pass\nclass Bad(Worse): pass", "Bad Worse", "passed"),
+        ("class Base(ValueError): pass\nclass Bad(Base): pass\nclass Worse(Base): pass\n"
+         "class Worst(Worse): pass", "Bad Worst", "passed"),
+        ("Bad = ValueError\nWorse = TypeError", "Bad Worse", "passed"),
+        ("Bad = ValueError\nWorse = TypeError", "Bad ValueError", "wrong_answer"),
+        ("Bad, Worse = KeyError, Exception", "Bad None", "exception"),
+        ("Bad, Worse = KeyError, AssertionError", "Bad None", "exception"),
+        ("class Bad(Exception): pass\nWorse = Bad", "None None", "exception"),
+    ],
+)  # fmt: skip
+def test_exceptions_of_the_program_can_be_named_by_a_test(sandbox, classes, raised, outcome):
+    one, other = raised.split()
+    program = f"{classes}\ndef f(x):\n    raise ({one} if x == 1 else {other})(x)\n"
+    assert judge(sandbox, program, CATCHES).outcome == outcome
+
+
+@pytest.mark.parametrize("name", ["Exception", "AssertionError", "BaseException"])
+def test_a_class_that_catches_all_catches_nothing_raised_by_the_test(sandbox, name):
+    test = CATCHES.replace("        except Worse:\n            assert x == 2\n", "")
+    program = f"Bad = {name}\ndef f(x): pass\n"
+    assert judge(sandbox, program, test).outcome == "wrong_answer"
+    lies = f"class Bad({name}): pass\nBad.__name__ = '{name}'\ndef f(x): pass\n"
+    assert judge(sandbox, lies, test).outcome == "wrong_answer"
+
+
+def test_coroutines_are_awaited_by_the_test(sandbox):
+    program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
+    test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
+    test += "assert asyncio.run(f(1)) == 2\nassert asyncio.run(both()) == [2, 3]\n"
+    assert judge(sandbox, program, test).passed
+    assert judge(sandbox, program.replace("+ 1", "+ 2"), test).outcome == "wrong_answer"
+
+
 NODES = """
 class Node:
     def __init__(self, val=0, next=None):
