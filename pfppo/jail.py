@@ -29,11 +29,26 @@ from pfppo.wire import Link, json_dumps
 # ---- the candidate -------------------------------------------------------------------------------
 
 
+def _with_room(function):
+    """A function that may recurse where the program may not: into deeply nested values."""
+
+    def call(value):
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(min(limit + 8000, 2**31 - 1))
+        try:
+            return function(value)
+        finally:
+            sys.setrecursionlimit(limit)
+
+    return call
+
+
 class CandidateLink(Link):
     """The candidate's end: objects of any kind get a number, subclasses of data become data."""
 
     def __init__(self, sock):
         super().__init__(sock, lambda number: Callback(self, number))
+        self.loads, self.dumps = _with_room(self.loads), _with_room(self.dumps)
         self.running = _thread.RLock()
 
     def other(self, value):
@@ -192,6 +207,7 @@ class Server:
         _, status, usage = os.wait4(pid, 0)
         # Where the directory is gone this raises, and so ends the server: the check was not done
         # fairly, the tester starts another server and repeats it.
+        os.chmod(self.isolation.directory, 0o700)
         if os.listdir(self.isolation.directory):
             self._sweep()
         return {
@@ -200,17 +216,23 @@ class Server:
         }
 
     def _sweep(self):
-        """Empty the working directory, unreadable folders included."""
-        for _ in range(2):
-            for folder, folders, files in os.walk(self.isolation.directory, topdown=False):
-                for name in folders + files:
-                    path = os.path.join(folder, name)
-                    with contextlib.suppress(OSError):
-                        if os.path.isdir(path) and not os.path.islink(path):
-                            os.chmod(path, 0o700)  # for the second round
-                            os.rmdir(path)
-                        else:
-                            os.unlink(path)
+        """Empty the working directory, unreadable folders included. It goes down by single names,
+        as the whole path may be longer than the kernel takes, and deeper than Python recurses."""
+        os.chdir(self.isolation.directory)
+        way, left = [], [os.listdir()]  # names of the folders above; names not yet seen in each
+        while way or left[-1]:
+            if not left[-1]:
+                left.pop()
+                os.chdir("..")
+                os.rmdir(way.pop())
+            elif os.path.isdir(name := left[-1].pop()) and not os.path.islink(name):
+                os.chmod(name, 0o700)
+                os.chdir(name)
+                way.append(name)
+                left.append(os.listdir())
+            else:
+                os.unlink(name)
+        os.chdir("/")
 
     def run(self):
         """Serve requests until the tester closes its end."""

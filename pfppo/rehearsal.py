@@ -2,19 +2,22 @@
 
 A call that waits for its answer costs two changes of process, many times the call itself. So a test
 is first run with stand-ins in place of the program. A stand-in notes what it is called with and
-answers `_Anything`, which equals everything and remembers what it was compared with; the rehearsal
-ends where the test does more with an answer than to compare it. What was noted is the script: the
-requests that the test will make first, whatever the program is. They are sent ahead
+answers `_Anything`, which says yes where the test asserts that it equals something, and remembers
+what; the rehearsal ends where the test does anything else with an answer. What was noted is the
+script: the requests that the test will make first, whatever the program is. They are sent ahead
 (`TesterLink.request`), the test runs for good, and its calls find their answers on the way.
 
 No verdict depends on a script: a request that is not the script's next one ends the attempt, and
 the check is repeated with a fresh candidate and without a script. Nothing of the program takes part
 in a rehearsal. A candidate can read what was sent ahead, so a call whose arguments would give away
-the answer to an earlier one (`f(2) == 3`, then `f(3) == 5`) waits until that one is answered.
+the answer to an earlier one (`f(2) == 3`, then `f(3) == 5`) waits until that one is answered, and
+so does any call where an earlier answer is not known.
 """
 
+import ast
 import contextlib
 import random
+import re
 
 from pfppo.remote import Remote
 
@@ -24,11 +27,11 @@ MOST = 512  # calls of a script
 class _Anything:
     __hash__ = None
 
-    def __init__(self, expected):
-        self._expected = expected
+    def __init__(self, note):
+        self._note = note
 
     def __eq__(self, other):
-        self._expected.append(other)
+        self._note(other)
         return True
 
 
@@ -36,13 +39,35 @@ class _End(BaseException):
     """The rehearsal is over; no test catches it."""
 
 
+class _Asserts(ast.NodeTransformer):
+    """`assert a == b` becomes SAME(a, b). Not where a failed one need not be the end: only of what
+    is surely asserted can it be said that an answer has to equal it."""
+
+    def visit_Assert(self, node):
+        both = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
+        parts = node.test.values if both else [node.test]
+        if any(not isinstance(p, ast.Compare) or list(map(type, p.ops)) != [ast.Eq] for p in parts):
+            return node
+        same = ast.Name(SAME, ast.Load())
+        calls = [ast.Call(same, [part.left, part.comparators[0]], []) for part in parts]
+        return [ast.fix_missing_locations(ast.copy_location(ast.Expr(c), node)) for c in calls]
+
+    def leave(self, node):
+        return node
+
+    visit_Try = visit_TryStar = visit_With = visit_AsyncWith = leave
+
+
+SAME = "same as"  # no name that a test could have
+
+
 def rehearse(link, test, space, names, checks):
     """The script of a test: [(which of the program's names is called, "" being what `check` is
     given; its arguments as in `TesterLink.message`; whether it has to wait for earlier answers)].
 
-    test: code; space: what it sees; names: those of the program; checks: does it define check?
+    test: its text; space: what it sees; names: those of the program; checks: does it define check?
     """
-    script, objects = [], len(link.objects)
+    script, objects, asserting = [], len(link.objects), False
 
     def stand_in(name):
         def called(*args, **kwargs):
@@ -50,10 +75,24 @@ def rehearse(link, test, space, names, checks):
             if len(link.objects) > objects or len(script) == MOST:
                 raise _End  # a function among the arguments may want to be called back
             expected = []
+
+            def note(other):
+                if not asserting:
+                    raise _End
+                expected.append(_clue(link, other))
+
             script.append((name, arguments, [*args, *kwargs.values()], expected))
-            return _Anything(expected)
+            return _Anything(note)
 
         return called
+
+    def same(left, right):
+        nonlocal asserting
+        asserting = True
+        try:
+            assert left == right
+        finally:
+            asserting = False
 
     def refused(*_):
         raise _End
@@ -61,32 +100,41 @@ def rehearse(link, test, space, names, checks):
     link.ask = refused  # the reference's own functions may call the program
     with contextlib.suppress(Exception, SystemExit, _End):
         random.seed(0)
-        space = {**space, **{name: stand_in(name) for name in names}}
-        exec(test, space)
+        space = {**space, **{name: stand_in(name) for name in names}, SAME: same}
+        exec(compile(_Asserts().visit(ast.parse(test)), "test", "exec"), space)
         if checks:
             script.clear()  # what the module itself asks has been asked
             random.seed(0)
             space["check"](stand_in(""))
     del link.ask
-    return list(_with_waits(link, script))
+    return list(_with_waits(script))
 
 
-def _with_waits(link, script):
+def _clue(link, value):
+    """What would give an expected value away: itself if it is a number, else its packed form; None
+    where nothing would, as it cannot stand among arguments."""
+    if isinstance(value, (int, float)) or value is None:
+        return value
+    with contextlib.suppress(TypeError):
+        return link.dumps(list(value) if isinstance(value, (tuple, set, frozenset)) else value)
+
+
+def _with_waits(script):
     """What is expected is given away by a later argument that is equal to it or, if it is more than
-    a number, holds it."""
-    numbers, texts = set(), set()
+    a number, holds it; and by arguments with no other number in them."""
+    clues, unknown = set(), False
     for name, arguments, values, expected in script:
-        wait = any(text in arguments for text in texts)
-        wait = wait or any(isinstance(v, (int, float)) and v in numbers for v in values)
+        numbers = {v for v in values if isinstance(v, (int, float))}
+        written = re.findall(r"-?\d[\d.e+-]*", arguments)
+        if len(written) == 1:
+            with contextlib.suppress(ValueError):
+                numbers.add(float(written[0]))
+        texts = (clue for clue in clues if isinstance(clue, str))
+        wait = unknown or not clues.isdisjoint(numbers) or any(text in arguments for text in texts)
         if wait:
-            numbers, texts = set(), set()
-        for value in expected:
-            if isinstance(value, (int, float)):
-                numbers.add(value)
-            elif value is not None:
-                with contextlib.suppress(TypeError):  # what cannot travel is in no argument
-                    several = isinstance(value, (tuple, set, frozenset))
-                    texts.add(link.dumps(list(value) if several else value))
+            clues = set()
+        clues.update(expected)
+        unknown = not expected
         yield name, arguments, wait
 
 

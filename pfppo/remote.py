@@ -168,6 +168,8 @@ class TesterLink(Link):
                             _assign(kwargs[name], new)
                     return value
                 error = self.exception(*answer)
+                if isinstance(error, StopIteration) and operation != "next":
+                    error = RuntimeError("StopIteration")  # it would end a loop of the test's
             except MemoryError:
                 self.end("memory", "the answer is too large")
             except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as problem:

@@ -156,7 +156,8 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
         return _outcome(link, error, outcome)
     try:
         if plan.script is None:  # in a space of its own: what it does there is not seen later
-            plan.script = rehearse(link, plan.test, _space(plan), plan.names, plan.checks)
+            plan.script = rehearse(link, test, _space(plan), plan.names, plan.checks)
+            link.own_start = time.process_time()
         space = _space(plan)
         if not plan.reference and plan.names - {plan.base}:
             found.update(imports_of(program, plan.names - {plan.base}))
@@ -185,7 +186,8 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
             exec(plan.test, space)
     except Exception as error:
         return _outcome(link, error)
-    if plan.reference and not link.calls:
+    alias = isinstance(found.get(plan.base), type)  # `f = str` is called here
+    if plan.reference and not link.calls and not alias:
         return "wrong_answer", "the test never called the program"
     return "passed", ""
 

@@ -173,6 +173,18 @@ def test_candidates_find_nothing_of_each_other(sandbox):
     assert all(verdict.passed for verdict in sandbox.run(checks)[1::2])
 
 
+@pytest.mark.parametrize("name, depth", [("a" * 250, 40), ("d", 2000)])
+@pytest.mark.parametrize("without", [(), ("namespaces",)])
+def test_no_tree_is_too_deep_to_be_removed(without, name, depth, monkeypatch):
+    deep = f"import os\nfor _ in range({depth}):\n    os.mkdir('{name}')\n    os.chdir('{name}')\n"
+    deep += "open('big', 'w').write('x' * 1000)\nos.mkdir('e', 0)\n"
+    empty = "import os\nassert not os.listdir()\nopen('a', 'w').write('a')\n"
+    monkeypatch.setattr(Sandbox, "without", without)
+    with Sandbox(workers=1) as sandbox:
+        for program in (deep + ADD, empty + ADD, empty + "\n" + ADD):
+            assert judge(sandbox, program).passed
+
+
 def test_nothing_outlives_the_verdict():
     with Sandbox(workers=1) as one:
         judge(one, ADD)

@@ -226,6 +226,31 @@ def test_a_class_that_catches_all_catches_nothing_raised_by_the_test(sandbox, na
     assert judge(sandbox, lies, test).outcome == "wrong_answer"
 
 
+@pytest.mark.parametrize(
+    "loop", ["all(map(lambda x: c(x) == x, [1, 2]))", "list(map(c, [1])) == []"]
+)
+def test_a_program_cannot_end_a_loop_of_the_test(sandbox, loop):
+    test = f"def check(c):\n    assert {loop}"
+    assert not judge(sandbox, "def f(x):\n    raise StopIteration", test).passed
+
+
+@pytest.mark.parametrize("reference", ["", "def f(x):\n    return str(x)\n"])
+def test_a_builtin_type_may_be_the_answer(sandbox, reference):
+    test = "def check(candidate):\n    assert candidate(1) == '1'"
+    assert judge(sandbox, "f = str\n", test, "f", reference).passed
+    assert judge(sandbox, "f = list\n", test, "f", reference).outcome == "wrong_answer"
+
+
+@pytest.mark.parametrize("shape", ["[x]", "(x,)", "{'k': x}"])
+def test_values_may_be_nested_deeper_than_a_program_recurses(sandbox, shape):
+    program = f"def f(n, x):\n    for _ in range(n):\n        x = {shape}\n    return x\n"
+    test = program.replace("def f", "def g") + "def check(f):\n"
+    test += "    x = g(900, 1)\n    assert f(0, x) == x\n    assert f(900, 1) == x\n"
+    assert judge(sandbox, program, test, "f").passed
+    low = "import sys\nsys.setrecursionlimit(2**31 - 1)\n"
+    assert judge(sandbox, low + program, test, "f").passed
+
+
 def test_coroutines_are_awaited_by_the_test(sandbox):
     program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
     test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
