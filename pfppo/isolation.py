@@ -70,9 +70,17 @@ def readable_paths():
     return outermost, {path: target for path, target in found.items() if path != target}
 
 
-def enter_namespaces(paths, links):
-    """New namespaces and a read-only root; returns in a new process, number 1 of its own space:
-    True if that took a user namespace."""
+def working_directory(paths):
+    """Where candidates work in a root of their own: a place with nothing in it that they read."""
+    for directory in ("/tmp", "/var/tmp", "/candidate"):
+        if not any(f"{path}/".startswith(f"{directory}/") for path in paths):
+            return directory
+    raise OSError(f"no free directory beside {paths}")
+
+
+def enter_namespaces(paths, links, directory):
+    """New namespaces and a read-only root but for `directory`; returns in a new process, number 1
+    of its own space: True if that took a user namespace."""
     uid, gid = os.getuid(), os.getgid()
     flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_REST
     as_user = False
@@ -102,9 +110,9 @@ def enter_namespaces(paths, links):
         if not os.path.lexists(root + link):
             os.makedirs(os.path.dirname(root + link), exist_ok=True)
             os.symlink(target, root + link)
-    os.makedirs(root + "/tmp", exist_ok=True)
+    os.makedirs(root + directory, exist_ok=True)
     options = f"size={DISK},nr_inodes=4096,mode=700"
-    call("mount", "tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, options)
+    call("mount", "tmpfs", root + directory, "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir(root)
     call("mount", "none", root, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID, None)
     call("syscall", 41 if platform.machine() == "aarch64" else 155, b".", b".")  # pivot_root
@@ -250,9 +258,9 @@ class Isolation:
         paths, links = readable_paths()
         if "namespaces" in wanted:
             with _layer("namespaces"):
-                if enter_namespaces(paths, links):
+                self.directory = working_directory(paths)
+                if enter_namespaces(paths, links, self.directory):
                     self.uid = None  # a user namespace knows one id; capabilities are dropped
-            self.directory = "/tmp"
             paths = [path for path in paths if os.path.exists(path)]
         else:
             if self.uid and "landlock" in wanted and not _open_to_others(sys.base_prefix):

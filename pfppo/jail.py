@@ -44,29 +44,20 @@ def _with_room(function):
 
 
 class CandidateLink(Link):
-    """The candidate's end: objects of any kind get a number, subclasses of data become data."""
+    """The candidate's end: objects of any kind get a number."""
 
     def __init__(self, sock):
         super().__init__(sock, lambda number: Callback(self, number))
         self.loads, self.dumps = _with_room(self.loads), _with_room(self.dumps)
         self.running = _thread.RLock()
 
-    def other(self, value):
-        """As in `Link`, but subclasses of plain data (int enums, numpy's scalars) become plain."""
-        kind = type(value)
-        if kind is Callback:
+    def numbered(self, value):
+        """As in `Link`; exception classes by the names of their bases, coroutines marked."""
+        if type(value) is Callback:
             return {"y": value._number}
-        for base in (int, float, str):  # int enums, numpy's float64
-            if isinstance(value, base):
-                return self.pack(getattr(base, f"__{base.__name__}__")(value))
-        for base in (tuple, list, set, frozenset, dict):
-            if isinstance(value, base):
-                return self.pack(base(value))
-        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-            return self.pack(value.item())
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"x": [base.__name__ for base in value.__mro__[:-1]]}
-        number = super().other(value)
+        number = super().numbered(value)
         return {"w": number} if isinstance(value, types.CoroutineType) else number
 
 
@@ -76,10 +67,10 @@ class Callback:
     def __init__(self, link, number):
         self._link, self._number = link, number
 
-    def __call__(self, *args):
+    def __call__(self, *args, **kwargs):
         link = self._link
         with link.running:
-            link.send("callback\n" + link.dumps([self._number, args]))
+            link.send("callback\n" + link.dumps([self._number, args, kwargs]))
             while True:
                 message = link.receive()
                 kind, _, body = message.partition("\n")

@@ -10,6 +10,8 @@ verdict (tester.py). It runs in the tester's process only; the candidate's holds
 """
 
 import collections
+import itertools
+import threading
 import time
 
 from pfppo.plan import BUILTIN_ERRORS
@@ -111,6 +113,7 @@ class TesterLink(Link):
         self.exceptions = {}  # name -> the reference's own exception class
         self.idle = (0.0, self.start)  # CPU seconds when last seen to move, and when that was
         self.received = self.calls = 0
+        self.asking = threading.RLock()
         self.script = collections.deque()  # requests that are known to come, and do they wait?
         self.ahead = 0  # how many of them have been sent already
         sock.settimeout(min(timeout, 0.25))
@@ -135,23 +138,27 @@ class TesterLink(Link):
         self.over = self.over or Over(outcome, detail)
         raise self.over
 
-    def other(self, value):
+    def numbered(self, value):
         """As in `Link`; the candidate's own objects go back by their numbers, iterators as data."""
         kind = type(value)
         if kind is Remote:
             return {"y": value._number}
         if callable(value):
-            return super().other(value)
-        if hasattr(value, "__next__"):
-            return {"I": self.pack(list(value))}
+            return super().numbered(value)
+        if hasattr(value, "__next__"):  # it may be endless
+            return {"I": self.pack(list(itertools.islice(value, 1_000_000)))}
         raise TypeError(f"the test passes an argument of a kind that cannot travel: {kind}")
 
     def ask(self, operation, target, args=(), kwargs=None):
         """The candidate's answer to one of jail.py's OPERATIONS, or what it raised."""
+        with self.asking:  # the test may have threads
+            return self._ask(operation, target, args, kwargs or {})
+
+    def _ask(self, operation, target, args, kwargs):
         if self.over:
             raise self.over
-        self.calls += operation == "call"
-        self.request(self.message(operation, target, self.arguments(args, kwargs or {})))
+        self.calls += operation != "load"
+        self.request(self.message(operation, target, self.arguments(args, kwargs)))
         while True:
             try:
                 kind, _, body = self.receive().partition("\n")
@@ -207,10 +214,10 @@ class TesterLink(Link):
         self.ahead = len(batch) - 1
         self.send(*batch)
 
-    def call_back(self, number, args):
+    def call_back(self, number, args, kwargs):
         """The candidate calls a function that the test passed to it."""
         try:
-            self.send("ok\n" + self.dumps(self.objects[number](*args)))
+            self.send("ok\n" + self.dumps(self.objects[number](*args, **kwargs)))
         except Exception as error:
             kinds = [kind for kind in type(error).__mro__ if kind.__module__ == "builtins"]
             self.send("raise\n" + self.dumps([kinds[0], [str(error)]]))

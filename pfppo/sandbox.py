@@ -28,6 +28,7 @@ import dataclasses
 import json
 import os
 import selectors
+import signal
 import subprocess
 import threading
 import time
@@ -195,7 +196,9 @@ class Sandbox:
                     index = worker.given[0]
                     blamed[index] += 1
                     seconds = round(time.monotonic() - worker.since, 4)
-                    late = seconds > longest
+                    worker.process.kill()
+                    ended = worker.process.wait() in (-signal.SIGPROF, -signal.SIGALRM)  # by itself
+                    late = ended or seconds > longest
                     if late or blamed[index] == 2:
                         worker.given.popleft()
                         outcome = "timeout" if late else "exception"

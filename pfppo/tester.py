@@ -28,7 +28,7 @@ import warnings
 from pfppo.isolation import PR_SET_DUMPABLE, libc
 from pfppo.plan import BUILTIN_ERRORS, imports_of, plan_of
 from pfppo.rehearsal import messages, rehearse
-from pfppo.remote import Over, TesterLink
+from pfppo.remote import Over, Remote, TesterLink
 
 
 class Jail:
@@ -106,7 +106,9 @@ class Tester:
     def judge(self, check):
         """(outcome, seconds, detail) of [program, test, entry point, reference]."""
         start = time.monotonic()
-        signal.alarm(patience(self.options["timeout"]) + 5)  # ends this process, should it hang
+        # Either ends this process, should an answer make it compute or wait for ever.
+        signal.setitimer(signal.ITIMER_PROF, 7 * self.options["timeout"] + 3)
+        signal.alarm(patience(self.options["timeout"]) + 5)
         for attempt in "first", "second":
             try:
                 outcome, detail = self._attempt(check)
@@ -115,6 +117,7 @@ class Tester:
                 if attempt == "second":
                     outcome, detail = "exception", f"the jail failed: {error}"
                 self.close()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
         return outcome, round(time.monotonic() - start, 4), detail
 
@@ -157,7 +160,7 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
     try:
         if plan.script is None:  # in a space of its own: what it does there is not seen later
             plan.script = rehearse(link, test, _space(plan), plan.names, plan.checks)
-            link.own_start = time.process_time()
+            link.start, link.own_start = time.monotonic(), time.process_time()
         space = _space(plan)
         if not plan.reference and plan.names - {plan.base}:
             found.update(imports_of(program, plan.names - {plan.base}))
@@ -173,6 +176,8 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
         space.update(found)
         if plan.base and plan.base not in found:
             return "exception", f"NameError: name '{plan.base}' is not defined"
+        space["__name__"] = "__main__"  # the test may be under its guard, or look there for itself
+        sys.modules["__main__"] = sys.modules["reference"]
         random.seed(0)  # some tests draw their inputs
         if plan.checks:
             exec(plan.test, space)
@@ -184,10 +189,12 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
             space["check"](found[""])
         else:
             exec(plan.test, space)
+    except SystemExit as error:  # the test's own
+        if error.code not in (None, 0):
+            return "wrong_answer", f"the test ended with status {error.code}"
     except Exception as error:
         return _outcome(link, error)
-    alias = isinstance(found.get(plan.base), type)  # `f = str` is called here
-    if plan.reference and not link.calls and not alias:
+    if type(found.get(plan.base)) is Remote and not link.calls:  # what is no Remote answers here
         return "wrong_answer", "the test never called the program"
     return "passed", ""
 
@@ -211,6 +218,7 @@ def main(options):
     """The tester's process: checks come as JSON lines on stdin, verdicts go as JSON lines to
     stdout. It ends with its input, or with its parent."""
     requests, answers = os.dup(0), os.dup(1)
+    sys.argv = ["test.py"]
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)

@@ -52,6 +52,8 @@ _PACK = {  # exact type -> (tag, function to something simpler)
     datetime.time: ("time", datetime.time.isoformat),
     datetime.datetime: ("datetime", datetime.datetime.isoformat),
     datetime.timedelta: ("timedelta", lambda v: [v.days, v.seconds, v.microseconds]),
+    type({}.keys()): ("k", list),
+    type({}.items()): ("j", _flat),
     type(...): ("e", lambda v: 0),
 }
 _UNPACK = {  # every entry makes plain data of plain data: safe on whatever a candidate sends
@@ -64,7 +66,9 @@ _UNPACK = {  # every entry makes plain data of plain data: safe on whatever a ca
     "c": lambda v: complex(*v),
     "r": lambda v: range(*v),
     "l": lambda v: slice(*v),
-    "F": lambda v: fractions.Fraction(*v),
+    "F": lambda v: fractions.Fraction(*map(int, v)),  # of strings it might be long in the making
+    "k": lambda v: dict.fromkeys(v).keys(),
+    "j": lambda v: dict(_pairs(v)).items(),
     "D": decimal.Decimal,
     "q": lambda v: collections.deque(*v),
     "C": lambda v: collections.Counter(dict(_pairs(v))),
@@ -104,7 +108,19 @@ class Link:
         self.buffer = bytearray()
 
     def other(self, value):
-        """The packed form of a value that is not plain data: here, a number to ask by."""
+        """The packed form of what is not exactly plain data: subclasses of it (int enums, numpy's
+        scalars) become plain, the rest gets a number to ask by."""
+        for base in (int, float, str):
+            if isinstance(value, base):
+                return self.pack(getattr(base, f"__{base.__name__}__")(value))
+        for base in (tuple, list, set, frozenset, dict):
+            if isinstance(value, base):
+                return self.pack(base(value))
+        if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return self.pack(value.item())
+        return self.numbered(value)
+
+    def numbered(self, value):
         number = self.numbers.get(id(value))
         if number is None:
             number = self.numbers[id(value)] = len(self.objects)

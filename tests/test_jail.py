@@ -6,8 +6,12 @@ them, where its folder exists, runs here too.
 
 import pathlib
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 
+from pfppo import isolation
 from pfppo.config import UserError
 from pfppo.sandbox import Check, Sandbox
 
@@ -201,6 +205,34 @@ def test_nothing_outlives_the_verdict():
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert pids and not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    "paths, directory",
+    [
+        (["/usr/lib", "/tmpfoo"], "/tmp"),
+        (["/tmp/venv/lib"], "/var/tmp"),
+        (["/tmp", "/var/tmp/a"], "/candidate"),
+    ],
+)
+def test_the_working_directory_hides_no_library(paths, directory):
+    assert isolation.working_directory(paths) == directory
+
+
+def test_a_virtual_environment_may_be_under_tmp():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        command = [sys.executable, "-m", "venv", "--without-pip", folder]
+        subprocess.run(command, check=True)
+        (site,) = pathlib.Path(folder).glob("lib/*/site-packages")
+        (site / "own_module.py").write_text("one = 1\n")
+        program = "import own_module, os\ndef f(x): return own_module.one + len(os.listdir())\n"
+        code = f"import sys; sys.path.append({str(pathlib.Path(__file__).parents[1])!r})\n"
+        code += "from pfppo.sandbox import Check, Sandbox\nwith Sandbox(workers=1) as sandbox:\n"
+        code += (
+            f"    print(sandbox.run([Check({program!r}, 'assert f(0) == 1', 'f')])[0].outcome)\n"
+        )
+        command = [f"{folder}/bin/python", "-c", code]
+        assert subprocess.run(command, capture_output=True, text=True).stdout == "passed\n"
 
 
 # ---- lesser modes --------------------------------------------------------------------------------

@@ -234,6 +234,50 @@ def test_a_program_cannot_end_a_loop_of_the_test(sandbox, loop):
     assert not judge(sandbox, "def f(x):\n    raise StopIteration", test).passed
 
 
+NEXT = "def f(x): return x + 1\n"
+TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
+    "under a guard": ("if __name__ == '__main__':\n    assert f(1) == 2\n", NEXT),
+    "unittest": (
+        "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
+        "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()\n",
+        NEXT,
+    ),
+    "ends itself": ("import sys\nsys.exit(0 if f(1) == 2 else 1)\n", NEXT),
+    "threads": (
+        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+        "    assert list(pool.map(f, range(50))) == list(range(1, 51))\n",
+        NEXT,
+    ),
+    "int subclass": ("import enum\nclass E(enum.IntEnum):\n    A = 1\nassert f(E.A) == 2\n", NEXT),
+    "callback": ("assert f(lambda *, x: x) == 2", "def f(g): return g(x=1) + 1\n"),
+    "views": (
+        "keys, items = f({1: 2})\nassert keys == {2} and list(keys) == [2] and items == {(2, 3)}\n",
+        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()\n",
+    ),
+    "endless": (
+        "import itertools\nassert f(itertools.count(7)) == 8\n",
+        "def f(xs): return next(xs) + 1\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", TEST_FORMS)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_forms_of_tests(sandbox, form, with_reference):
+    test, right = TEST_FORMS[form]
+    reference, wrong = right if with_reference else "", right.replace("+ 1", "+ 2")
+    assert judge(sandbox, right, test, "f", reference).passed
+    assert judge(sandbox, wrong, test, "f", reference).outcome == "wrong_answer"
+
+
+def test_answers_that_take_the_test_for_ever_end(sandbox):
+    test = "def check(f):\n    assert sum(f(1)) == 1"
+    start = time.monotonic()
+    verdict = judge(sandbox, "def f(x):\n    return range(10**12)\n", test)
+    assert verdict.outcome == "timeout" and time.monotonic() - start < 30
+    assert judge(sandbox, "def f(x):\n    return [x]\n", test).passed
+
+
 @pytest.mark.parametrize("reference", ["", "def f(x):\n    return str(x)\n"])
 def test_a_builtin_type_may_be_the_answer(sandbox, reference):
     test = "def check(candidate):\n    assert candidate(1) == '1'"
