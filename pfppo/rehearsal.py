@@ -11,13 +11,15 @@ No verdict depends on a script: a request that is not the script's next one ends
 the check is repeated with a fresh candidate and without a script. Nothing of the program takes part
 in a rehearsal. A candidate can read what was sent ahead, so a call whose arguments would give away
 the answer to an earlier one (`f(2) == 3`, then `f(3) == 5`) waits until that one is answered, and
-so does any call where an earlier answer is not known.
+so does any call where an earlier answer is not known. Not seen: an answer that could be computed
+from later arguments (`f(2) == 3`, then `f([1, 2])`) by a program that knows this of the test.
 """
 
 import ast
 import contextlib
 import random
 import re
+import sys
 
 from pfppo.remote import Remote
 
@@ -61,6 +63,13 @@ class _Asserts(ast.NodeTransformer):
 SAME = "same as"  # no name that a test could have
 
 
+def draw_the_same():
+    """Some tests draw their inputs."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
 def rehearse(link, test, space, names, checks):
     """The script of a test: [(which of the program's names is called, "" being what `check` is
     given; its arguments as in `TesterLink.message`; whether it has to wait for earlier answers)].
@@ -99,43 +108,50 @@ def rehearse(link, test, space, names, checks):
 
     link.ask = refused  # the reference's own functions may call the program
     with contextlib.suppress(Exception, SystemExit, _End):
-        random.seed(0)
+        draw_the_same()
         space = {**space, **{name: stand_in(name) for name in names}, SAME: same}
         exec(compile(_Asserts().visit(ast.parse(test)), "test", "exec"), space)
         if checks:
             script.clear()  # what the module itself asks has been asked
-            random.seed(0)
+            draw_the_same()
             space["check"](stand_in(""))
     del link.ask
     return list(_with_waits(script))
 
 
+def _parts(text):
+    """The numbers, strings and empty containers that a packed value is made of, in any order."""
+    tokens = re.finditer(r'("(?:[^"\\]|\\.)*+")(:?)|(-?\d[\d.e+-]*+)|\[\]', text)
+    return frozenset(float(t[3]) if t[3] else t[0] for t in tokens if not t[2])  # but for tags
+
+
 def _clue(link, value):
-    """What would give an expected value away: itself if it is a number, else its packed form; None
-    where nothing would, as it cannot stand among arguments."""
-    if isinstance(value, (int, float)) or value is None:
-        return value
-    with contextlib.suppress(TypeError):
-        return link.dumps(list(value) if isinstance(value, (tuple, set, frozenset)) else value)
+    """The parts of a value that the test expects: arguments that have them all give it away."""
+    with contextlib.suppress(TypeError, ValueError):  # what cannot travel is in no argument
+        return _parts(link.dumps(value))
+    return frozenset()
 
 
 def _with_waits(script):
-    """What is expected is given away by a later argument that is equal to it or, if it is more than
-    a number, holds it; and by arguments with no other number in them."""
+    """A number among others says nothing, so it is given away only by an argument that is equal to
+    it, or by arguments without another part."""
     clues, unknown = set(), False
     for name, arguments, values, expected in script:
+        parts = _parts(arguments.removesuffix(', {"d": []}]'))
         numbers = {v for v in values if isinstance(v, (int, float))}
-        written = re.findall(r"-?\d[\d.e+-]*", arguments)
-        if len(written) == 1:
-            with contextlib.suppress(ValueError):
-                numbers.add(float(written[0]))
-        texts = (clue for clue in clues if isinstance(clue, str))
-        wait = unknown or not clues.isdisjoint(numbers) or any(text in arguments for text in texts)
+        wait = unknown or any(
+            clue <= parts and (len(clue | parts) == 1 or not _is_number(clue) or clue <= numbers)
+            for clue in clues
+        )
         if wait:
             clues = set()
-        clues.update(expected)
+        clues.update(filter(None, expected))
         unknown = not expected
         yield name, arguments, wait
+
+
+def _is_number(clue):
+    return len(clue) == 1 and isinstance(next(iter(clue)), float)
 
 
 def messages(link, script, remotes):

@@ -122,6 +122,11 @@ class TesterLink(Link):
         ((tag, content),) = tagged.items()
         if tag == "w":
             return _awaited(content)
+        if tag == "n" and any(
+            type(value) is Remote and name in self.refused
+            for name, value in zip(*content[1:], strict=True)
+        ):
+            raise ValueError("a method for a field")
         return self.exception_class(content) if tag == "x" else super()._unpack(tagged)
 
     def exception_class(self, names):

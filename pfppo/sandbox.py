@@ -16,9 +16,12 @@ Limits: `timeout` is CPU seconds, so a busy machine fails no honest program; a c
 for a second after `timeout` wall seconds, or takes ten times that, is ended as well. What the
 machine grants is in `Sandbox.mode`; what each layer contains, and what not, in isolation.py.
 
-Not contained: answers that are right for the tests' arguments alone (hard-coded); objects whose
-methods answer what the test hopes to hear, where the test calls methods on what it got back; a
-program that needs other processes fails. `==` on the program's own classes is identity here.
+Not contained: answers that are right for the tests' arguments alone (hard-coded), or computed from
+those of the test's later calls; objects whose methods answer what the test hopes to hear, where the
+test calls methods on what it got back; a message to the next candidate in the inode numbers of the
+working directory. What fails: a program that needs other processes; a test that passes objects of
+its own classes or arrays, or that uses operators, `==` (identity here) or `isinstance` on objects
+of the program's.
 """
 
 import atexit

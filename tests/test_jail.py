@@ -49,6 +49,7 @@ FORGED = {
     "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(_answer=print)\n"
     "    f = f.f_back\n" + WRONG,
     "other's object": LINK + "def add(x, y):\n    link.send('ok\\n[{\"y\": 0}, null]')\n",
+    "no names": LINK + "link.send('ok\\n[7, null]')\n",
     "odd number": LINK + "def add(x, y):\n    link.send('ok\\n[{\"h\": -1}, null]')\n",
     "unknown tag": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"f": "exec"}, null]\')\n',
     "no type": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"T": "exec"}, null]\')\n',
@@ -78,11 +79,28 @@ def test_forged_verdicts_do_not_pass(sandbox):
     assert not [v for v in verdicts if "tester died" in v.detail]
 
 
+@pytest.mark.parametrize("reference", ["", ADD])
+def test_a_program_gives_the_test_no_name_that_it_did_not_ask_for(sandbox, reference):
+    program = "import sys\ndef yes(*a, **k):\n    return 1\nadd = yes\n"
+    for name in ("all", "abs", "isinstance", "__builtins__", "check", "helper"):
+        program += f"sys._getframe(1).f_locals['names'].append('{name}')\n"
+        if name != "__builtins__":
+            program += f"{name} = yes\n"
+    test = "def helper(x):\n    return x\ndef check(add):\n    assert isinstance(add(1, 2), int)\n"
+    test += "    assert all([helper(abs(add(x, 1))) == x + 1 for x in range(3)])\n"
+    assert judge(sandbox, ADD, test, "add", reference).passed
+    assert judge(sandbox, program, test, "add", reference).outcome == "wrong_answer"
+
+
 def test_objects_cannot_say_what_the_test_hopes_to_hear(sandbox):
     yes = "class Y:\n    def __getattr__(s, n): return lambda *a: True\n    __abs__ = __sub__ = "
     yes += "__lt__ = __contains__ = lambda *a: s\n    def __iter__(s): return iter([])\ndef f(x):\n"
     yes = yes.replace("lambda *a: s\n", "lambda *a: True\n") + "    return Y()\n"
     reference = "def f(x):\n    return 'abc'"
+    field = "import collections\nP = collections.namedtuple('P', 'startswith')\ndef f(x):\n"
+    field += "    return P(lambda *a: True)\n"
+    test = "def check(f):\n    assert f(1).startswith('a')"
+    assert not judge(sandbox, field, test, "f", reference).passed
     for question in "r.startswith('a')", "abs(r - 2) < 1e-6", "r < 3", "'a' in r", "r == r.lower()":
         test = f"def check(candidate):\n    r = candidate(1)\n    assert {question}"
         assert not judge(sandbox, yes, test, "f", reference).passed, question

@@ -77,6 +77,9 @@ def test_a_rehearsal_ends_where_an_answer_is_needed(link, line, known):
         ("r, s = f(1), f(2); r == 3; f(3) == 5; f(5) == s", [False, False, True, True]),
         ("r = [f(2), f(3), f(5)]; isinstance(r[0], int)", [False, True, True]),
         ("f(1) == 3; f(2); f(9) == 1", [False, False, True]),
+        ("f(1) == {0, 8}; f({8, 0}) == [2.0]; f([2]) == 0", [False, True, True]),
+        ("f(1) == {'a': 1, 'b': 2}; f({'b': 2, 'a': 1}) == []; f([]) == 0", [False, True, True]),
+        ("f(1) == 'a\"b: 3'; f('a', 3) == 0; f(['a\"b: 3', 9]) == 0", [False, False, True]),
     ],
 )
 def test_a_call_that_gives_an_answer_away_waits_for_it(link, asserts, waits):

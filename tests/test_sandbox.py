@@ -539,3 +539,18 @@ def test_lying_methods_without_a_reference(sandbox):
 def test_hard_coded_answers(sandbox):
     program = "def add(x, y):\n    return {(0, 1): 1, (2, 3): 5}[x, y]"
     assert not judge(sandbox, program).passed
+
+
+@pytest.mark.xfail(strict=True, reason="what could be computed from later arguments is sent ahead")
+def test_answers_computed_from_later_arguments(sandbox):
+    program = """
+import re, sys
+def f(x):
+    frame = sys._getframe()
+    while "link" not in frame.f_locals:
+        frame = frame.f_back
+    ahead = re.search(rb"\\[\\[([0-9, ]+)\\]", bytes(frame.f_locals["link"].buffer))
+    return sum(map(int, ahead[1].split(b","))) if ahead else 0
+"""
+    test = "def check(f):\n    assert f(2) == 3\n    assert f([1, 2]) == 0"
+    assert not judge(sandbox, program, test).passed
