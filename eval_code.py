@@ -31,7 +31,7 @@ from pfppo.loading import load_scalars
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reliability import format_table, reliability_table
 from pfppo.reward import load_card, model_rewards
-from pfppo.sampler import stop_ids
+from pfppo.sampler import check_cache, stop_ids
 from pfppo.sandbox import Sandbox
 
 import torch
@@ -192,6 +192,7 @@ def main(args):
             limit = args.max_prompt_tokens
             prompts = data.render_all(problems, tokenizer, style, limit, args.problems, texts)
             check_positions(args.policy, "policy", max(map(len, prompts)) + args.max_new_tokens)
+            check_cache(args.policy)
             stop = stop_ids(args.policy, tokenizer)
             sizes = args.max_new_tokens, args.sampling_batch
             examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, *sizes)

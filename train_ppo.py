@@ -26,7 +26,7 @@ from pfppo import batch, checkpoint, data, examine, filters, fsdp, lab, loading,
 from pfppo.config import Count, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reward import Answers, load_reward, model_rewards, try_reward
-from pfppo.sampler import draw_uniforms, sample, stop_ids
+from pfppo.sampler import check_cache, draw_uniforms, sample, stop_ids
 from pfppo.sandbox import Sandbox
 
 import torch
@@ -156,6 +156,7 @@ def main(args):
     # Data
     tokenizer = data.load_tokenizer(args.policy)
     data.check_style(tokenizer, args.prompt_style, args.policy)
+    check_cache(args.policy)
     stop = stop_ids(args.policy, tokenizer)
     pad_id = data.pad_id_of(tokenizer)
     how = tokenizer, args.prompt_style, args.max_prompt_tokens

@@ -27,7 +27,7 @@ from pfppo.fsdp import gather_lists
 from pfppo.loading import new_scalar
 from pfppo.model import check_positions, empty_classifier, read_causal_lm
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
-from pfppo.sampler import stop_ids
+from pfppo.sampler import check_cache, stop_ids
 from pfppo.sandbox import Sandbox
 
 import torch
@@ -66,6 +66,7 @@ def pairs_from_samples(args, tokenizer, ranks):
     )
     untested = [problem.task_id for problem in problems if not problem.test]
     require(not untested, f"--prompts {args.prompts}: task {untested[:1]} has no test")
+    check_cache(args.policy)
     stop = stop_ids(args.policy, tokenizer)
     longest = max(map(len, prompts)) + args.max_new_tokens
     check_positions(args.policy, "policy", longest, "the longest prompt with --max_new_tokens")

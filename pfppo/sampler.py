@@ -20,9 +20,11 @@ Not covered: encoder-decoder and recurrent models, speculative decoding, CUDA gr
 import hashlib
 from dataclasses import dataclass
 
+from pfppo.config import require
 from pfppo.model import read_config, read_generation_config
 
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 0.05  # share of dead rows at which the batch is compacted
@@ -75,6 +77,22 @@ class RoomLayer(DynamicLayer):
         self.keys[(targets, *seen)] = self.keys[(sources, *seen)]
         self.values[(targets, *seen)] = self.values[(sources, *seen)]
         self.rows = rows
+
+
+def check_cache(path, option="policy"):
+    """UserError where a model does not keep plain keys and values: encoder-decoders, recurrent and
+    hybrid ones. A sliding window is a mask here, over keys that all stay."""
+    config = read_config(path, option)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    stateful = odd or getattr(kind, "_is_stateful", False)
+    found = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
+    require(
+        not config.is_encoder_decoder and not stateful,
+        f"--{option} {path}: {config.model_type} is {found}, expected a decoder with plain "
+        "keys and values in its cache, as sampling here needs them",
+    )
 
 
 def stop_ids(path, tokenizer):

@@ -30,7 +30,7 @@ def tiny_config(architecture, **changes):
         names = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
     elif architecture != "gpt_neox":
         names |= {"num_key_value_heads": 2}
-    if architecture in ("gemma2", "mistral"):
+    if architecture in ("gemma2", "gemma3_text", "mistral"):
         names |= {"head_dim": 8, "sliding_window": 5}
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 2}
     return AutoConfig.for_model(

@@ -2,13 +2,22 @@
 
 from pfppo import sampler
 from pfppo.batch import collate
+from pfppo.config import UserError
 from pfppo.model import Policy
-from pfppo.sampler import draw_tokens, draw_uniforms, sample, stop_ids
+from pfppo.sampler import check_cache, draw_tokens, draw_uniforms, sample, stop_ids
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, EOS, VOCABULARY, ragged, tiny_lm, tiny_tokenizer
-from transformers import GenerationConfig
+from conftest import (
+    ARCHITECTURES,
+    EOS,
+    VOCABULARY,
+    ragged,
+    tiny_config,
+    tiny_lm,
+    tiny_tokenizer,
+)
+from transformers import AutoConfig, GenerationConfig
 
 WIDTH = 14
 LENGTHS = (9, 1, 4, 12, 1, 7)
@@ -52,9 +61,9 @@ def drawn(model, prompts, repeats=4, stop=tuple(range(1, 8)), **options):
 # ------------------------------------------------------------------------------------- greedy
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "mistral"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "gemma3_text", "mistral"])
 def test_greedy_equals_generate_on_ragged_prompts_with_several_eos_ids(lms, architecture):
-    # gemma2 and mistral: a sliding window of 5 tokens, shorter than the rows
+    # gemmas and mistral: a sliding window of 5 tokens, shorter than the rows
     model = lms.get(architecture) or tiny_lm(architecture)
     prompts = ragged(LENGTHS)
     free = [generate(model, prompt, NEVER) for prompt in prompts]
@@ -323,3 +332,24 @@ def test_stop_ids_are_those_of_the_generation_config_and_the_tokenizer(tmp_path,
 def test_stop_ids_without_a_generation_config_are_the_config_s_and_the_tokenizer_s(tmp_path):
     tiny_lm("llama").config.__class__(eos_token_id=[5, 9]).save_pretrained(tmp_path)
     assert stop_ids(tmp_path, tiny_tokenizer()) == sorted({EOS, 5, 9})
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("mamba", {}),
+        ("jamba", {}),
+        ("t5", {}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ],
+)
+def test_a_model_without_a_plain_cache_is_refused_by_name(tmp_path, kind, changes):
+    AutoConfig.for_model(kind, num_hidden_layers=2, **changes).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"--policy {tmp_path}: {kind} is .*expected a decoder"):
+        check_cache(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "mistral", "gemma3_text"])
+def test_a_plain_cache_is_accepted(tmp_path, architecture):
+    tiny_config(architecture).save_pretrained(tmp_path)
+    check_cache(tmp_path)
