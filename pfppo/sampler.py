@@ -14,7 +14,8 @@ Temperature divides the logits; 0 is greedy. Top-k and top-p are for evaluation 
 would be wrong under them. Nothing is read from the model's generation config except by
 `stop_ids`.
 
-Not covered: encoder-decoder and recurrent models, speculative decoding, CUDA graphs.
+Not covered: encoder-decoder, recurrent and hybrid models (refused: `check_cache`), speculative
+decoding, CUDA graphs.
 """
 
 import hashlib
