@@ -15,8 +15,9 @@ so does any call where an earlier answer is not known. Not seen: an answer that 
 from later arguments (`f(2) == 3`, then `f([1, 2])`) by a program that knows this of the test.
 """
 
-import ast
 import contextlib
+import dis
+import itertools
 import random
 import re
 import sys
@@ -33,7 +34,7 @@ class _Anything:
         self._note = note
 
     def __eq__(self, other):
-        self._note(other)
+        self._note(other, sys._getframe(1))
         return True
 
 
@@ -41,26 +42,19 @@ class _End(BaseException):
     """The rehearsal is over; no test catches it."""
 
 
-class _Asserts(ast.NodeTransformer):
-    """`assert a == b` becomes SAME(a, b). Not where a failed one need not be the end: only of what
-    is surely asserted can it be said that an answer has to equal it."""
-
-    def visit_Assert(self, node):
-        both = isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And)
-        parts = node.test.values if both else [node.test]
-        if any(not isinstance(p, ast.Compare) or list(map(type, p.ops)) != [ast.Eq] for p in parts):
-            return node
-        same = ast.Name(SAME, ast.Load())
-        calls = [ast.Call(same, [part.left, part.comparators[0]], []) for part in parts]
-        return [ast.fix_missing_locations(ast.copy_location(ast.Expr(c), node)) for c in calls]
-
-    def leave(self, node):
-        return node
-
-    visit_Try = visit_TryStar = visit_With = visit_AsyncWith = leave
-
-
-SAME = "same as"  # no name that a test could have
+def _is_assert(frame, codes):
+    """Is the `==` that `frame` is at all that an `assert` asks? Only of what is surely asserted can
+    it be said that an answer has to equal it. Told by the bytecode that follows; not where a failed
+    assert might be caught. codes: a cache, as `co_code` is a copy."""
+    if frame.f_code not in codes:
+        codes[frame.f_code] = frame.f_code.co_code
+    code = codes[frame.f_code]
+    names = (dis.opname[code[place]] for place in range(frame.f_lasti, len(code), 2))
+    names = (name for name in names if name not in ("CACHE", "EXTENDED_ARG", "NOT_TAKEN"))
+    compare, jump, error = itertools.islice(itertools.chain(names, [""] * 3), 3)
+    failed = error in ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")
+    caught = frame.f_code.co_exceptiontable
+    return compare == "COMPARE_OP" and "IF_TRUE" in jump and failed and not caught
 
 
 def draw_the_same():
@@ -74,9 +68,9 @@ def rehearse(link, test, space, names, checks):
     """The script of a test: [(which of the program's names is called, "" being what `check` is
     given; its arguments as in `TesterLink.message`; whether it has to wait for earlier answers)].
 
-    test: its text; space: what it sees; names: those of the program; checks: does it define check?
+    test: code; space: what it sees; names: those of the program; checks: does it define check?
     """
-    script, objects, asserting = [], len(link.objects), False
+    script, objects, codes = [], len(link.objects), {}
 
     def stand_in(name):
         def called(*args, **kwargs):
@@ -85,8 +79,8 @@ def rehearse(link, test, space, names, checks):
                 raise _End  # a function among the arguments may want to be called back
             expected = []
 
-            def note(other):
-                if not asserting:
+            def note(other, frame):
+                if not _is_assert(frame, codes):
                     raise _End
                 expected.append(_clue(link, other))
 
@@ -95,22 +89,14 @@ def rehearse(link, test, space, names, checks):
 
         return called
 
-    def same(left, right):
-        nonlocal asserting
-        asserting = True
-        try:
-            assert left == right
-        finally:
-            asserting = False
-
     def refused(*_):
         raise _End
 
     link.ask = refused  # the reference's own functions may call the program
     with contextlib.suppress(Exception, SystemExit, _End):
         draw_the_same()
-        space = {**space, **{name: stand_in(name) for name in names}, SAME: same}
-        exec(compile(_Asserts().visit(ast.parse(test)), "test", "exec"), space)
+        space = {**space, **{name: stand_in(name) for name in names}}
+        exec(test, space)
         if checks:
             script.clear()  # what the module itself asks has been asked
             draw_the_same()

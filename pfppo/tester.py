@@ -161,7 +161,7 @@ def run_test(link, program, test, entry_point, reference, rehearsed=True):
         return _outcome(link, error, outcome)
     try:
         if plan.script is None:  # in a space of its own: what it does there is not seen later
-            plan.script = rehearse(link, test, _space(plan), plan.names, plan.checks)
+            plan.script = rehearse(link, plan.test, _space(plan), plan.names, plan.checks)
             link.start, link.own_start = time.monotonic(), time.process_time()
         space = _space(plan)
         if not plan.reference and plan.names - {plan.base}:
