@@ -5,8 +5,9 @@
 
 Runs `train_ppo.py` on one rank for a few steps with each filter in turn, round by round, and reads
 `metrics.jsonl`; the first step of a run warms up and does not count. Learning rates are tiny, so
-that all runs sample alike. Figures are medians over steps and rounds, ratios are medians of the
-rounds' ratios to `none`. Prints a table and one line of JSON.
+that all runs sample alike; `single` gets as many samples from N times as many prompts. Figures are
+medians over steps and rounds, ratios are medians of the rounds' ratios to `none`. Prints a table
+and one line of JSON. The whole step beside another trainer's: `against_trl.py`.
 """
 
 import argparse
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from pfppo.filters import FILTERS  # noqa: E402
+from train_ppo import Args  # noqa: E402
 
+P, N = Args.prompts_per_step, Args.samples_per_prompt
 PHASES = ("sample", "score", "update")
 
 
@@ -31,9 +34,13 @@ def phases_of(name, args, folder):
     paths += ("--prompts", args.prompts, "--run_dir", folder)
     options = {"steps": args.steps, "filter": name, "actor_lr": 1e-9, "critic_lr": 1e-9}
     options |= {"save_every": 10**6, "eval_every": 10**6}
+    if name == "single":
+        options |= {"samples_per_prompt": 1, "prompts_per_step": P * N}
     words = [str(word) for pair in options.items() for word in (f"--{pair[0]}", pair[1])]
     command = [sys.executable, ROOT / "train_ppo.py", *paths, *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
     found = {p: statistics.median(row[f"seconds_{p}"] for row in rows) for p in PHASES}
     return found | {"kept": statistics.mean(row["kept"] for row in rows)}
