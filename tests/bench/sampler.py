@@ -9,7 +9,7 @@ samples, 64 new tokens. S2: Llama of 97 M (12 layers, width 768, vocabulary 16,3
 uniform over 1..most, or geometric with a mean of a quarter of it: a row ends at its length.
 The two run in turn; the ratio is the median over the pairs, and so are the shares of our time in
 prefill, decode (the model's forward), sampling (`draw_tokens`) and bookkeeping (the rest). Prints a
-table and one line of JSON.
+table, how far the sampler's log-probs are from the training forward's, and one line of JSON.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pfppo import sampler  # noqa: E402
+from pfppo.batch import collate  # noqa: E402
+from pfppo.model import Policy  # noqa: E402
 from pfppo.sampler import draw_uniforms, sample  # noqa: E402
 
 import torch  # noqa: E402
@@ -155,6 +157,18 @@ def theirs(model, prompts, lengths, setting):
     return seconds
 
 
+def gaps(model, prompts):
+    """(mean, largest) |difference| of the sampler's log-probs to those of the training forward."""
+    uniforms = draw_uniforms(0, 0, [(i, j) for i in range(len(prompts)) for j in range(N)], 64)
+    done = sample(model, prompts, uniforms, stop=[EOS], samples_per_prompt=N)
+    rows = collate([prompt for prompt in prompts for _ in range(N)], done.ids, pad_id=EOS)
+    with torch.no_grad():
+        logp, _ = Policy(model)(rows.ids, rows.states, rows.responses, rows.mask, 1.0)
+    sampled = torch.tensor([value for row in done.logp for value in row])
+    gap = (logp[rows.mask > 0] - sampled).abs()
+    return gap.mean().item(), gap.max().item()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=list(SETTINGS), default=None)
@@ -191,6 +205,10 @@ def main():
                 f"{rate:8.0f} tokens/s  useful row-steps {useful:.1%}  {split}",
                 flush=True,
             )
+    for dtype in (torch.float32, torch.bfloat16):
+        mean, largest = gaps(model.to(dtype), prompts[:8])
+        found[f"{name} {dtype} log-prob gap"] = {"mean": mean, "largest": largest}
+        print(f"{name} {dtype}: log-probs differ by {mean:.1e} on average, {largest:.1e} at most")
     print(json.dumps(found))
 
 
