@@ -12,7 +12,11 @@ it, and then the manifest tells, where a size has changed. There is no random st
 draw of a run is a function of (seed, step), see data.py and sampler.py. On resume the JSONL files
 are cut back to the checkpoint's step.
 
-Not covered: other numbers of ranks on resume, saving while training goes on.
+Nor does a checkpoint depend on the number of ranks: torch.distributed.checkpoint puts the slices of
+any number together and cuts them anew. The numbers of a run resumed on other ranks are those of an
+uninterrupted one up to the order of sums.
+
+Not covered: saving while training goes on.
 """
 
 import copy
@@ -183,7 +187,7 @@ def save(run, step, trained, state, ranks, keep):
             dcp.save(_state(model, optimizer), checkpoint_id=temporary / name)
 
         def finish():
-            _seal(temporary, {"step": step, "world": ranks.world, **state})
+            _seal(temporary, {"step": step, **state})
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _sync(folder)
@@ -264,8 +268,8 @@ def _is_whole(folder):
 def load(run, trained, ranks):
     """Restore the newest complete checkpoint in place; returns its state, or None. A collective.
 
-    Damaged checkpoints are named, skipped and removed, and the JSONL files cut back. Raises
-    UserError where the checkpoint was written by another number of ranks.
+    Any number of ranks may have written it. Damaged checkpoints are named, skipped and removed, and
+    the JSONL files cut back. Raises UserError where its slices cannot be read.
     """
     box = [None, []]
     if ranks.is_main:
@@ -280,11 +284,6 @@ def load(run, trained, ranks):
             shutil.rmtree(path)
     state = json.loads((newest / "state.json").read_text()) if newest else None
     if newest:
-        found = state["world"]
-        require(
-            found == ranks.world,
-            f"{newest}: written by {found} ranks, expected as many, found {ranks.world}",
-        )
         for name, (model, optimizer) in trained.items():
             loaded = _state(model, optimizer)
             try:

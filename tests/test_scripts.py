@@ -662,6 +662,38 @@ def test_resume_without_a_name_goes_on_with_the_last_run(tiny, tmp_path, monkeyp
     ]
 
 
+def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
+    """Saved by one rank, resumed by four: the same samples kept, the same numbers but for the order
+    of sums."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step_4")
+    argv = options(tiny, folder, steps=4, save_every=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train_ppo.py", *map(str, argv), "--resume"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step   3/4" in done.stdout and "step   2/4" not in done.stdout
+    for name, order in (("metrics.jsonl", ()), ("samples.jsonl", ("step", "task_id", "sample"))):
+        found, wanted = (
+            sorted(read(path / name), key=lambda row: [row[key] for key in order])
+            for path in (folder, finished)
+        )
+        for one, other in zip(found, wanted, strict=True):
+            for key in other.keys() - set(SECONDS):
+                near = isinstance(other[key], float)
+                wanted = pytest.approx(other[key], rel=1e-3, abs=1e-5) if near else other[key]
+                assert one[key] == wanted, key
+    weights = [load_file(path / "policy/model.safetensors") for path in (folder, finished)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
+
+
 def test_a_filter_that_draws_from_elsewhere_is_the_same_on_all_ranks(tiny, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(
