@@ -75,6 +75,7 @@ class Args:
     workers: Count = 2  # sandbox processes per rank
     require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    gradient_checkpointing: bool = False  # blocks run again in backward; memory only
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
@@ -183,6 +184,8 @@ def main(args):
     # Models, optimizers, state
     policy, reference, twin = loading.load_policies(args.policy, ranks, args.param_dtype)
     reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
+    for model in (policy, critic) if args.gradient_checkpointing else ():
+        fsdp.recompute_blocks(model)
     actor_optimizer, critic_optimizer = adamw(policy, args.actor_lr), adamw(critic, args.critic_lr)
     trained = {"actor": (policy, actor_optimizer), "critic": (critic, critic_optimizer)}
     sandbox = Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation)

@@ -56,6 +56,7 @@ class Args:
     workers: Count = 2  # sandbox processes per rank
     require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
+    gradient_checkpointing: bool = False  # blocks run again in backward; memory only
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
@@ -179,6 +180,8 @@ def main(args, ranks=None):
 
     # Model: the SFT policy's backbone, a new scalar head
     model = new_scalar(args.policy, args.seed, ranks, args.param_dtype)
+    if args.gradient_checkpointing:
+        fsdp.recompute_blocks(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )

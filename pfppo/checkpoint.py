@@ -40,7 +40,7 @@ BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on
 # differently; the others change no number.
 FREE = (
     *("resume", "steps", "save_every", "eval_every", "keep", "workers", "device"),
-    "require_isolation",
+    *("require_isolation", "gradient_checkpointing"),
 )
 
 

@@ -12,11 +12,12 @@ into a plain twin without hooks (`gathered`), and the twin is emptied afterwards
 FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
 loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
 
-Not covered: tensor and pipeline parallelism, gradient checkpointing, reading slices per rank.
+Not covered: tensor and pipeline parallelism, reading slices per rank, offloading to host memory.
 """
 
 import contextlib
 import datetime
+import functools
 import os
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 makes the lab while the others wait
 
@@ -119,6 +121,19 @@ def shard(empty, full, ranks, param_dtype="auto", trainable=True):
                 buffer.copy_(source[name])
             dist.broadcast(buffer, 0)
     return empty
+
+
+def recompute_blocks(model):
+    """Gradient checkpointing: every block keeps its input only and runs again in the backward pass.
+
+    For a third more time, activations take one block's memory and L inputs instead of L blocks'. It
+    changes no number, and without gradients it does nothing.
+    """
+    for block in find_blocks(model):
+        # Dropout is off, so there is no random state to bring back.
+        block.forward = functools.partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pfppo.fsdp import (
     gather_rows,
     gathered,
     init_ranks,
+    recompute_blocks,
     shard,
     sum_over_ranks,
 )
@@ -141,13 +142,21 @@ def gathering(kind, ranks):
     }
 
 
-def updates(ranks, weights):
+def updates(ranks, weights, recompute=False):
     """Two optimizer steps on the samples that the filter kept; microbatches of one row.
 
-    weights [4, 2]. Returns gradient norms, losses, whole parameters.
+    weights [4, 2]. Returns gradient norms, losses, whole parameters, numbers kept for backward.
     """
     rows, P, N = data(), 4, 2
     policy, _ = sharded_policy("llama tied", ranks)
+    if recompute:
+        recompute_blocks(policy)
+    saved = []
+
+    def save(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, eps=1e-4, fused=True)
     here = [i * N + j for i in owned(P, ranks.rank, ranks.world) for j in range(N)]
     mine = rows.select(torch.tensor(here))
@@ -161,7 +170,8 @@ def updates(ranks, weights):
         parts = survivors.microbatches(1)
         loss = 0.0
         for number, mb in enumerate(parts, 1):
-            logp = log_probs(policy, mb)
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                logp = log_probs(policy, mb)
             part_loss = -(logp * mb.token_weights).sum() / total
             policy.set_requires_gradient_sync(number == len(parts))
             (part_loss * ranks.world).backward()
@@ -170,7 +180,8 @@ def updates(ranks, weights):
         norms.append(clip_gradients(policy, 0.5))
         optimizer.step()
         optimizer.zero_grad()
-    return {"norms": norms, "losses": losses, "sizes": sizes, "weights": full_state(policy)}
+    found = {"norms": norms, "losses": losses, "sizes": sizes, "saved": sum(saved)}
+    return found | {"weights": full_state(policy)}
 
 
 EVEN = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.5, 1.0], [0.0, 1.0]])
@@ -256,6 +267,7 @@ def everything(ranks):
         "sharding": {kind: sharding(kind, ranks) for kind in KINDS},
         "gathering": {kind: gathering(kind, ranks) for kind in ("llama tied", "gpt_neox")},
         "updates": {"even": updates(ranks, EVEN), "one_sided": updates(ranks, ONE_SIDED)},
+        "recomputed": updates(ranks, EVEN, recompute=True),
         "half_precision": half_precision(ranks),
         "frozen": frozen(ranks),
         "collectives": collectives(ranks),
@@ -338,6 +350,16 @@ def test_optimizer_steps_at_two_ranks_equal_those_at_one(results, weights):
             error = (two["weights"][name] - wanted).norm() / wanted.norm()
             assert error < 1e-5, name
     assert one["norms"][0] > 0.5 and one["losses"][1] < one["losses"][0]  # clipped, and learned
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_recomputed_blocks_change_no_number_and_keep_less(results, world):
+    for result in results[world]:
+        plain, again = result["updates"]["even"], result["recomputed"]
+        assert again["saved"] < 0.5 * plain["saved"]
+        assert again["norms"] == plain["norms"] and again["losses"] == plain["losses"]
+        for name, wanted in plain["weights"].items():
+            assert torch.equal(again["weights"][name], wanted), name
 
 
 def test_a_rank_without_survivors_runs_as_many_rows_as_the_others(results):

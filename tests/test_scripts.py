@@ -662,6 +662,12 @@ def test_resume_without_a_name_goes_on_with_the_last_run(tiny, tmp_path, monkeyp
     ]
 
 
+def test_recomputed_blocks_change_no_metric(tiny, finished, tmp_path):
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+    run(train_ppo, *argv, "--gradient_checkpointing")
+    assert numbers(tmp_path / "run") == numbers(finished)
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
     """Saved by one rank, resumed by four: the same samples kept, the same numbers but for the order
     of sums."""
