@@ -52,6 +52,7 @@ def model_of(setting):
         num_hidden_layers=setting["layers"],
         num_attention_heads=width // 32 if width < 256 else width // 64,
         max_position_embeddings=1024,
+        tie_word_embeddings=width >= 256,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=EOS,
