@@ -58,11 +58,16 @@ NonNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
 
 
+def is_hub_id(path):
+    """Whether a path that is no folder looks like owner/name on the Hugging Face Hub."""
+    parts = Path(path).parts
+    looks = len(parts) == 2 and parts[0] not in (".", "..", "/", "~")
+    return looks and not Path(parts[0]).exists()
+
+
 def require_folder(path, option):
-    """Raise UserError if there is no such folder; owner/name may be one of Hugging Face's."""
-    owner, *rest = Path(path).parts or ("",)
-    hub = len(rest) == 1 and owner not in (".", "..", "/", "~") and not Path(owner).exists()
-    require(hub or Path(path).is_dir(), f"--{option} {path}: there is no such folder")
+    """Raise UserError if there is no such folder."""
+    require(Path(path).is_dir(), f"--{option} {path}: there is no such folder")
 
 
 def reason(error):

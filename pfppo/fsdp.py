@@ -2,8 +2,8 @@
 
 One to many ranks run the same lines, started by torchrun or, as a single rank, by plain python.
 
-Models start on the meta device (structure without memory), are sharded block by block, and are
-filled from a full copy that rank 0 has read. Parameters and optimizer states stay fp32 (master
+Models start without weights (structure without memory), are sharded block by block, and are filled
+slice by slice (weights.py). Parameters and optimizer states stay fp32 (master
 weights); on GPU forward and backward run in bf16 with fp32 reductions.
 
 Sampling would gather every block at every token. So the policy is gathered once for the whole phase
@@ -12,7 +12,7 @@ into a plain twin without hooks (`gathered`), and the twin is emptied afterwards
 FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
 loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
 
-Not covered: tensor and pipeline parallelism, reading slices per rank, offloading to host memory.
+Not covered: tensor and pipeline parallelism.
 """
 
 import contextlib
@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 makes the lab while the others wait
@@ -39,6 +38,7 @@ class Ranks:
     """This process among its peers."""
 
     rank: int
+    local: int  # among the ranks of this node
     world: int
     device: torch.device
     mesh: DeviceMesh
@@ -53,8 +53,12 @@ class Ranks:
             print(text, flush=True)
 
 
-def init_ranks(device="auto"):
-    """Join the process group that torchrun describes, or be a world of one. Raises UserError."""
+def init_ranks(device="auto", shard_group_size=0):
+    """Join the process group that torchrun describes, or be a world of one. Raises UserError.
+
+    shard_group_size: weights are sharded within groups of this many neighbouring ranks (a node's)
+    and replicated across groups; 0: over all ranks.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     require(
@@ -66,12 +70,21 @@ def init_ranks(device="auto"):
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    where = torch.device(device)
+    where, local = torch.device(device), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        where = torch.device("cuda", local)
         torch.cuda.set_device(where)
-    mesh = init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("dp",))
-    return Ranks(dist.get_rank(), dist.get_world_size(), where, mesh)
+    world = dist.get_world_size()
+    size = shard_group_size or world
+    require(
+        world % size == 0,
+        f"--shard_group_size {size}: does not divide the {world} ranks there are",
+    )
+    shape, names = ((world,), ("shard",))
+    if size < world:
+        shape, names = (world // size, size), ("replicate", "shard")
+    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    return Ranks(dist.get_rank(), local, world, where, mesh)
 
 
 def find_blocks(model):
@@ -93,34 +106,42 @@ def compute_dtype(param_dtype, ranks):
     return getattr(torch, param_dtype)
 
 
-def shard(empty, full, ranks, param_dtype="auto", trainable=True):
-    """Shard a model on the meta device and fill it from `full`, which only rank 0 needs to have.
+def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=False):
+    """Shard a model without weights and fill it from `source` (weights.py): Slices or Whole.
 
-    The plan has two kinds of units: every transformer block, and the root with the rest
-    (embedding, last norm, head; tied weights stay tied there). Returns the sharded model.
+    The plan has two kinds of units: every transformer block, and the root with what is used once,
+    before and after them: embedding, last norm, head (tied weights stay tied there). offload: the
+    slices (and so gradients and optimizer states) live in host memory, and a unit comes to the
+    device when it is used. Returns the sharded model.
     """
     dtype = compute_dtype(param_dtype, ranks)
-    precision = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # inputs are token ids
-    )
+    how = {
+        "mesh": ranks.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # inputs are token ids
+        ),
+    }
+    if offload:
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     empty.requires_grad_(trainable)
     for block in find_blocks(empty):
-        fully_shard(block, mesh=ranks.mesh, mp_policy=precision)
-    fully_shard(empty, mesh=ranks.mesh, mp_policy=precision, reshard_after_forward=True)
-    empty.to_empty(device=ranks.device)
-    source = dict(full.named_parameters()) | dict(full.named_buffers()) if full else {}
+        fully_shard(block, **how)
+    fully_shard(empty, reshard_after_forward=True, **how)
+    buffers = {name: buffer.to(ranks.device) for name, buffer in empty.named_buffers()}
+    empty.to_empty(device="cpu" if offload else ranks.device)
     with torch.no_grad():
         for name, parameter in empty.named_parameters():
-            value = source.get(name, torch.empty(parameter.shape)).to(ranks.device)
-            placed = distribute_tensor(value, ranks.mesh, parameter.placements, src_data_rank=0)
-            parameter.to_local().copy_(placed.to_local())
-        for name, buffer in empty.named_buffers():  # rotary frequencies are in no checkpoint
-            if ranks.is_main:
-                buffer.copy_(source[name])
-            dist.broadcast(buffer, 0)
+            parameter.to_local().copy_(source.local(name, parameter))
+    _set_buffers(empty, buffers)
     return empty
+
+
+def _set_buffers(model, buffers):
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
 
 
 def recompute_blocks(model):
@@ -145,15 +166,14 @@ def gathered(sharded, twin):
     All ranks must enter together; inside there are no collectives, so they may do different amounts
     of work. The twin shares nothing with the optimizer: updating inside has no effect on it.
     """
-    dtype = twin.dtype
-    whole = {  # copied at one rank, where `full_tensor` is the optimizer's own tensor
-        n: p.detach().full_tensor().to(dtype, copy=p.device_mesh.size() == 1)
-        for n, p in sharded.named_parameters()
-    }
+    whole = {}
+    for name, parameter in sharded.named_parameters():
+        mesh = parameter.device_mesh
+        tensor = parameter.detach().full_tensor()
+        # Copied at one rank, where `full_tensor` is the optimizer's own tensor.
+        whole[name] = tensor.to(mesh.device_type, twin.dtype, copy=mesh.size() == 1)
     twin.load_state_dict(whole, strict=False, assign=True)
-    for name, buffer in sharded.named_buffers():
-        owner, _, leaf = name.rpartition(".")
-        setattr(twin.get_submodule(owner), leaf, buffer)
+    _set_buffers(twin, dict(sharded.named_buffers()))
     twin.tie_weights()
     try:
         yield twin
@@ -162,8 +182,16 @@ def gathered(sharded, twin):
 
 
 def full_state(sharded):
-    """{name: whole fp32 tensor on the CPU} on every rank, tied names once. A collective."""
-    return {n: p.detach().full_tensor().cpu() for n, p in sharded.named_parameters()}
+    """{name: whole fp32 tensor on the CPU} on rank 0, tied names once; {} elsewhere. A collective.
+
+    One parameter at a time, so that no other rank holds more than one whole.
+    """
+    state = {}
+    for name, parameter in sharded.named_parameters():
+        whole = parameter.detach().full_tensor()
+        if dist.get_rank() == 0:
+            state[name] = whole.cpu()
+    return state
 
 
 def sum_over_ranks(tensor):

@@ -15,6 +15,7 @@ Not covered: encoder-decoder models, heads with a bias that depends on the posit
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
+from pfppo.weights import without_weights
 
 import torch
 import transformers
@@ -145,32 +146,39 @@ def check_positions(path, option, longest, what="the longest prompt with --max_n
 
 
 def empty_causal_lm(config, dtype=torch.float32):
-    """The causal LM of a configuration, on the meta device: structure without weights."""
-    with torch.device("meta"):
+    """The causal LM of a configuration: structure without weights, parameters on meta."""
+    with without_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def empty_classifier(config):
-    """The sequence classifier with one label of a configuration, on the meta device."""
+    """The sequence classifier with one label of a configuration, parameters on meta."""
     config.num_labels = 1
-    with torch.device("meta"):
+    with without_weights():
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
 
 
-def read_causal_lm(path, option="policy", dtype=torch.float32):
-    """A causal LM with its weights, on the CPU, dropout off. Raises UserError."""
-    kinds = ", ".join(read_config(path, option).architectures or [])
+def causal_lm_config(path, option="policy"):
+    """The configuration of a causal LM. Raises UserError where it is another kind of model."""
+    config = read_config(path, option)
+    kinds = ", ".join(config.architectures or [])
     require(
         "SequenceClassification" not in kinds,
         f"--{option} {path}: not a causal LM but a {kinds}",
     )
+    return config
+
+
+def read_causal_lm(path, option="policy", dtype=torch.float32):
+    """A causal LM with its weights, on the CPU, dropout off. Raises UserError."""
+    causal_lm_config(path, option)
     model, missing = _read(AutoModelForCausalLM, path, option, dtype=dtype)
     _require_weights(missing, path, option)
     return model
 
 
-def read_classifier(path, option="reward_model"):
-    """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError.
+def classifier_config(path, option="reward_model"):
+    """The configuration of a sequence classifier with one label. Raises UserError.
 
     A causal LM is refused: its scalar head would be made of random numbers.
     """
@@ -185,6 +193,12 @@ def read_classifier(path, option="reward_model"):
         config.num_labels == 1,
         f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}",
     )
+    return config
+
+
+def read_classifier(path, option="reward_model"):
+    """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError."""
+    kinds = ", ".join(classifier_config(path, option).architectures or ["no architecture"])
     model, missing = _read(AutoModelForSequenceClassification, path, option)
     require(
         not missing,
@@ -194,21 +208,27 @@ def read_classifier(path, option="reward_model"):
 
 
 def classifier_from_causal_lm(path, seed, option="policy"):
-    """A classifier whose backbone is a causal LM's and whose head is new, drawn from the seed.
+    """A classifier whose backbone is a causal LM's and whose head is new (`new_head`).
 
     Raises UserError where weights of the backbone are missing.
     """
     model, missing = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
-    head = scalar_head(model)
-    own = {name for name, parameter in model.named_parameters() if parameter is head.weight}
-    own |= {name for name, parameter in model.named_parameters() if parameter is head.bias}
-    _require_weights(set(missing) - own, path, option)
-    generator = torch.Generator().manual_seed(seed)
+    new = new_head(model, seed)
+    _require_weights(set(missing) - set(new), path, option)
     with torch.no_grad():
-        head.weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
-        if head.bias is not None:
-            head.bias.zero_()
+        for name, value in new.items():
+            model.get_parameter(name).copy_(value)
     return model
+
+
+def new_head(classifier, seed):
+    """{name: value} of a classifier's last layer, weights drawn from the seed, bias 0."""
+    head, generator = scalar_head(classifier), torch.Generator().manual_seed(seed)
+    weight = torch.empty(head.weight.shape)
+    weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    new = {names[head.weight]: weight}
+    return new if head.bias is None else new | {names[head.bias]: torch.zeros(head.bias.shape)}
 
 
 def _require_weights(missing, path, option):

@@ -31,6 +31,7 @@ from pfppo.loading import load_policies
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
 from pfppo.reward import RewardCard, load_card
 from pfppo.sampler import stop_ids
+from pfppo.weights import Whole
 
 import pytest
 import torch
@@ -54,12 +55,12 @@ from transformers import (
 
 
 def policy_of(lm, ranks):
-    return shard(Policy(empty_causal_lm(lm.config)), Policy(lm), ranks)
+    return shard(Policy(empty_causal_lm(lm.config)), Whole(Policy(lm)), ranks)
 
 
 def scalar_of(classifier, ranks):
     empty = ScalarModel(empty_classifier(classifier.config))
-    return shard(empty, ScalarModel(classifier), ranks)
+    return shard(empty, Whole(ScalarModel(classifier)), ranks)
 
 
 def trained_pair(ranks, seed=0):

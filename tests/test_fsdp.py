@@ -27,6 +27,7 @@ from pfppo.fsdp import (
 )
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
 from pfppo.sampler import draw_uniforms, sample
+from pfppo.weights import Whole
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def lm_of(kind, seed=0):
 def sharded_policy(kind, ranks, **options):
     """(sharded policy, the full one). Ranks other than 0 have none to read from, as in a run."""
     full = lm_of(kind)
-    source = Policy(full) if ranks.is_main else None
+    source = Whole(Policy(full) if ranks.is_main else None)
     return shard(Policy(empty_causal_lm(full.config)), source, ranks, **options), full
 
 
@@ -72,7 +73,7 @@ def sharding(kind, ranks):
     classifier = tiny_classifier(kind.split()[0])
     scalar = shard(
         ScalarModel(empty_classifier(classifier.config), 0.5, 2.0),
-        ScalarModel(classifier) if ranks.is_main else None,
+        Whole(ScalarModel(classifier) if ranks.is_main else None),
         ranks,
     )
     buffers = dict(Policy(full).named_buffers())
@@ -81,7 +82,8 @@ def sharding(kind, ranks):
         wanted_scores = ScalarModel(classifier, 0.5, 2.0)(rows.ids, rows.states)
         scores = scalar(rows.ids, rows.states)
     inputs, outputs = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
-    whole = dict(Policy(full).named_parameters())
+    whole = dict(Policy(full).named_parameters()) if ranks.is_main else {}
+    state = full_state(policy)
     return {
         "log_probs": (found - wanted).abs().max().item(),
         "scores": (scores - wanted_scores).abs().max().item(),
@@ -90,8 +92,8 @@ def sharding(kind, ranks):
             name: [b.device.type, torch.equal(b, buffers[name])]
             for name, b in policy.named_buffers()
         },
-        "names_and_values": whole.keys() == full_state(policy).keys()
-        and all(torch.equal(value, whole[name]) for name, value in full_state(policy).items()),
+        "names_and_values": whole.keys() == state.keys()
+        and all(torch.equal(value, whole[name]) for name, value in state.items()),
         "training": any(module.training for module in policy.lm.modules()),
         "units": sum(isinstance(m, torch.distributed.fsdp.FSDPModule) for m in policy.modules()),
         "largest_share": max(p.to_local().numel() / p.numel() for p in policy.parameters()),
@@ -346,9 +348,10 @@ def test_optimizer_steps_at_two_ranks_equal_those_at_one(results, weights):
     for two in (result["updates"][weights] for result in results[2]):
         assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        for name, wanted in one["weights"].items():
-            error = (two["weights"][name] - wanted).norm() / wanted.norm()
-            assert error < 1e-5, name
+        for name, value in two["weights"].items():
+            wanted = one["weights"][name]
+            assert (value - wanted).norm() / wanted.norm() < 1e-5, name
+    assert results[2][0]["updates"][weights]["weights"].keys() == one["weights"].keys()
     assert one["norms"][0] > 0.5 and one["losses"][1] < one["losses"][0]  # clipped, and learned
 
 

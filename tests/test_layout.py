@@ -9,8 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
-    ("jail", "remote"),
+    (
+        "config",
+        "filters",
+        "ppo",
+        "batch",
+        "reliability",
+        "extract",
+        "wire",
+        "isolation",
+        "plan",
+        "weights",
+    ),
+    ("jail", "remote", "weights"),
     ("rehearsal",),
     ("tester",),
     ("sandbox",),
@@ -20,7 +31,8 @@ FLOORS = (
     ("examine", "lab", "evaluation"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
-CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "tokenizers", "pfppo"}
+CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}
+CORE |= {"tokenizers", "huggingface_hub"}  # what transformers itself is made of
 MODULES = sorted((ROOT / "pfppo").glob("[a-z]*.py"))
 SCRIPTS = [ROOT / name for name in ("train_ppo.py", "train_rm.py", "eval_code.py")]
 
