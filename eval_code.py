@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import benchmarks, checkpoint, data, evaluation, fsdp, lab
+from pfppo import benchmarks, data, evaluation, fsdp, lab, rundir
 from pfppo.batch import collate
 from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, require
 from pfppo.examine import Examiner
@@ -159,7 +159,7 @@ def main(args):
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     if args.samples:
         args.policy = args.reward_model = ""
-    name = (checkpoint.latest if args.resume else checkpoint.unused)("runs/eval")
+    name = (rundir.latest if args.resume else rundir.unused)("runs/eval")
     args.out = fsdp.from_main(args.out or str(name), ranks)
     form = args.benchmark if args.benchmark in benchmarks.FORMS else "humaneval"
     style = args.prompt_style
@@ -169,7 +169,7 @@ def main(args):
     )
     used = lab.resolve(args)
     files = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
-    out = checkpoint.check_run(args, ranks, "out", FREE, files)
+    out = rundir.check_run(args, ranks, "out", FREE, files)
     if not lab_file:
         benchmarks.load_problems(args.problems, form)  # what is wrong is told before all else
     lab.make(ranks, args, used)
@@ -197,7 +197,7 @@ def main(args):
             sizes = args.max_new_tokens, args.sampling_batch
             examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, *sizes)
             answer = answers(args, tokenizer, problems, prompts, examiner, ranks)
-        checkpoint.open_run(args, ranks, "out")
+        rundir.open_run(args, ranks, "out")
         if answer:
             rows = evaluation.left(out / "samples.jsonl", N, ranks)
         how = N if answer else 1, args.sampling_batch, sandbox, ranks

@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import batch, checkpoint, data, examine, filters, fsdp, lab, loading, metrics, ppo
+from pfppo import (
+    batch,
+    checkpoint,
+    data,
+    examine,
+    export,
+    filters,
+    fsdp,
+    lab,
+    loading,
+    metrics,
+    ppo,
+    rundir,
+)
 from pfppo.config import Count, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reward import Answers, load_reward, model_rewards, try_reward
@@ -143,13 +156,13 @@ def main(args):
         "--reward model: needs a --reward_model, found none",
     )
     label = args.filter if args.filter.isidentifier() else "own_filter"
-    name = (checkpoint.latest if args.resume else checkpoint.unused)(f"runs/{label}")
+    name = (rundir.latest if args.resume else rundir.unused)(f"runs/{label}")
     args.run_dir = args.run_dir or fsdp.from_main(str(name), ranks)
     for name in ("validation", "test"):
         if getattr(args, name) == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
     used = lab.resolve(args)
-    run = checkpoint.check_run(args, ranks)
+    run = rundir.check_run(args, ranks)
     lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.make_for_lab(args.reward_model, ranks)
@@ -210,11 +223,12 @@ def main(args):
                 value = metrics.mean(examiner.passed(model, validation, 0.0))
         if value is None or state["best"] is None or value > state["best"]:
             state.update(best=value, best_step=step)
-            checkpoint.export_best(policy.lm, run, twin, tokenizer, ranks, state)
+            export.write_best(policy.lm, run, twin, tokenizer, ranks, state)
         return value
 
-    checkpoint.open_run(args, ranks)  # nothing was written before everything had been checked
+    rundir.open_run(args, ranks)  # nothing was written before everything had been checked
     state = checkpoint.load(run, trained, ranks)
+    saver = checkpoint.Saver(run, ranks, args.keep)
     if state is None:
         if args.resume:
             ranks.say(f"{run}: no checkpoint to go on from, starting at step 1")
@@ -333,17 +347,21 @@ def main(args):
             )
         looking = step % args.eval_every == 0 or step == args.steps
         row["validation"] = select(step) if looking else None
+        clock.lap("validation")
         tokens = row["response_length"] * P * N
+        state["step"] = step
+        saver.poll()  # what was begun some steps ago may be complete now
+        if step % args.save_every == 0 or step == args.steps:
+            saver.start(step, trained, state)
+        clock.lap("save")
         row |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
         records = metrics.sample_records(step, N, asked, texts, rewards, scores, rollout.weights)
         records = sum(fsdp.gather_lists(records, ranks), [])
         if ranks.is_main:
-            checkpoint.append_jsonl(run / "metrics.jsonl", [metrics.complete(row)])
-            checkpoint.append_jsonl(run / "samples.jsonl", records)
+            rundir.append_jsonl(run / "metrics.jsonl", [metrics.complete(row)])
+            rundir.append_jsonl(run / "samples.jsonl", records)
         ranks.say(metrics.line(row, args.steps))
-        state["step"] = step
-        if step % args.save_every == 0 or step == args.steps:
-            checkpoint.save(run, step, trained, state, ranks, args.keep)
+    saver.finish()
 
     # How it went, on problems that nothing was chosen by
     exported = "best on validation" if validation[0] else "exported"
@@ -363,7 +381,7 @@ def main(args):
             rates[name] = {"greedy": greedy, "sampled": sampled}
         ranks.say(metrics.table(rates, len(test[0])))
         if ranks.is_main:
-            checkpoint.write_json(run / "result.json", {"problems": len(test[0]), "rates": rates})
+            rundir.write_json(run / "result.json", {"problems": len(test[0]), "rates": rates})
     sandbox.close()
     ranks.say(f"{run}: policy/ ({exported}), metrics.jsonl, samples.jsonl, checkpoints/")
     ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")

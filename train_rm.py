@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pfppo import checkpoint, data, fsdp, lab
+from pfppo import data, export, fsdp, lab, rundir
 from pfppo.batch import collate, owned
 from pfppo.config import Count, Positive, Seed, Share, launch, require
 from pfppo.examine import Examiner
@@ -151,8 +151,8 @@ def main(args, ranks=None):
     )
     args.prompts = "" if args.pairs else args.prompts
     used = lab.resolve(args, prompts="rm")
-    run = Path(fsdp.from_main(args.run_dir or str(checkpoint.unused("runs/reward_model")), ranks))
-    checkpoint.check_writable(run, "run_dir")
+    run = Path(fsdp.from_main(args.run_dir or str(rundir.unused("runs/reward_model")), ranks))
+    rundir.check_writable(run, "run_dir")
     empty = not run.exists() or not any(run.iterdir())
     require(empty, f"--run_dir {run}: is not empty, choose another name")
     lab.make(ranks, args, used)
@@ -228,7 +228,7 @@ def main(args, ranks=None):
     accuracies = [accuracy_of(model, part, pad_id, args, ranks) for part in (training, held_out)]
 
     def write_pairs(folder):
-        checkpoint.write_json(folder / "args.json", asdict(args))
+        rundir.write_json(folder / "args.json", asdict(args))
         with open(folder / "pairs.jsonl", "w") as file:
             for text in texts:
                 row = dict(zip(("prompt", "chosen", "rejected"), text, strict=True))
@@ -237,7 +237,7 @@ def main(args, ranks=None):
     config = model.classifier.config
     config.pad_token_id = data.classifier_pad_id(tokenizer, stop_ids(args.policy, tokenizer))
     twin = empty_classifier(config)
-    checkpoint.export(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
+    export.write(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
     unseen = (
         f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs" if held_out else "none held out"
     )

@@ -1,207 +1,118 @@
-"""Everything in a run directory, written so that it can be killed at any instant.
+"""Checkpoints: complete state after N steps, written while training goes on, whole or not at all.
 
-    args.json             the arguments
-    metrics.jsonl         one object per step
-    samples.jsonl         one object per sample
-    checkpoints/step_N/   complete state after N steps: sharded weights and optimizers, state.json
-    policy/               the policy that was best on validation, in Hugging Face form
+    checkpoints/step_N/sharded/      weights and optimizer states, one file per rank
+    checkpoints/step_N/state.json    what else the run knows: KL coefficient, best step, counts
+    checkpoints/step_N/manifest.json all files and their sizes
 
-A checkpoint is written under a temporary name, listed with the sizes of its files in
-`manifest.json`, flushed, and renamed; so a folder named step_N is complete unless somebody damaged
-it, and then the manifest tells, where a size has changed. There is no random state to save: every
-draw of a run is a function of (seed, step), see data.py and sampler.py. On resume the JSONL files
-are cut back to the checkpoint's step.
+The slices are copied to host memory, and a thread writes them under a temporary name while the next
+steps are made. When all ranks have written, the folder is listed in the manifest, flushed and
+renamed; so a folder named step_N is complete unless somebody damaged it, and then the manifest
+tells, where a size has changed. There is no random state to save: every draw of a run is a function
+of (seed, step), see data.py and sampler.py.
 
 Nor does a checkpoint depend on the number of ranks: torch.distributed.checkpoint puts the slices of
 any number together and cuts them anew. The numbers of a run resumed on other ranks are those of an
 uninterrupted one up to the order of sums.
 
-Not covered: saving while training goes on.
+Not covered: copies on other machines.
 """
 
-import copy
-import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 
-from pfppo.config import UserError, reason, require
-from pfppo.fsdp import agreed, from_main, full_state
+from pfppo.config import UserError, reason
+from pfppo.export import BEST
+from pfppo.fsdp import agreed, from_main
+from pfppo.rundir import cut_jsonl, write_json
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
-
-# Arguments that may differ between a run and its continuation. `steps` may grow (the warm-up is a
-# share of them), `eval_every` says how often the best policy is looked for, another device rounds
-# differently; the others change no number.
-FREE = (
-    *("resume", "steps", "save_every", "eval_every", "keep", "workers", "device"),
-    *("require_isolation", "gradient_checkpointing"),
-)
+SHARDED = "sharded"
 
 
-def check_writable(folder, option):
-    """Raise UserError if a folder of this name cannot be made or written into."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    require(there.is_dir(), f"--{option} {folder}: {there} is a file, expected a folder")
-    require(
-        os.access(there, os.W_OK | os.X_OK),
-        f"--{option} {folder}: no permission to write into {there}",
-    )
+def _state(trained):
+    found = {}
+    for name, (model, optimizer) in trained.items():
+        weights, moments = get_state_dict(model, optimizer)
+        found[name] = {"model": weights, "optimizer": moments}
+    return found
 
 
-def check_run(args, ranks, option="run_dir", free=FREE, files=None):
-    """The run directory as a Path, if it is free or holds this very run. Raises UserError.
+class Saver:
+    """Writes checkpoints of one run, one at a time. Every method is a collective.
 
-    option: which argument names it; free: arguments that may differ; files: the names that matter
-    in it (None: all, so another folder's files are in the way).
+    All raise UserError where a checkpoint cannot be written; earlier ones are then untouched.
     """
-    folder = Path(getattr(args, option))
-    with agreed(ranks):
-        if ranks.is_main:
-            check_writable(folder, option)
-            problem = _mismatch(folder, dataclasses.asdict(args), (*free, option), files)
-            require(problem is None, f"--{option} {folder}: {problem}")
-    return folder
 
+    def __init__(self, run, ranks, keep):
+        self.run, self.ranks, self.keep = run, ranks, keep
+        self.saved = None  # the newest complete step
+        self.pending = None  # (step, state, future) of what is being written
+        # The thread talks to its peers while training does: it needs a group of its own.
+        self.group = dist.new_group(backend="gloo")
 
-def open_run(args, ranks, option="run_dir"):
-    """Make the run directory with its args.json, if it is not there yet. Raises UserError."""
-    folder = Path(getattr(args, option))
-    with agreed(ranks):
+    def start(self, step, trained, state):
+        """Begin to write checkpoints/step_N; what is written is the state of this moment.
+
+        trained: {name: (sharded model, optimizer)}; state: a JSON-serialisable dict, equal on all
+        ranks.
+        """
+        self.finish()
+        temporary = self._temporary(step)
         try:
-            if ranks.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not (folder / "args.json").exists():
-                    write_json(folder / "args.json", dataclasses.asdict(args))
-        except OSError as error:
-            raise UserError(f"--{option} {folder}: cannot be written: {error.strerror}") from error
+            _on_main(lambda: _clear(temporary), self.ranks)
+            future = dcp.async_save(
+                _state(trained), checkpoint_id=temporary / SHARDED, process_group=self.group
+            )
+        except (OSError, dcp.api.CheckpointException) as error:
+            self._fail(step, error)
+        self.pending = step, json.dumps({"step": step, **state}), future
 
+    def poll(self):
+        """Complete the checkpoint if all ranks have written their slices."""
+        if self.pending:
+            done = torch.tensor(float(self.pending[2].done()), device=self.ranks.device)
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            if done.item():
+                self.finish()
 
-def _mismatch(folder, args, free, files):
-    """Why this folder cannot be used for a run with these arguments, or None."""
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    there = there if files is None else there & set(files)
-    if not there - {"args.json.tmp"}:  # that one is left by a start that was killed
-        return None
-    try:
-        there = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError):
-        return "is not empty and holds no run (no readable args.json), choose another name"
-    differ = [
-        f"{name} {there.get(name)!r} there, {value!r} here"
-        for name, value in args.items()
-        if name not in free and there.get(name) != value
-    ]
-    if differ:
-        advice = "choose another name, or give --resume and the arguments of that run"
-        return f"holds a run with other arguments ({'; '.join(differ)}): {advice}"
-    if not args["resume"]:
-        return "holds a run with these arguments: give --resume to go on with it, or another name"
-    return None
+    def finish(self):
+        """Wait for the checkpoint that is being written, and complete it."""
+        if not self.pending:
+            return
+        (step, state, future), self.pending = self.pending, None
+        folder = self.run / "checkpoints"
+        target, temporary = folder / f"step_{step}", self._temporary(step)
 
-
-def latest(folder):
-    """Of the folder, folder-2, folder-3, ... the last one that exists; else the folder."""
-    numbered = unused(folder)
-    number = int(numbered.name.rpartition("-")[2]) if numbered != Path(folder) else 2
-    return Path(folder) if number == 2 else Path(f"{folder}-{number - 1}")
-
-
-def unused(folder):
-    """The folder, or the first of folder-2, folder-3, ... that does not exist."""
-    folder, number = Path(folder), 1
-    candidate = folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
-
-
-def write_json(path, value):
-    """Write a JSON file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def append_jsonl(path, rows):
-    """Append objects to a JSONL file and flush them. Raises UserError where the disk is full."""
-    try:
-        with open(path, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def whole_lines(path):
-    """The objects of a JSONL file, without a last line that was cut short; [] without a file.
-    Raises UserError naming file and line."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: damaged, expected a JSON object") from error
-    return rows
-
-
-def rewrite_jsonl(path, rows):
-    """Make a JSONL file hold these rows and no others, if it is there."""
-    if path.exists():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        temporary.rename(path)
-
-
-def cut_jsonl(path, step):
-    """Drop the rows after `step`, and a last line that was cut short."""
-    rewrite_jsonl(path, [row for row in whole_lines(path) if row["step"] <= step])
-
-
-def _state(model, optimizer):
-    weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments}
-
-
-def save(run, step, trained, state, ranks, keep):
-    """Write checkpoints/step_N and remove all but the last `keep`. A collective.
-
-    trained: {name: (sharded model, optimizer)}; state: a JSON-serialisable dict, equal on all
-    ranks. Raises UserError if it cannot be written; earlier checkpoints are then untouched.
-    """
-    folder = run / "checkpoints"
-    target, temporary = folder / f"step_{step}", folder / f"step_{step}.tmp"
-    try:
-        _on_main(lambda: _clear(temporary), ranks)
-        for name, (model, optimizer) in trained.items():
-            dcp.save(_state(model, optimizer), checkpoint_id=temporary / name)
-
-        def finish():
-            _seal(temporary, {"step": step, **state})
+        def complete_it():
+            _seal(temporary, json.loads(state))
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _sync(folder)
-            for old in complete(run)[0][keep:]:
+            for old in complete(self.run)[0][self.keep :]:
                 shutil.rmtree(old)
 
-        _on_main(finish, ranks)
-    except (OSError, dcp.api.CheckpointException) as error:
-        left = shutil.disk_usage(run).free // 2**20  # torch's own message is not about the disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        last = (complete(run)[0] or ["none"])[0]
+        try:
+            future.result()
+            _on_main(complete_it, self.ranks)
+        except (OSError, dcp.api.CheckpointException) as error:
+            self._fail(step, error)
+        self.saved = step
+
+    def _temporary(self, step):
+        return self.run / "checkpoints" / f"step_{step}.tmp"
+
+    def _fail(self, step, error):
+        left = shutil.disk_usage(self.run).free // 2**20  # torch's own message is not about it
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
+        last = (complete(self.run)[0] or ["none"])[0]
         raise UserError(
-            f"{target}: cannot save with {left} MiB left on the disk ({_reason(error)}); "
-            f"last complete one: {last}"
+            f"{self.run / 'checkpoints'}/step_{step}: cannot save with {left} MiB left on the disk "
+            f"({_reason(error)}); last complete one: {last}"
         ) from error
 
 
@@ -284,19 +195,20 @@ def load(run, trained, ranks):
             shutil.rmtree(path)
     state = json.loads((newest / "state.json").read_text()) if newest else None
     if newest:
+        loaded = _state(trained)
+        try:
+            dcp.load(loaded, checkpoint_id=newest / SHARDED)
+        except dcp.api.CheckpointException as error:  # of any rank, on all of them
+            raise UserError(
+                f"{newest}: damaged, or of another model ({_reason(error)}); remove it to go on "
+                "from the one before"
+            ) from error
         for name, (model, optimizer) in trained.items():
-            loaded = _state(model, optimizer)
-            try:
-                dcp.load(loaded, checkpoint_id=newest / name)
-            except dcp.api.CheckpointException as error:  # of any rank, on all of them
-                raise UserError(
-                    f"{newest}: damaged ({_reason(error)}); remove it to go on from the one before"
-                ) from error
             set_state_dict(
                 model,
                 optimizer,
-                model_state_dict=loaded["model"],
-                optim_state_dict=loaded["optimizer"],
+                model_state_dict=loaded[name]["model"],
+                optim_state_dict=loaded[name]["optimizer"],
             )
     later = {}
     with agreed(ranks):
@@ -316,44 +228,3 @@ def load(run, trained, ranks):
 
 def _number(path):
     return int(path.name.removeprefix("step_"))
-
-
-def export_best(sharded, run, config_source, tokenizer, ranks, state):
-    """`export` to policy/, with a note of which step that was and how good. A collective."""
-
-    def note(folder):
-        write_json(folder / BEST, {name: state[name] for name in ("best", "best_step")})
-
-    export(sharded, run / "policy", config_source, tokenizer, ranks, [note])
-
-
-def export(sharded, folder, config_source, tokenizer, ranks, extra=()):
-    """Write a sharded model in Hugging Face form, whole or not at all. A collective.
-
-    config_source: the unsharded twin inside the wrapper, for `save_pretrained` and its config;
-    extra: functions called with the temporary folder on rank 0, to write more files into it.
-    """
-    weights = full_state(sharded)
-    failure = None
-    if ranks.is_main:
-        config_source = copy.deepcopy(config_source).float()  # the config names the weights' type
-        folder = Path(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            config_source.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            for write in extra:
-                write(temporary)
-            previous = folder.with_name(folder.name + ".old")
-            shutil.rmtree(previous, ignore_errors=True)
-            if folder.exists():
-                folder.rename(previous)
-            temporary.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
-        except Exception as error:  # safetensors has errors of its own for a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            failure = f"{folder}: cannot be written: {_reason(error)}"
-    box = [failure]
-    dist.broadcast_object_list(box, 0)
-    require(box[0] is None, box[0])

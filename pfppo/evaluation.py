@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pfppo import benchmarks, checkpoint
+from pfppo import benchmarks, rundir
 from pfppo.config import require
 from pfppo.extract import program_of
 from pfppo.fsdp import agreed, from_main, gather_lists
@@ -64,11 +64,11 @@ def sample_row(problem, number, response):
 def left(path, group, ranks):
     """What an interrupted run has left in a JSONL file, in whole groups of rows, on all ranks."""
     with agreed(ranks):
-        rows = checkpoint.whole_lines(path) if ranks.is_main else None
+        rows = rundir.whole_lines(path) if ranks.is_main else None
     rows = from_main(rows, ranks)
     rows = rows[: len(rows) // group * group]
     if ranks.is_main:
-        checkpoint.rewrite_jsonl(path, rows)
+        rundir.rewrite_jsonl(path, rows)
     return rows
 
 
@@ -96,7 +96,7 @@ def fill(out, problems, rows, answer, group, batch, sandbox, ranks):
             ]
             results.extend(rows)
             if ranks.is_main:
-                checkpoint.append_jsonl(out / "results.jsonl", rows)
+                rundir.append_jsonl(out / "results.jsonl", rows)
             bar.n = len(results)
             bar.refresh()
 
@@ -112,7 +112,7 @@ def fill(out, problems, rows, answer, group, batch, sandbox, ranks):
                     new = answer(len(rows) // group, stop // group)
                     rows += new
                     if ranks.is_main:
-                        checkpoint.append_jsonl(out / "samples.jsonl", new)
+                        rundir.append_jsonl(out / "samples.jsonl", new)
                 part = rows[start:stop]
                 checks = [
                     benchmarks.check_of(known[row["task_id"]], row["solution"])

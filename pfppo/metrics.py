@@ -15,7 +15,8 @@ grad_norm_critic.
     ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1
 Of the run: kl_coef (beta of this step), validation (greedy pass@1), empty_steps (nothing was kept)
 and skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of
-sampling; seconds_sample, seconds_score (tests and reward), seconds_update (all after scoring).
+sampling; seconds_sample, seconds_score (tests and reward), seconds_update (all after scoring),
+seconds_validation (with the export of a new best policy), seconds_save (what saving holds up).
 
 What is missing (scores without tests, anything kept in an empty step) is null.
 """
@@ -97,7 +98,10 @@ class Clock:
         self.at = now
 
 
-SECONDS = ("tokens_per_second", "seconds_sample", "seconds_score", "seconds_update")
+SECONDS = (
+    *("tokens_per_second", "seconds_sample", "seconds_score", "seconds_update"),
+    *("seconds_validation", "seconds_save"),
+)
 NAMES = (
     *("step", "reward_all", "reward_kept", "score_all", "score_kept", "score_dropped", "kept"),
     *("kl_k1", "kl_k3", "kl_coef", "entropy", "policy_loss", "value_loss", "approx_kl"),

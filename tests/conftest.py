@@ -3,6 +3,8 @@
 One thread per process: the models are too small for two, and results then do not depend on it.
 """
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -92,6 +94,47 @@ def ragged(lengths, seed=0):
 
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def policy_of(lm, ranks):
+    """A causal LM as a sharded policy."""
+    from pfppo.fsdp import shard
+    from pfppo.model import Policy, empty_causal_lm
+    from pfppo.weights import Whole
+
+    return shard(Policy(empty_causal_lm(lm.config)), Whole(Policy(lm)), ranks)
+
+
+def scalar_of(classifier, ranks):
+    """A classifier as a sharded scalar model."""
+    from pfppo.fsdp import shard
+    from pfppo.model import ScalarModel, empty_classifier
+    from pfppo.weights import Whole
+
+    empty = ScalarModel(empty_classifier(classifier.config))
+    return shard(empty, Whole(ScalarModel(classifier)), ranks)
+
+
+def files_of(folder):
+    """{relative path: contents} of everything below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def full_disk(size=100):
+    """No file of this process can grow beyond `size` bytes: writes raise OSError."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def out_of_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def run_ranks(script, folder, ranks=2, timeout=240):

@@ -4,63 +4,37 @@ The checks at two ranks run in one torchrun launch of this file (`main` at the b
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
-import resource
 import shutil
 import sys
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 
-from pfppo import checkpoint
+from pfppo import checkpoint, export
 from pfppo.batch import collate
-from pfppo.checkpoint import (
-    append_jsonl,
-    check_run,
-    cut_jsonl,
-    export,
-    open_run,
-    unused,
-    write_json,
-)
 from pfppo.config import UserError
-from pfppo.data import template_hash, vocabulary_hash
-from pfppo.fsdp import full_state, init_ranks, shard
-from pfppo.loading import load_policies
-from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
-from pfppo.reward import RewardCard, load_card
-from pfppo.sampler import stop_ids
-from pfppo.weights import Whole
+from pfppo.fsdp import full_state, init_ranks
+from pfppo.model import empty_causal_lm
+from pfppo.rundir import append_jsonl
 
 import pytest
 import torch
 from conftest import (
-    ARCHITECTURES,
-    EOS,
-    PAD,
+    files_of,
+    full_disk,
+    out_of_space,
+    policy_of,
     ragged,
     run_ranks,
+    scalar_of,
     tiny_classifier,
     tiny_lm,
     tiny_tokenizer,
-    write_model,
 )
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
 )
-
-
-def policy_of(lm, ranks):
-    return shard(Policy(empty_causal_lm(lm.config)), Whole(Policy(lm)), ranks)
-
-
-def scalar_of(classifier, ranks):
-    empty = ScalarModel(empty_classifier(classifier.config))
-    return shard(empty, Whole(ScalarModel(classifier)), ranks)
 
 
 def trained_pair(ranks, seed=0):
@@ -71,6 +45,13 @@ def trained_pair(ranks, seed=0):
         name: (model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True))
         for name, model in (("actor", actor), ("critic", critic))
     }
+
+
+def save(run, step, trained, state, ranks, keep):
+    """Write a checkpoint and wait for it."""
+    saver = checkpoint.Saver(run, ranks, keep)
+    saver.start(step, trained, state)
+    saver.finish()
 
 
 def train(trained, seed):
@@ -100,22 +81,6 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def files_of(folder):
-    """{relative path: contents} of everything below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@contextlib.contextmanager
-def full_disk(size=100):
-    """No file of this process can grow beyond `size` bytes: writes raise OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
     """(a run with checkpoints after steps 1 and 2, everything after 1, after 2, and after 3)"""
@@ -124,7 +89,7 @@ def saved(ranks, tmp_path_factory):
         train(trained, step)
         after[step] = everything_of(trained)
         state = {"kl_coef": 0.1 * step, "best": None}
-        checkpoint.save(run, step, trained, state | {"step": step}, ranks, keep=2)
+        save(run, step, trained, state | {"step": step}, ranks, keep=2)
     train(trained, 3)
     after[3] = everything_of(trained)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -158,7 +123,7 @@ def test_a_policy_exported_after_the_checkpoint_stays_the_best_there_is(run, sav
     for best, step in ((0.25, 1), (0.75, 3)):
         twin = empty_causal_lm(tiny_lm("llama").config)
         exported = {"best": best, "best_step": step, "kl_coef": 9.0}
-        checkpoint.export_best(lm, run, twin, tokenizer, ranks, exported)
+        export.write_best(lm, run, twin, tokenizer, ranks, exported)
         state = checkpoint.load(run, trained_pair(ranks), ranks)
         assert state["step"] == 2 and state["kl_coef"] == 0.2
         assert (state["best"], state.get("best_step")) == ((0.75, 3) if step == 3 else (None, None))
@@ -173,9 +138,9 @@ def test_a_damaged_line_in_the_metrics_is_named(run, ranks, line):
 
 
 def test_a_checkpoint_whose_bytes_changed_is_named(run, ranks):
-    path = next((run / "checkpoints/step_2/actor").glob("*.distcp"))
+    path = next((run / "checkpoints/step_2/sharded").glob("*.distcp"))
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UserError, match="step_2: damaged .*remove it") as error:
+    with pytest.raises(UserError, match="step_2: damaged, .*remove it") as error:
         checkpoint.load(run, trained_pair(ranks), ranks)
     assert "\n" not in str(error.value)
 
@@ -185,7 +150,7 @@ def test_saving_changes_nothing_in_the_models(ranks, tmp_path):
     for step in (1, 2):
         train(plain, step)
         train(saving, step)
-        checkpoint.save(tmp_path, step, saving, {}, ranks, keep=1)
+        save(tmp_path, step, saving, {}, ranks, keep=1)
     assert same(everything_of(plain), everything_of(saving))
 
 
@@ -199,7 +164,7 @@ def test_there_is_nothing_to_load_in_a_fresh_run(ranks, tmp_path):
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_only_the_newest_checkpoints_stay(ranks, tmp_path, keep):
     for step in (8, 9, 10, 11):  # 10 is newer than 9, though not in the alphabet
-        checkpoint.save(tmp_path, step, {}, {}, ranks, keep)
+        save(tmp_path, step, {}, {}, ranks, keep)
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert folders == {f"step_{step}" for step in range(12 - keep, 12)}
     assert checkpoint.load(tmp_path, {}, ranks)["step"] == 11
@@ -207,10 +172,43 @@ def test_only_the_newest_checkpoints_stay(ranks, tmp_path, keep):
 
 def test_saving_a_step_again_replaces_it(run, ranks):
     trained = trained_pair(ranks, seed=4)
-    checkpoint.save(run, 2, trained, {"again": True}, ranks, keep=2)
+    save(run, 2, trained, {"again": True}, ranks, keep=2)
     fresh = trained_pair(ranks)
     assert checkpoint.load(run, fresh, ranks)["again"]
     assert same(everything_of(fresh), everything_of(trained))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
+    trained = trained_pair(ranks)
+    train(trained, 1)
+    saver, before = checkpoint.Saver(tmp_path, ranks, 2), everything_of(trained)
+    saver.start(1, trained, {"kl_coef": 0.5})
+    train(trained, 2)  # at once, in the tensors that are being written
+    while saver.pending:
+        saver.poll()
+    assert saver.saved == 1
+    fresh = trained_pair(ranks, seed=7)
+    assert checkpoint.load(tmp_path, fresh, ranks)["kl_coef"] == 0.5
+    assert same(everything_of(fresh), before)
+
+
+def test_a_checkpoint_is_complete_before_the_next_one_begins(ranks, tmp_path):
+    trained, saver = trained_pair(ranks), checkpoint.Saver(tmp_path, ranks, keep=5)
+    for step in (1, 2, 3):
+        saver.start(step, trained, {})
+        names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+        assert names == {*(f"step_{s}" for s in range(1, step)), f"step_{step}.tmp"}
+    saver.finish()
+
+
+def test_a_checkpoint_of_another_model_is_named(run, ranks):
+    policy = policy_of(tiny_lm("llama", hidden_size=16), ranks)
+    actor = policy, torch.optim.AdamW(policy.parameters(), lr=0.01, fused=True)
+    with pytest.raises(
+        UserError, match="step_2: damaged, or of another model .*Size mismatch"
+    ) as error:
+        checkpoint.load(run, {"actor": actor}, ranks)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------- damage
@@ -227,12 +225,12 @@ def cut(path):
 DAMAGES = {
     "a deleted file": lambda folder: shards(folder)[0].unlink(),
     "a truncated file": lambda folder: cut(shards(folder)[-1]),
-    "an empty file": lambda folder: (folder / "actor" / ".metadata").write_bytes(b""),
+    "an empty file": lambda folder: (folder / "sharded" / ".metadata").write_bytes(b""),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "half a manifest": lambda folder: (folder / "manifest.json").write_text('{"state.js'),
     "no state": lambda folder: (folder / "state.json").unlink(),
     "half a state": lambda folder: (folder / "state.json").write_text('{"step'),
-    "a lost model": lambda folder: shutil.rmtree(folder / "critic"),
+    "a lost folder": lambda folder: shutil.rmtree(folder / "sharded"),
 }
 
 
@@ -264,7 +262,7 @@ def test_a_checkpoint_that_was_being_written_is_not_seen(run, ranks, capsys):
     shutil.copytree(folder / "step_2", folder / "step_3.tmp")
     assert checkpoint.load(run, trained_pair(ranks), ranks)["step"] == 2
     assert capsys.readouterr().out == ""
-    checkpoint.save(run, 3, trained_pair(ranks), {}, ranks, keep=2)  # and is in nobody's way
+    save(run, 3, trained_pair(ranks), {}, ranks, keep=2)  # and is in nobody's way
     assert {path.name for path in folder.iterdir()} == {"step_2", "step_3"}
 
 
@@ -274,9 +272,6 @@ def test_an_older_damaged_checkpoint_does_not_matter(run, ranks, capsys):
     assert capsys.readouterr().out == ""
 
 
-# -------------------------------------------------------------------------------------- JSONL
-
-
 def test_resuming_drops_the_rows_after_the_checkpoint(run, ranks):
     checkpoint.load(run, trained_pair(ranks), ranks)
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -284,159 +279,42 @@ def test_resuming_drops_the_rows_after_the_checkpoint(run, ranks):
         assert [row["step"] for row in rows] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("tail", ["", '{"step": 2, "x"', '{"step": 2}', '{"step": 3}\n{"st'])
-def test_cutting_drops_later_rows_and_a_half_written_line(tmp_path, tail):
-    path = tmp_path / "metrics.jsonl"
-    append_jsonl(path, [{"step": 1, "text": "a\u2028b\n"}])  # a row is a line, whatever it holds
-    append_jsonl(path, [{"step": 2, "text": "ü"}])
-    whole = path.read_text()
-    path.write_text(whole + tail)
-    cut_jsonl(path, 2)
-    assert path.read_text() == whole
-    cut_jsonl(path, 2)  # once more changes nothing
-    assert path.read_text() == whole and [p.name for p in tmp_path.iterdir()] == [path.name]
-    cut_jsonl(path, 0)
-    assert path.read_text() == ""
-
-
-def test_a_file_that_does_not_exist_is_not_cut(tmp_path):
-    cut_jsonl(tmp_path / "metrics.jsonl", 3)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_under_a_jsonl_file_is_one_line():
-    with pytest.raises(UserError, match="^/dev/full: cannot be written: No space left on device$"):
-        append_jsonl(Path("/dev/full"), [{"step": 1}])
-
-
-# ------------------------------------------------------------------------------ run directory
-
-
-@dataclass
-class Args:
-    run_dir: str
-    seed: int = 1
-    filter: str = "best_random"
-    steps: int = 40
-    resume: bool = False
-
-
-def start(folder, ranks, **changes):
-    """Check, then make a run directory, as train_ppo.py does."""
-    args = Args(str(folder), **changes)
-    assert check_run(args, ranks) == Path(folder)
-    open_run(args, ranks)
-
-
-def test_a_fresh_run_directory_holds_its_arguments(ranks, tmp_path):
-    folder = tmp_path / "new" / "run"
-    assert check_run(Args(str(folder)), ranks) == folder
-    assert not list(tmp_path.iterdir())  # checking writes nothing
-    start(folder, ranks, seed=3)
-    there = dataclasses.asdict(Args(str(folder), seed=3))
-    assert json.loads((folder / "args.json").read_text()) == there
-    assert [path.name for path in folder.iterdir()] == ["args.json"]
-
-
-def test_an_existing_empty_folder_and_resume_without_a_run_are_fresh_runs(ranks, tmp_path):
-    start(tmp_path, ranks, resume=True)
-    assert (tmp_path / "args.json").exists()
-
-
-def test_a_run_with_the_same_arguments_needs_resume(ranks, tmp_path):
-    start(tmp_path, ranks)
-    with pytest.raises(UserError, match="--run_dir .*give --resume"):
-        start(tmp_path, ranks)
-    before = files_of(tmp_path)
-    start(tmp_path, ranks, resume=True)
-    start(tmp_path, ranks, resume=True, steps=80)  # a run may be made longer
-    assert files_of(tmp_path) == before
-
-
-def test_a_run_directory_may_be_moved_or_named_in_another_way(ranks, tmp_path):
-    start(tmp_path / "old", ranks)
-    (tmp_path / "old").rename(tmp_path / "new")
-    start(tmp_path / "new", ranks, resume=True)
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_run_with_other_arguments_is_refused_by_name_and_both_values(ranks, tmp_path, resume):
-    start(tmp_path, ranks, seed=1)
-    before = files_of(tmp_path)
-    with pytest.raises(UserError) as error:
-        start(tmp_path, ranks, seed=2, filter="none", resume=resume)
-    message = str(error.value)
-    assert f"--run_dir {tmp_path}: " in message and "\n" not in message
-    assert "seed 1 there, 2 here" in message
-    assert "filter 'best_random' there, 'none' here" in message and "steps" not in message
-    assert files_of(tmp_path) == before
-
-
-def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(ranks, tmp_path):
-    (tmp_path / "thesis.tex").write_text("all of it")
-    for resume in (False, True):
-        with pytest.raises(UserError, match="not empty and holds no run"):
-            start(tmp_path, ranks, resume=resume)
-    assert files_of(tmp_path) == {"thesis.tex": b"all of it"}
-
-
-def test_a_run_directory_that_is_or_is_below_a_file_is_one_line(ranks, tmp_path):
-    (tmp_path / "file").write_text("x")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match=f"^--run_dir {folder}: "):
-            start(folder, ranks)
-
-
-def test_a_run_killed_while_its_arguments_were_written_can_start(ranks, tmp_path):
-    (tmp_path / "args.json.tmp").write_text('{"se')
-    start(tmp_path, ranks)
-    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
-
-
-def test_a_full_disk_at_the_start_is_one_line_and_leaves_nothing_in_the_way(ranks, tmp_path):
-    with full_disk(10), pytest.raises(UserError, match=f"--run_dir {tmp_path}: .*File too large"):
-        start(tmp_path, ranks)
-    start(tmp_path, ranks)
-
-
-def test_unused_names_do_not_exist(tmp_path):
-    assert unused(tmp_path / "run") == tmp_path / "run"
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run-2").mkdir()
-    assert unused(tmp_path / "run") == tmp_path / "run-3"
-
-
-def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
-    write_json(tmp_path / "x.json", {"old": 1})
-    with full_disk(20), pytest.raises(OSError):
-        write_json(tmp_path / "x.json", {"new": "n" * 100})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
+def test_a_run_killed_between_the_two_renames_of_an_export_has_its_policy_back(run, ranks):
+    lm = tiny_lm("llama", 0)
+    empty = empty_causal_lm(lm.config)
+    export.write(policy_of(lm, ranks).lm, run / "policy", empty, tiny_tokenizer(), ranks)
+    (run / "policy").rename(run / "policy.old")
+    (run / "policy.tmp").mkdir()
+    assert checkpoint.load(run, trained_pair(ranks), ranks)["step"] == 2
+    loaded = AutoModelForCausalLM.from_pretrained(run / "policy")
+    loaded = dict(loaded.named_parameters())
+    assert all(torch.equal(loaded[name], value) for name, value in lm.named_parameters())
 
 
 # ---------------------------------------------------------------------------- a full disk, saving
 
 
-def out_of_space(*args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def dcp_error(error):
+    return checkpoint.dcp.api.CheckpointException("save", {0: (error, None)})
 
 
-@pytest.mark.parametrize("where", ["dcp.save", "_seal", "dcp.save later", "a real limit"])
+@pytest.mark.parametrize("where", ["dcp.async_save", "_seal", "the thread", "a real limit"])
 def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     run, saved, ranks, monkeypatch, where
 ):
     before, trained = files_of(run), trained_pair(ranks, seed=3)
     reason = "File too large" if where == "a real limit" else "No space left on device"
-    if where == "dcp.save":
-        monkeypatch.setattr(checkpoint.dcp, "save", out_of_space)
+    if where == "dcp.async_save":
+        monkeypatch.setattr(checkpoint.dcp, "async_save", out_of_space)
     elif where == "_seal":
         monkeypatch.setattr(checkpoint, "_seal", out_of_space)
-    elif where == "dcp.save later":  # the actor's part is written, the critic's is not
-        write = checkpoint.dcp.save
-        calls = iter((write, out_of_space))
-        monkeypatch.setattr(checkpoint.dcp, "save", lambda *a, **k: next(calls)(*a, **k))
+    elif where == "the thread":  # which has begun, and fails while training goes on
+        failed = Future()
+        failed.set_exception(dcp_error(OSError(errno.ENOSPC, "No space left on device")))
+        monkeypatch.setattr(checkpoint.dcp, "async_save", lambda *a, **k: failed)
     limit = full_disk() if where == "a real limit" else contextlib.nullcontext()
     with limit, pytest.raises(UserError) as error:
-        checkpoint.save(run, 3, trained, {}, ranks, keep=2)
+        save(run, 3, trained, {}, ranks, keep=2)
     message = str(error.value)
     assert reason in message and "step_3" in message and "\n" not in message
     assert message.endswith(str(run / "checkpoints" / "step_2"))  # the last complete one
@@ -445,112 +323,6 @@ def test_a_full_disk_while_saving_leaves_the_previous_checkpoint(
     monkeypatch.undo()
     assert checkpoint.load(run, trained, ranks)["step"] == 2
     assert same(everything_of(trained), saved[1][2])
-
-
-# ------------------------------------------------------------------------------------- export
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(torch.tensor(ragged([9, 9]))).logits
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_exported_policy_loads_in_transformers_with_equal_logits(
-    ranks, tmp_path, architecture, tied
-):
-    lm = tiny_lm(architecture, tie_word_embeddings=tied)
-    folder, wanted = tmp_path / "policy", logits_of(lm)
-    tokenizer = tiny_tokenizer()
-    export(policy_of(lm, ranks).lm, folder, empty_causal_lm(lm.config), tokenizer, ranks)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    assert loaded.dtype == torch.float32 and type(loaded) is type(lm)
-    assert torch.equal(logits_of(loaded), wanted)
-    assert loaded.config.tie_word_embeddings == tied
-    written = PreTrainedTokenizerFast.from_pretrained(folder)
-    assert vocabulary_hash(written) == vocabulary_hash(tokenizer)
-    assert {path.name for path in tmp_path.iterdir()} == {"policy"}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_exported_reward_model_loads_as_a_classifier_with_equal_scores_and_its_card(
-    ranks, tmp_path, architecture
-):
-    classifier, tokenizer = tiny_classifier(architecture), tiny_tokenizer()
-    model = scalar_of(classifier, ranks)
-    config = model.classifier.config
-    config.pad_token_id = PAD
-    card = RewardCard(0.25, 1.5, template_hash(tokenizer, "plain"), vocabulary_hash(tokenizer))
-    folder = tmp_path / "rm"
-    export(model.classifier, folder, empty_classifier(config), tokenizer, ranks, [card.save])
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    assert loaded.config.num_labels == 1
-    rows = collate(ragged([2, 6, 4]), ragged([5, 1, 3], seed=1), pad_id=PAD)
-    columns = torch.arange(rows.ids.shape[1])
-    with torch.no_grad():
-        scores = loaded(rows.ids, attention_mask=(columns <= rows.ends).long()).logits
-        assert torch.allclose(model(rows.ids, rows.ends)[:, 0], scores, atol=1e-6)
-    assert load_card(folder) == card
-
-
-def small_export(ranks, folder, seed, extra=()):
-    lm = tiny_lm("llama", seed)
-    empty, tokenizer = empty_causal_lm(lm.config), tiny_tokenizer()
-    export(policy_of(lm, ranks).lm, folder, empty, tokenizer, ranks, extra)
-
-
-@pytest.mark.parametrize("failure", ["an extra writer", "a full disk"])
-def test_a_failed_export_leaves_the_old_one(ranks, tmp_path, failure):
-    folder = tmp_path / "policy"
-    small_export(ranks, folder, seed=0)
-    before = files_of(tmp_path)
-    broken = [out_of_space] if failure == "an extra writer" else []
-    limit = contextlib.nullcontext() if broken else full_disk(5000)
-    with limit, pytest.raises(UserError) as error:
-        small_export(ranks, folder, seed=1, extra=broken)
-    assert str(error.value).startswith(f"{folder}: cannot be written: ")
-    assert "\n" not in str(error.value)
-    assert files_of(tmp_path) == before
-
-
-def test_an_export_replaces_the_old_one_whole(ranks, tmp_path):
-    folder = tmp_path / "policy"
-    small_export(ranks, folder, 0, [lambda path: (path / "notes.txt").write_text("old")])
-    small_export(ranks, folder, 1)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits_of(loaded), logits_of(tiny_lm("llama", 1)))
-    assert not (folder / "notes.txt").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"policy"}
-
-
-def test_what_a_killed_export_left_behind_is_in_nobodys_way(ranks, tmp_path):
-    for name in ("policy.tmp", "policy.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_text("half")
-    small_export(ranks, tmp_path / "policy", 1)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert torch.equal(logits_of(loaded), logits_of(tiny_lm("llama", 1)))
-    assert {path.name for path in tmp_path.iterdir()} == {"policy"}
-
-
-def test_a_run_killed_between_the_two_renames_of_an_export_has_its_policy_back(run, ranks):
-    small_export(ranks, run / "policy", 0)
-    (run / "policy").rename(run / "policy.old")
-    (run / "policy.tmp").mkdir()
-    assert checkpoint.load(run, trained_pair(ranks), ranks)["step"] == 2
-    loaded = AutoModelForCausalLM.from_pretrained(run / "policy")
-    assert torch.equal(logits_of(loaded), logits_of(tiny_lm("llama", 0)))
-
-
-def test_an_exported_policy_stops_where_the_one_it_came_from_stops(ranks, tmp_path):
-    lm, tokenizer = tiny_lm("llama"), tiny_tokenizer()
-    lm.generation_config = GenerationConfig(eos_token_id=[EOS, 9, 7])
-    write_model(tmp_path / "sft", lm)
-    policy, _, twin = load_policies(str(tmp_path / "sft"), ranks, "float32")
-    export(policy.lm, tmp_path / "policy", twin, tokenizer, ranks)
-    assert stop_ids(tmp_path / "policy", tokenizer) == stop_ids(tmp_path / "sft", tokenizer)
-    assert stop_ids(tmp_path / "policy", tokenizer) == [EOS, 7, 9]
 
 
 # ---------------------------------------------------------------------------------- two ranks
@@ -562,13 +334,13 @@ def main(folder):
     trained, found = trained_pair(ranks), {}
     for step in (1, 2):
         train(trained, step)
-        checkpoint.save(run, step, trained, {}, ranks, keep=2)
+        save(run, step, trained, {}, ranks, keep=2)
     at_2 = everything_of(trained)
     train(trained, 3)
     at_3 = everything_of(trained)
     try:  # the disk of rank 1 is full, that of rank 0 is not
         with full_disk() if ranks.rank == 1 else contextlib.nullcontext():
-            checkpoint.save(run, 3, trained, {}, ranks, keep=2)
+            save(run, 3, trained, {}, ranks, keep=2)
     except UserError as error:
         found["failure"] = str(error)
     torch.distributed.barrier()
@@ -579,13 +351,13 @@ def main(folder):
     train(again, 3)
     found["next_equal"] = same(everything_of(again), at_3)
     lm = again["actor"][0].lm
-    export(lm, Path(folder) / "policy", empty_causal_lm(lm.config), tiny_tokenizer(), ranks)
+    export.write(lm, Path(folder) / "policy", empty_causal_lm(lm.config), tiny_tokenizer(), ranks)
     if ranks.is_main:
         torch.save(at_2, Path(folder) / "at_2.pt")
         torch.save(at_3, Path(folder) / "at_3.pt")
         checkpoint._seal = out_of_space  # what only rank 0 does fails
     try:
-        checkpoint.save(run, 3, trained, {}, ranks, keep=2)
+        save(run, 3, trained, {}, ranks, keep=2)
     except Exception as error:
         found["failure_on_main"] = [type(error).__name__, str(error)]
     (Path(folder) / f"rank_{ranks.rank}.json").write_text(json.dumps(found))
@@ -640,13 +412,3 @@ def test_a_policy_exported_by_two_ranks_is_the_trained_one(two):
 
 if __name__ == "__main__":
     main(sys.argv[1])
-
-
-def test_what_a_bfloat16_twin_exports_is_read_back_as_fp32(ranks, tmp_path):
-    lm = tiny_lm("llama")
-    twin = empty_causal_lm(lm.config, torch.bfloat16)
-    export(policy_of(lm, ranks).lm, tmp_path / "policy", twin, tiny_tokenizer(), ranks)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    wanted = dict(lm.named_parameters())
-    assert all(torch.equal(value, wanted[name]) for name, value in loaded.named_parameters())
-    assert twin.dtype == torch.bfloat16

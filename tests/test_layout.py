@@ -27,7 +27,9 @@ FLOORS = (
     ("sandbox",),
     ("reward", "benchmarks"),
     ("world", "data", "fsdp", "model"),
-    ("sampler", "checkpoint", "loading", "metrics"),
+    ("sampler", "rundir", "loading", "metrics"),
+    ("export",),
+    ("checkpoint",),
     ("examine", "lab", "evaluation"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail

@@ -104,7 +104,7 @@ def test_the_names_that_readers_rely_on_are_there_once():
     promised = """step reward_all reward_kept score_all score_kept score_dropped kl_k1 kl_k3 entropy
         clip_fraction ratio_first_minibatch value_loss explained_variance response_length truncated
         grad_norm_actor grad_norm_critic tokens_per_second seconds_sample seconds_score
-        seconds_update""".split()
+        seconds_update seconds_validation seconds_save""".split()
     assert set(promised) <= set(NAMES) and len(set(NAMES)) == len(NAMES)
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval_code  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
-from pfppo import checkpoint, data, lab, world  # noqa: E402
+from pfppo import checkpoint, data, lab, rundir, world  # noqa: E402
 from pfppo.config import UserError, parse  # noqa: E402
 from pfppo.filters import FILTERS  # noqa: E402
 from pfppo.metrics import NAMES, SECONDS  # noqa: E402
@@ -168,17 +168,23 @@ def test_equal_arguments_give_equal_files(tiny, finished, tmp_path):
     ).read_text()
 
 
-@pytest.mark.parametrize("instant", ["append_jsonl", "save"])
+@pytest.mark.parametrize("instant", ["append_jsonl", "start", "finish"])
 def test_an_interrupted_run_resumes_to_the_same_numbers(
     tiny, finished, tmp_path, monkeypatch, instant
 ):
     def interrupted(*args, **kwargs):
-        if (args[1] == 4) if instant == "save" else (args[1][0]["step"] == 4):
+        step = {
+            "append_jsonl": lambda: args[1][0]["step"],
+            "start": lambda: args[1],
+            "finish": lambda: args[0].pending and args[0].pending[0],
+        }[instant]()
+        if step == 4:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    original = getattr(checkpoint, instant)
-    monkeypatch.setattr(checkpoint, instant, interrupted)
+    owner = rundir if instant == "append_jsonl" else checkpoint.Saver
+    original = getattr(owner, instant)
+    monkeypatch.setattr(owner, instant, interrupted)
     argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
     with pytest.raises(KeyboardInterrupt):
         run(train_ppo, *argv)
@@ -210,7 +216,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, finished, tmp_p
     shutil.copytree(finished, copy)
     saved = json.loads((copy / "args.json").read_text()) | {"run_dir": str(copy)}
     (copy / "args.json").write_text(json.dumps(saved))
-    broken = next((copy / "checkpoints/step_4/actor").glob("*.distcp"))
+    broken = next((copy / "checkpoints/step_4/sharded").glob("*.distcp"))
     broken.write_bytes(broken.read_bytes()[:-10])
     run(train_ppo, *options(tiny, copy, steps=4, save_every=2), "--resume")
     assert "step_4: incomplete, falling back to" in capsys.readouterr().out
@@ -420,7 +426,7 @@ def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypa
     argv = (*argv, "--reward_model", tiny / "rm", "--filters", "best_worst")
     run(eval_code, *argv, "--out", tmp_path / "whole")
     table = capsys.readouterr().out.split("held_out.jsonl: ")[1].split(str(tmp_path))[0]
-    original, calls = checkpoint.append_jsonl, []
+    original, calls = rundir.append_jsonl, []
 
     def interrupted(path, rows):
         calls.append(path)
@@ -428,7 +434,7 @@ def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypa
             raise KeyboardInterrupt
         original(path, rows)
 
-    monkeypatch.setattr(checkpoint, "append_jsonl", interrupted)
+    monkeypatch.setattr(rundir, "append_jsonl", interrupted)
     argv_stopped = (*argv, "--out", tmp_path / "stopped")
     with pytest.raises(KeyboardInterrupt):
         run(eval_code, *argv_stopped)
