@@ -36,11 +36,13 @@ from pfppo import (
     ppo,
     rundir,
 )
-from pfppo.config import Count, NonNegative, Positive, Seed, Share, launch, require
-from pfppo.model import check_positions, read_causal_lm
-from pfppo.reward import Answers, load_reward, model_rewards, try_reward
-from pfppo.sampler import check_cache, draw_uniforms, sample, stop_ids
+from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share, launch, require
+from pfppo.inputs import read_inputs
+from pfppo.model import read_causal_lm
+from pfppo.reward import Answers, load_reward, raw_spread, try_reward
+from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Sandbox
+from pfppo.stopping import Stop
 
 import torch
 
@@ -83,12 +85,18 @@ class Args:
     resume: bool = False  # go on from the last complete checkpoint in --run_dir, if there is one
     save_every: Count = 10  # steps between checkpoints
     keep: Count = 2  # checkpoints that stay
+    grace_seconds: Positive = 25.0  # SIGTERM to SIGKILL: a run saves and exits 0 in between
+    export: str = ""  # write --run_dir's newest checkpoint (or step_N) here for transformers; stop
     eval_every: Count = 5  # steps between looks at validation
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
     workers: Count = 2  # sandbox processes per rank
     require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     gradient_checkpointing: bool = False  # blocks run again in backward; memory only
+    offload_ref: bool = False  # the reference waits in host memory; memory only
+    offload_reward: bool = False  # so does the reward model
+    offload_optimizer: bool = False  # so do weights, gradients, Adam states of actor and critic
+    shard_group_size: Natural = 0  # shard over so many ranks, a node's, and replicate; 0: over all
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
 
 
@@ -143,8 +151,13 @@ def step_optimizer(model, optimizer, args):
     return norm
 
 
-def main(args):
-    ranks = fsdp.init_ranks(args.device)
+def main(args, ranks=None):
+    if args.export:
+        done = export.from_run(args.run_dir, args.export)
+        return print(done) if done else None
+    args.resume |= rundir.restarted()
+    ranks = ranks or fsdp.init_ranks(args.device, args.shard_group_size)
+    stopping = Stop(ranks, args.grace_seconds)
     P, N = args.prompts_per_step, args.samples_per_prompt
     with fsdp.agreed(ranks):
         chosen = filters.load_filter(args.filter, N)
@@ -158,44 +171,26 @@ def main(args):
     label = args.filter if args.filter.isidentifier() else "own_filter"
     name = (rundir.latest if args.resume else rundir.unused)(f"runs/{label}")
     args.run_dir = args.run_dir or fsdp.from_main(str(name), ranks)
-    for name in ("validation", "test"):
-        if getattr(args, name) == "auto":
-            setattr(args, name, "lab" if args.prompts == "lab" else "")
     used = lab.resolve(args)
+    loading.fetch(args, ("policy", "reward_model"), ranks)
     run = rundir.check_run(args, ranks)
     lab.make(ranks, args, used)
     if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.make_for_lab(args.reward_model, ranks)
 
     # Data
-    tokenizer = data.load_tokenizer(args.policy)
-    data.check_style(tokenizer, args.prompt_style, args.policy)
-    check_cache(args.policy)
-    stop = stop_ids(args.policy, tokenizer)
-    pad_id = data.pad_id_of(tokenizer)
-    how = tokenizer, args.prompt_style, args.max_prompt_tokens
-    problems, prompts = data.load_rendered(args.prompts, *how)
-    validation, test = (data.load_rendered(path, *how) for path in (args.validation, args.test))
-    require(
-        P <= len(problems),
-        f"--prompts_per_step {P}: more than the {len(problems)} prompts of {args.prompts}",
+    given = read_inputs(args)
+    tokenizer, pad_id, problems, prompts = (
+        getattr(given, name) for name in ("tokenizer", "pad_id", "problems", "prompts")
     )
-    tested = {"validation": validation[0], "test": test[0]}
-    for name, asked in (tested | ({"prompts": problems} if args.reward == "tests" else {})).items():
-        lacking = [problem.task_id for problem in asked if not problem.test][:1]
-        path = getattr(args, name)
-        require(not lacking, f"--{name} {path}: {lacking} has no 'test' and 'entry_point'")
     if ":" in args.reward:
         with fsdp.agreed(ranks):
             try_reward(reward, problems[:2])
-    longest = max(map(len, prompts + validation[1] + test[1])) + args.max_new_tokens
-    for name in ("policy", "reward_model"):
-        if getattr(args, name):
-            what = "the longest prompt with --max_new_tokens"
-            check_positions(getattr(args, name), name, longest, what)
 
     # Models, optimizers, state
-    policy, reference, twin = loading.load_policies(args.policy, ranks, args.param_dtype)
+    policy, reference, twin = loading.load_policies(
+        args.policy, ranks, args.param_dtype, args.offload_ref, args.offload_optimizer
+    )
     reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
     for model in (policy, critic) if args.gradient_checkpointing else ():
         fsdp.recompute_blocks(model)
@@ -204,38 +199,39 @@ def main(args):
     sandbox = Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation)
     ranks.say(f"sandbox: {sandbox.mode}")
     examiner = examine.Examiner(
-        tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch
+        tokenizer, given.stop, sandbox, ranks, args.seed, args.max_new_tokens, args.sampling_batch
     )
-    if not normalised:  # an RM from elsewhere: rewards get mean 0 and standard deviation 1 here
-        with fsdp.gathered(reference.lm, twin) as model:
-            rows = examiner.rows(model, problems[:256], prompts[:256], args.temperature, pad_id)
-        raw = model_rewards(reward_model, rows, args.microbatch)
-        what = f"--reward_model {args.reward_model}: rewards of {len(raw)} samples have no spread"
-        require(len(raw) > 1 and 0 < raw.std() < math.inf, what)
-        for scalar in (reward_model, critic):
-            scalar.mean, scalar.std = raw.mean().item(), raw.std().item()
 
     def select(step):
         """Look at validation, and export the policy if it is the best so far (or none is known)."""
         value = None
-        if validation[0]:
+        if given.validation[0]:
             with fsdp.gathered(policy.lm, twin) as model:
-                value = metrics.mean(examiner.passed(model, validation, 0.0))
+                value = metrics.mean(examiner.passed(model, given.validation, 0.0))
         if value is None or state["best"] is None or value > state["best"]:
             state.update(best=value, best_step=step)
             export.write_best(policy.lm, run, twin, tokenizer, ranks, state)
         return value
 
-    rundir.open_run(args, ranks)  # nothing was written before everything had been checked
     state = checkpoint.load(run, trained, ranks)
-    saver = checkpoint.Saver(run, ranks, args.keep)
+    if not normalised:  # an RM from elsewhere: rewards get mean 0 and standard deviation 1 here
+        found = state["normaliser"] if state else None
+        if not found:
+            with fsdp.gathered(reference.lm, twin) as model:
+                rows = examiner.rows(model, problems[:256], prompts[:256], args.temperature, pad_id)
+            found = raw_spread(reward_model, rows, args.microbatch, args.reward_model)
+        for scalar in (reward_model, critic):
+            scalar.mean, scalar.std = found
+    rundir.open_run(args, ranks)  # nothing was written before everything had been checked
     if state is None:
         if args.resume:
             ranks.say(f"{run}: no checkpoint to go on from, starting at step 1")
         state = {"step": 0, "kl_coef": args.kl_coef, "best": None, "best_step": 0}
-        state |= {"empty_steps": 0, "skipped_updates": 0}
+        state |= {"empty_steps": 0, "skipped_updates": 0, "normaliser": [critic.mean, critic.std]}
         value = select(0)
         ranks.say(f"validation before training: {'-' if value is None else f'{value:.3f}'}")
+    saver = checkpoint.Saver(run, ranks, args.keep, state["step"])
+    stopping.holding = True
 
     for step in range(state["step"], args.steps):
         clock, meter = metrics.Clock(), metrics.Meter()
@@ -244,16 +240,19 @@ def main(args):
         indices = data.step_prompts(len(problems), P, step, args.seed)
         mine = [indices[place] for place in batch.owned(P, ranks.rank, ranks.world)]
         keys = [(index, j) for index in mine for j in range(N)]  # which sample of which prompt
-        with fsdp.gathered(policy.lm, twin) as model:
+        with fsdp.gathered(policy.lm, twin) as model, stopping.giving_up():
             samples = sample(
                 model,
                 [prompts[index] for index in mine],
                 draw_uniforms(args.seed, step, keys, args.max_new_tokens),
-                stop=stop,
+                stop=given.stop,
                 samples_per_prompt=N,
                 temperature=args.temperature,
                 batch=args.sampling_batch,
+                progress=stopping.check,
             )
+        if stopping.agreed():
+            break  # nothing has changed in this step
         clock.lap("sample")
 
         # 2. Score: by the tests to know the truth, by the reward slot to learn from.
@@ -311,6 +310,8 @@ def main(args):
             ).item()
 
         # 6. Update
+        if stopping.agreed():
+            break  # nothing has changed yet
         warm = min(1.0, (step + 1) / max(1, math.ceil(args.warmup * args.steps)))
         actor_optimizer.param_groups[0]["lr"] = args.actor_lr * warm
         critic_optimizer.param_groups[0]["lr"] = args.critic_lr * warm
@@ -361,28 +362,31 @@ def main(args):
             rundir.append_jsonl(run / "metrics.jsonl", [metrics.complete(row)])
             rundir.append_jsonl(run / "samples.jsonl", records)
         ranks.say(metrics.line(row, args.steps))
+    if stopping.agreed() and saver.newest != state["step"]:
+        saver.start(state["step"], trained, state)
     saver.finish()
+    if stopping.agreed():
+        sandbox.close()
+        stopping.close()
+        return ranks.say(f"{run}: SIGTERM, saved after step {state['step']}; go on with --resume")
+    stopping.release()
 
     # How it went, on problems that nothing was chosen by
-    exported = "best on validation" if validation[0] else "exported"
-    if test[0]:
-        ranks.say(f"test: before, best and last on {len(test[0])} problems")
+    exported = "best on validation" if given.validation[0] else "exported"
+    if given.test[0]:
+        ranks.say(f"test: before, best and last on {len(given.test[0])} problems")
         best = read_causal_lm(run / "policy", dtype=twin.dtype).to(ranks.device)
         policies = {
             "before": fsdp.gathered(reference.lm, twin),
             f"{exported}, step {state['best_step']}": contextlib.nullcontext(best),
             f"last, step {state['step']}": fsdp.gathered(policy.lm, twin),
         }
-        rates = {}
-        for name, opened in policies.items():
-            with opened as model:
-                greedy = metrics.pass_rate(examiner.passed(model, test, 0.0))
-                sampled = metrics.pass_rate(examiner.passed(model, test, args.temperature))
-            rates[name] = {"greedy": greedy, "sampled": sampled}
-        ranks.say(metrics.table(rates, len(test[0])))
+        rates = examiner.compare(policies, given.test, args.temperature)
+        ranks.say(metrics.table(rates, len(given.test[0])))
         if ranks.is_main:
-            rundir.write_json(run / "result.json", {"problems": len(test[0]), "rates": rates})
+            rundir.write_json(run / "result.json", {"problems": len(given.test[0]), "rates": rates})
     sandbox.close()
+    stopping.close()
     ranks.say(f"{run}: policy/ ({exported}), metrics.jsonl, samples.jsonl, checkpoints/")
     ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")
 

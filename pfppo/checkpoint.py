@@ -22,9 +22,8 @@ import os
 import shutil
 
 from pfppo.config import UserError, reason
-from pfppo.export import BEST
 from pfppo.fsdp import agreed, from_main
-from pfppo.rundir import cut_jsonl, write_json
+from pfppo.rundir import BEST, cut_jsonl, write_json
 
 import torch
 import torch.distributed as dist
@@ -48,9 +47,9 @@ class Saver:
     All raise UserError where a checkpoint cannot be written; earlier ones are then untouched.
     """
 
-    def __init__(self, run, ranks, keep):
+    def __init__(self, run, ranks, keep, newest=None):
         self.run, self.ranks, self.keep = run, ranks, keep
-        self.saved = None  # the newest complete step
+        self.newest = newest  # the newest step that is saved, or being saved
         self.pending = None  # (step, state, future) of what is being written
         # The thread talks to its peers while training does: it needs a group of its own.
         self.group = dist.new_group(backend="gloo")
@@ -70,6 +69,7 @@ class Saver:
             )
         except (OSError, dcp.api.CheckpointException) as error:
             self._fail(step, error)
+        self.newest = step
         self.pending = step, json.dumps({"step": step, **state}), future
 
     def poll(self):
@@ -101,7 +101,6 @@ class Saver:
             _on_main(complete_it, self.ranks)
         except (OSError, dcp.api.CheckpointException) as error:
             self._fail(step, error)
-        self.saved = step
 
     def _temporary(self, step):
         return self.run / "checkpoints" / f"step_{step}.tmp"
@@ -163,11 +162,12 @@ def complete(run):
         if path.name.removeprefix("step_").isdigit()
     ]
     folders.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-    whole = [path for path in folders if _is_whole(path)]
+    whole = [path for path in folders if is_whole(path)]
     return whole, [path for path in folders if path not in whole]
 
 
-def _is_whole(folder):
+def is_whole(folder):
+    """Whether a checkpoint has all its files in their sizes."""
     try:
         sizes = json.loads((folder / "manifest.json").read_text())
         json.loads((folder / "state.json").read_text())

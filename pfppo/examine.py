@@ -10,6 +10,7 @@ from pfppo.batch import collate, owned
 from pfppo.benchmarks import assemble
 from pfppo.data import decode
 from pfppo.fsdp import gather_lists
+from pfppo.metrics import pass_rate
 from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Verdict
 
@@ -43,11 +44,12 @@ class Examiner:
     max_new_tokens: int
     batch: int = 256  # rows that decode together
 
-    def draw(self, model, prompts, tag, temperature, samples=1, first=0, progress=None, **how):
+    def draw(self, model, prompts, tag, temperature, samples=1, first=0, **how):
         """Sample from `model`, for this rank's share of the prompts (token ids), no collective.
 
         tag, and the prompt's number counted from `first`, say which draw this is: they are hashed
-        with the seed. how: top_k, top_p. Returns sampler.Samples and the rows' (prompt, sample).
+        with the seed. how: top_k, top_p, progress. Returns sampler.Samples and (prompt, sample)
+        of its rows.
         """
         mine = owned(len(prompts), self.ranks.rank, self.ranks.world)
         rows = [(i, j) for i in mine for j in range(samples)]
@@ -59,7 +61,6 @@ class Examiner:
             samples_per_prompt=samples,
             temperature=temperature,
             batch=self.batch,
-            progress=progress,
             **how,
         )
         return drawn, rows
@@ -91,6 +92,17 @@ class Examiner:
         """[problems] 1.0 or 0.0 for one answer to each; problem_set: (problems, prompts)."""
         answers = self(model, *problem_set, f"evaluation {temperature}", temperature)
         return torch.tensor([float(answer.passed) for (answer,) in answers])
+
+    def compare(self, policies, problem_set, temperature):
+        """{name: {"greedy", "sampled": pass_rate}} of policies, {name: context of a model}."""
+        rates = {}
+        for name, opened in policies.items():
+            with opened as model:
+                rates[name] = {
+                    kind: pass_rate(self.passed(model, problem_set, heat))
+                    for kind, heat in (("greedy", 0.0), ("sampled", temperature))
+                }
+        return rates
 
 
 def execute(problems, texts, sandbox, progress=None):

@@ -1,17 +1,30 @@
-"""Models in Hugging Face form, written whole or not at all: the best policy, the reward model.
+"""Models in Hugging Face form, written whole or not at all: the best policy, the reward model, and
+any checkpoint afterwards.
+
+Weights are fp32 and tied ones stand there once; files are 5 GB at most. `from_run` needs neither a
+GPU nor the ranks that wrote the checkpoint, but host memory for the whole policy.
 
 Not covered: adapters, quantised weights.
 """
 
 import copy
+import json
+import os
 import shutil
 from pathlib import Path
 
-from pfppo.config import reason, require
+from pfppo import checkpoint
+from pfppo.config import UserError, reason, require
+from pfppo.data import load_tokenizer
 from pfppo.fsdp import from_main, full_state
-from pfppo.rundir import write_json
+from pfppo.model import causal_lm_config, empty_causal_lm, read_classifier, read_generation_config
+from pfppo.reward import RewardCard, load_card
+from pfppo.rundir import BEST, write_json
 
-BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
+import torch
+import torch.distributed.checkpoint as dcp
+
+LARGEST = "5GB"  # of a file
 
 
 def write_best(sharded, run, config_source, tokenizer, ranks, state):
@@ -28,27 +41,89 @@ def write(sharded, folder, config_source, tokenizer, ranks, extra=()):
 
     config_source: the unsharded twin inside the wrapper, for `save_pretrained` and its config;
     extra: functions called with the temporary folder on rank 0, to write more files into it.
+    Raises UserError where it cannot be written.
     """
-    weights = full_state(sharded)
-    failure = None
+    weights, failure = full_state(sharded), None
     if ranks.is_main:
-        config_source = copy.deepcopy(config_source).float()  # the config names the weights' type
-        folder = Path(folder)
-        temporary = folder.with_name(folder.name + ".tmp")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            config_source.save_pretrained(temporary, state_dict=weights, max_shard_size="5GB")
-            tokenizer.save_pretrained(temporary)
-            for more in extra:
-                more(temporary)
-            previous = folder.with_name(folder.name + ".old")
-            shutil.rmtree(previous, ignore_errors=True)
-            if folder.exists():
-                folder.rename(previous)
-            temporary.rename(folder)
-            shutil.rmtree(previous, ignore_errors=True)
-        except Exception as error:  # safetensors has errors of its own for a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            failure = f"{folder}: cannot be written: {reason(error)}"
+            _write(Path(folder), config_source, weights, tokenizer, extra)
+        except UserError as error:
+            failure = str(error)
     failure = from_main(failure, ranks)
     require(failure is None, failure)
+
+
+def _write(folder, config_source, weights, tokenizer, extra):
+    temporary = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _save(config_source, temporary, weights, tokenizer)
+        for more in extra:
+            more(temporary)
+        previous = folder.with_name(folder.name + ".old")
+        shutil.rmtree(previous, ignore_errors=True)
+        if folder.exists():
+            folder.rename(previous)
+        temporary.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
+
+
+def _save(config_source, folder, weights, tokenizer):
+    config_source = copy.deepcopy(config_source).float()  # the config names the weights' type
+    config_source.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST)
+    tokenizer.save_pretrained(folder)
+
+
+def from_run(run, folder):
+    """Write the policy of a run's newest checkpoint to `folder`, and its reward model (with the
+    normaliser that the run used) to `folder`/reward_model. Returns what was done, in one line.
+
+    run: a run directory, or one of its checkpoints/step_N. Only rank 0 works; no process group is
+    needed. Raises UserError.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return None
+    run, folder = Path(run), Path(folder)
+    found = [run] if run.name.startswith("step_") else checkpoint.complete(run)[0]
+    require(found and checkpoint.is_whole(found[0]), f"--run_dir {run}: no complete checkpoint")
+    require(not folder.exists(), f"--export {folder}: is there already, choose another name")
+    step = found[0]
+    args = json.loads((step.parents[1] / "args.json").read_text())
+    state = json.loads((step / "state.json").read_text())
+    path, judge = args["policy"], args["reward_model"]
+    tokenizer, config = load_tokenizer(path), causal_lm_config(path)
+    lm = empty_causal_lm(config)
+    lm.generation_config = read_generation_config(path) or lm.generation_config
+    extra = []
+    if judge:
+        card = load_card(judge)
+        tokenizer_of_judge = load_tokenizer(judge, "reward_model")
+        model = read_classifier(judge)
+
+        def save_judge(temporary):
+            _save(model, temporary / "reward_model", model.state_dict(), tokenizer_of_judge)
+            (card or RewardCard(*state["normaliser"], "", "")).save(temporary / "reward_model")
+
+        extra = [save_judge]
+    _write(folder, lm, policy_of(step), tokenizer, extra)
+    also = f", its reward model in {folder / 'reward_model'}" if judge else ""
+    return f"{folder}: the policy after step {state['step']}{also}"
+
+
+def policy_of(step):
+    """{name of transformers: whole tensor} of a checkpoint's actor. Raises UserError."""
+    prefix, source = "actor.model.lm.", step / checkpoint.SHARDED
+    try:
+        stored = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+        weights = {
+            name: torch.empty(what.size, dtype=what.properties.dtype)
+            for name, what in stored.items()
+            if name.startswith(prefix)
+        }
+        dcp.load(weights, checkpoint_id=source, no_dist=True)
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise UserError(f"{step}: damaged: {reason(error)}") from error
+    return {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -66,15 +66,16 @@ def init_ranks(device="auto", shard_group_size=0):
         "--device cuda: torch finds no CUDA device here, expected --device cpu or auto",
     )
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # After a restart torchrun's store still has the addresses of the workers before.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     where, local = torch.device(device), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         where = torch.device("cuda", local)
         torch.cuda.set_device(where)
-    world = dist.get_world_size()
     size = shard_group_size or world
     require(
         world % size == 0,
@@ -84,7 +85,7 @@ def init_ranks(device="auto", shard_group_size=0):
     if size < world:
         shape, names = (world // size, size), ("replicate", "shard")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    return Ranks(dist.get_rank(), local, world, where, mesh)
+    return Ranks(rank, local, world, where, mesh)
 
 
 def find_blocks(model):

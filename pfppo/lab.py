@@ -39,8 +39,12 @@ EOS, PAD = "<eos>", "<pad>"
 def resolve(args, prompts="train"):
     """Put paths where arguments say "lab"; returns the names of those arguments.
 
-    `prompts` says which problems --prompts means.
+    "auto" problems are the lab's with its prompts, and none with others. `prompts` says which
+    problems --prompts means.
     """
+    for name in ("validation", "test"):
+        if getattr(args, name, "") == "auto":
+            setattr(args, name, "lab" if args.prompts == "lab" else "")
     paths = {"policy": "policy", "reward_model": "reward_model", "prompts": f"{prompts}.jsonl"}
     paths |= {"validation": "validation.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
     used = [name for name in paths if getattr(args, name, "") == "lab"]

@@ -167,3 +167,11 @@ def model_rewards(reward_model, rollout, microbatch, limit=float("inf")):
     for i, (row, end) in enumerate(zip(rollout.ids.tolist(), ends, strict=True)):
         rewards[i] = rewards[first.setdefault(tuple(row[:end]), i)]
     return rewards
+
+
+def raw_spread(reward_model, rollout, microbatch, path):
+    """(mean, standard deviation) of an RM's rewards of rows. Raises UserError if there is none."""
+    raw = model_rewards(reward_model, rollout, microbatch)
+    what = f"--reward_model {path}: rewards of {len(raw)} samples have no spread"
+    require(len(raw) > 1 and 0 < raw.std() < math.inf, what)
+    return raw.mean().item(), raw.std().item()

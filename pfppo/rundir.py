@@ -21,12 +21,15 @@ from pathlib import Path
 from pfppo.config import UserError, require
 from pfppo.fsdp import agreed
 
+BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
+
 # Arguments that may differ between a run and its continuation. `steps` may grow (the warm-up is a
 # share of them), `eval_every` says how often the best policy is looked for, another device rounds
 # differently; the others change no number.
 FREE = (
     *("resume", "steps", "save_every", "eval_every", "keep", "workers", "device"),
-    *("require_isolation", "gradient_checkpointing"),
+    *("require_isolation", "gradient_checkpointing", "offload_ref", "offload_reward"),
+    *("offload_optimizer", "shard_group_size", "grace_seconds"),
 )
 
 
@@ -89,6 +92,11 @@ def _mismatch(folder, args, free, files):
     if not args["resume"]:
         return "holds a run with these arguments: give --resume to go on with it, or another name"
     return None
+
+
+def restarted():
+    """Whether torchrun has started this process again after a failure (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def latest(folder):

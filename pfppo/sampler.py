@@ -127,12 +127,13 @@ def sample(
     top_k=0,
     top_p=1.0,
     batch=256,
-    progress=None,
+    progress=lambda rows: None,
 ):
     """Sample N responses to each of `prompts` (lists of token ids, not empty) from a causal LM.
 
     uniforms [P * N, max_new_tokens], the N rows of a prompt together; `stop` end-of-sequence ids;
-    `batch` rows decode together; `progress(rows)` is called as rows are done.
+    `batch` rows decode together; `progress(rows)` is called at every token with the rows that are
+    done since, and may raise to give the sampling up.
     """
     if len(uniforms) != len(prompts) * samples_per_prompt:
         raise ValueError(
@@ -146,10 +147,8 @@ def sample(
         first = start * samples_per_prompt
         rows = uniforms[first : first + len(part) * samples_per_prompt]
         _sample_batch(
-            model, part, rows, samples_per_prompt, stop, (temperature, top_k, top_p), done
+            model, part, rows, samples_per_prompt, stop, (temperature, top_k, top_p), done, progress
         )
-        if progress:
-            progress(len(rows))
     return done
 
 
@@ -170,7 +169,7 @@ def _prefill(model, prompts, device):
     return out.logits[:, -1], out.past_key_values, mask, lengths
 
 
-def _sample_batch(model, prompts, uniforms, repeats, stop, how, done):
+def _sample_batch(model, prompts, uniforms, repeats, stop, how, done, progress):
     """Prefill, then decode until every row has stopped; appends to `done` in order."""
     device = next(model.parameters()).device
     logits, prefilled, mask, lengths = _prefill(model, prompts, device)
@@ -193,6 +192,7 @@ def _sample_batch(model, prompts, uniforms, repeats, stop, how, done):
     stop = torch.tensor(stop, device=device)
     alive = torch.ones(rows, dtype=torch.bool, device=device)  # [live]; dead rows wait to be moved
 
+    remaining = rows
     for t in range(width):
         tokens, token_logp = draw_tokens(logits, uniforms[order, t], *how)
         live = order[alive]
@@ -201,7 +201,8 @@ def _sample_batch(model, prompts, uniforms, repeats, stop, how, done):
         counts[order[ended]] = t + 1
         finished[order[ended]] = True
         alive = alive & ~ended
-        remaining = int(alive.sum())
+        left, remaining = remaining, int(alive.sum())
+        progress(left - remaining)
         if remaining == 0 or t + 1 == width:
             break
         if len(order) - remaining > ROOM * len(order):
@@ -227,6 +228,7 @@ def _sample_batch(model, prompts, uniforms, repeats, stop, how, done):
         ).logits[:, -1]
         positions = positions + 1
 
+    progress(remaining)  # those that were cut off
     for row, row_logp, count in zip(ids.tolist(), logp.tolist(), counts.tolist(), strict=True):
         done.ids.append(row[:count])
         done.logp.append(row_logp[:count])

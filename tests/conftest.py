@@ -166,3 +166,23 @@ def ranks():
 def lms():
     """{architecture: causal LM}, made once; tests leave the weights as they are."""
     return {name: tiny_lm(name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random policy, problems, and a reward model taught a little."""
+    from running import make_tiny
+
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory):
+    """A finished run of four steps."""
+    import train_ppo
+
+    from running import options, run
+
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    run(train_ppo, *options(tiny, run_dir, steps=4, save_every=2))
+    return run_dir

@@ -186,7 +186,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(ranks, tmp_path):
     train(trained, 2)  # at once, in the tensors that are being written
     while saver.pending:
         saver.poll()
-    assert saver.saved == 1
+    assert saver.newest == 1
     fresh = trained_pair(ranks, seed=7)
     assert checkpoint.load(tmp_path, fresh, ranks)["kl_coef"] == 0.5
     assert same(everything_of(fresh), before)

@@ -27,10 +27,9 @@ FLOORS = (
     ("sandbox",),
     ("reward", "benchmarks"),
     ("world", "data", "fsdp", "model"),
-    ("sampler", "rundir", "loading", "metrics"),
+    ("sampler", "rundir", "loading", "metrics", "stopping"),
+    ("checkpoint", "examine", "lab", "evaluation", "inputs"),
     ("export",),
-    ("checkpoint",),
-    ("examine", "lab", "evaluation"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
 CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}

@@ -1,6 +1,5 @@
 """The three scripts, end to end on tiny random checkpoints; and the lab's own making, shortened."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,122 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-import torch.distributed as dist
-from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_code  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
-from pfppo import checkpoint, data, lab, rundir, world  # noqa: E402
-from pfppo.config import UserError, parse  # noqa: E402
+from pfppo import checkpoint, data, lab, rundir  # noqa: E402
+from pfppo.config import UserError  # noqa: E402
 from pfppo.filters import FILTERS  # noqa: E402
-from pfppo.metrics import NAMES, SECONDS  # noqa: E402
+from pfppo.metrics import NAMES  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-
-
-def run(script, *argv):
-    """The script's main in this process, as `python script.py ARGV` would run it."""
-    try:
-        script.main(parse(script.Args, [str(word) for word in argv]))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def write_problems(path, problems):
-    rows = [{k: v for k, v in dataclasses.asdict(p).items() if v} for p in problems]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def numbers(run_dir):
-    """metrics.jsonl without what depends on the machine's speed."""
-    return [
-        {name: value for name, value in row.items() if name not in SECONDS}
-        for row in read(run_dir / "metrics.jsonl")
-    ]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A folder with a policy taught a little, problems, and a reward model from its samples."""
-    folder = tmp_path_factory.mktemp("tiny")
-    corpus = [(p, y) for p, y in world.draw_corpus(0, 3000) if len(p + y) < 120][:600]
-    tokenizer = lab.make_tokenizer(corpus)
-    config = LlamaConfig(
-        vocab_size=lab.VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "policy")
-    tokenizer.save_pretrained(folder / "policy")
-    for name, split, count in (("train", "train", 24), ("held_out", "test", 6)):
-        write_problems(folder / f"{name}.jsonl", world.draw_problems(1, split, count))
-    pairs = [
-        {"prompt": p.prompt, "chosen": p.canonical_solution, "rejected": "    return 0\n"}
-        for p in world.draw_problems(1, "train", 24)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    rm = ("--policy", folder / "policy", "--pairs", folder / "pairs.jsonl")
-    run(train_rm, *rm, "--run_dir", folder / "rm", "--batch", 8, "--held_out", 0.25)
-    return folder
-
-
-def options(tiny, run_dir, **changed):
-    """A tiny train_ppo command line."""
-    chosen = {
-        "policy": tiny / "policy",
-        "reward_model": tiny / "rm",
-        "prompts": tiny / "train.jsonl",
-        "validation": tiny / "held_out.jsonl",
-        "test": tiny / "held_out.jsonl",
-        "run_dir": run_dir,
-        "steps": 2,
-        "prompts_per_step": 4,
-        "samples_per_prompt": 3,
-        "minibatch": 4,
-        "microbatch": 2,
-        "max_new_tokens": 12,
-        "eval_every": 2,
-        "save_every": 1,
-        "actor_lr": 1e-3,
-    } | changed
-    return [word for name, value in chosen.items() for word in (f"--{name}", value)]
-
-
-@pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory):
-    """A finished run of four steps."""
-    run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    run(train_ppo, *options(tiny, run_dir, steps=4, save_every=2))
-    return run_dir
+import pytest
+import torch
+from conftest import ROOT
+from running import numbers, options, read, run
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 
 def test_a_run_leaves_what_the_readme_promises(finished):
@@ -301,34 +203,6 @@ def test_a_step_in_which_nothing_is_kept_makes_no_update(tiny, tmp_path, capsys)
     folders = (tiny / "policy", tmp_path / "run/policy")
     before, after = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_two_ranks_do_what_one_does(tiny, tmp_path):
-    shared = {"steps": 2, "prompts_per_step": 8, "minibatch": 8, "test": "", "filter": "top_bottom"}
-    run(train_ppo, *options(tiny, tmp_path / "one", **shared))
-    argv = options(tiny, tmp_path / "two", **shared)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *launcher, "train_ppo.py", *map(str, argv)],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        timeout=150,
-    )
-    one, two = numbers(tmp_path / "one"), numbers(tmp_path / "two")
-    for left, right in zip(one, two, strict=True):
-        for name, value in left.items():
-            expected = value if value is None else pytest.approx(value, rel=1e-4, abs=1e-5)
-            assert right[name] == expected, name
-    sampled = [
-        [
-            (s["task_id"], s["response"], s["weight"])
-            for s in read(tmp_path / name / "samples.jsonl")
-        ]
-        for name in ("one", "two")
-    ]
-    assert sampled[0] == sampled[1]
 
 
 def test_the_reward_model_loads_in_transformers_with_equal_scores(tiny):
@@ -666,44 +540,6 @@ def test_resume_without_a_name_goes_on_with_the_last_run(tiny, tmp_path, monkeyp
         "best_random",
         "best_random-2",
     ]
-
-
-def test_recomputed_blocks_change_no_metric(tiny, finished, tmp_path):
-    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
-    run(train_ppo, *argv, "--gradient_checkpointing")
-    assert numbers(tmp_path / "run") == numbers(finished)
-
-
-def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
-    """Saved by one rank, resumed by four: the same samples kept, the same numbers but for the order
-    of sums."""
-    folder = shutil.copytree(finished, tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "step_4")
-    argv = options(tiny, folder, steps=4, save_every=2)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "train_ppo.py", *map(str, argv), "--resume"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "step   3/4" in done.stdout and "step   2/4" not in done.stdout
-    for name, order in (("metrics.jsonl", ()), ("samples.jsonl", ("step", "task_id", "sample"))):
-        found, wanted = (
-            sorted(read(path / name), key=lambda row: [row[key] for key in order])
-            for path in (folder, finished)
-        )
-        for one, other in zip(found, wanted, strict=True):
-            for key in other.keys() - set(SECONDS):
-                near = isinstance(other[key], float)
-                wanted = pytest.approx(other[key], rel=1e-3, abs=1e-5) if near else other[key]
-                assert one[key] == wanted, key
-    weights = [load_file(path / "policy/model.safetensors") for path in (folder, finished)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_filter_that_draws_from_elsewhere_is_the_same_on_all_ranks(tiny, tmp_path):

@@ -1,0 +1,286 @@
+"""One run on any number of ranks, in any memory, stopped and started again: the same numbers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import train_ppo
+from pfppo import checkpoint, export
+from pfppo.config import UserError
+from pfppo.metrics import SECONDS
+from pfppo.reward import load_card
+
+import pytest
+import torch
+from conftest import ROOT
+from running import numbers, options, read, run, started, wait_for_steps
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def weights(run_dir):
+    return load_file(run_dir / "policy/model.safetensors")
+
+
+def ended(process, status=0, timeout=150):
+    """What a process printed; it must end with this status."""
+    said = process.communicate(timeout=timeout)[0]
+    assert process.returncode == status, said[-3000:]
+    return said
+
+
+def of_step_1(folder):
+    rows = [row for row in read(folder / "samples.jsonl") if row["step"] == 1]
+    return [(row["task_id"], row["sample"], row["response"], row["weight"]) for row in rows]
+
+
+# --------------------------------------------------------------------------------------- ranks
+
+WIDE = {"steps": 3, "prompts_per_step": 8, "minibatch": 8, "test": "", "filter": "top_bottom"}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """Three steps on one rank, with a filter that keeps another number of each prompt."""
+    folder = tmp_path_factory.mktemp("ranks") / "1"
+    run(train_ppo, *options(tiny, folder, **WIDE, actor_lr=1e-4))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "ranks, words", [(2, []), (4, []), (4, ["--shard_group_size", "2", "--offload_optimizer"])]
+)
+def test_any_number_of_ranks_does_what_one_does(tiny, alone, tmp_path, ranks, words):
+    folder = tmp_path / "run"
+    ended(started("train_ppo.py", tiny, folder, *words, ranks=ranks, **WIDE, actor_lr=1e-4))
+    assert of_step_1(folder) == of_step_1(alone)
+    for left, right in zip(numbers(alone), numbers(folder), strict=True):
+        for name, value in left.items():
+            expected = value if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)
+            assert right[name] == expected, name
+    found, wanted = (last_actor(path) for path in (folder, alone))
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        assert (value - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+def last_actor(run_dir):
+    """{name: whole tensor} of the newest checkpoint's actor."""
+    return export.policy_of(checkpoint.complete(run_dir)[0][0])
+
+
+HOSTILE = """
+import torch
+
+def skewed(rewards, generator):
+    \"\"\"In turn: all of one prompt, nothing at all, one sample, everything but one prompt.\"\"\"
+    kind = int(torch.randint(4, (1,), generator=generator))
+    weights = torch.zeros_like(rewards)
+    if kind == 0:
+        weights[-1] = 1
+    elif kind == 2:
+        weights[1, 1] = 1
+    elif kind == 3:
+        weights[1:] = 1
+    return weights
+"""
+
+
+def test_four_ranks_live_with_any_lengths_and_any_filter(tiny, tmp_path):
+    """Responses of 1 to 40 tokens, prompts of very different lengths, ranks with nothing to do."""
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    problems = read(tiny / "train.jsonl")[:12]
+    for number, problem in enumerate(problems):
+        problem["prompt"] = "# " + "long " * (17 * (number % 3)) + "\n" + problem["prompt"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    changed = {"prompts": prompts, "filter": f"{tmp_path / 'hostile.py'}:skewed", "steps": 8}
+    changed |= {"max_new_tokens": 40, "test": "", "save_every": 3, "microbatch": 1}
+    said = ended(started("train_ppo.py", tiny, tmp_path / "run", ranks=4, **changed), timeout=120)
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    kept = {round(row["kept"], 3) for row in rows}
+    assert len(kept) >= 3 and "nothing kept" in said
+    lengths = [len(row["response"]) for row in read(tmp_path / "run/samples.jsonl")]
+    assert min(lengths) < 20 < max(lengths)
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+def test_recomputed_blocks_change_no_metric(tiny, finished, tmp_path):
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+    run(train_ppo, *argv, "--gradient_checkpointing")
+    assert numbers(tmp_path / "run") == numbers(finished)
+
+
+@pytest.mark.parametrize("what", ["ref", "reward", "optimizer"])
+def test_what_waits_in_host_memory_changes_no_metric(tiny, finished, tmp_path, what):
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+    run(train_ppo, *argv, f"--offload_{what}")
+    assert numbers(tmp_path / "run") == numbers(finished)
+
+
+def test_at_the_papers_learning_rate_master_weights_move_and_bf16_ones_would_not(tiny, tmp_path):
+    changed = {"actor_lr": 5e-7, "warmup": 0, "steps": 3, "test": "", "validation": ""}
+    run(train_ppo, *options(tiny, tmp_path / "run", **changed), "--param_dtype", "bfloat16")
+    before = AutoModelForCausalLM.from_pretrained(tiny / "policy").state_dict()
+    moved, lost = 0, 0
+    for name, value in last_actor(tmp_path / "run").items():
+        change = value - before[name]
+        assert change.abs().max() <= 6 * 5e-7 * 1.01  # six optimizer steps
+        moved += (change != 0).sum().item()
+        lost += ((change != 0) & (value.bfloat16() == before[name].bfloat16())).sum().item()
+    assert moved > 0.9 * sum(value.numel() for value in before.values()) * 0.5
+    assert lost > 0.95 * moved  # what rounding to bf16 would have undone
+
+
+# ------------------------------------------------------------------------- stopped, started again
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
+    """Saved by one rank, resumed by four: the same samples kept, the same numbers but for the order
+    of sums."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "step_4")
+    argv = options(tiny, folder, steps=4, save_every=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train_ppo.py", *map(str, argv), "--resume"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "step   3/4" in done.stdout and "step   2/4" not in done.stdout
+    for name, order in (("metrics.jsonl", ()), ("samples.jsonl", ("step", "task_id", "sample"))):
+        found, wanted = (
+            sorted(read(path / name), key=lambda row: [row[key] for key in order])
+            for path in (folder, finished)
+        )
+        for one, other in zip(found, wanted, strict=True):
+            for key in other.keys() - set(SECONDS):
+                near = isinstance(other[key], float)
+                wanted = pytest.approx(other[key], rel=1e-3, abs=1e-5) if near else other[key]
+                assert one[key] == wanted, key
+    weights = [load_file(path / "policy/model.safetensors") for path in (folder, finished)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(tiny, tmp_path, ranks):
+    changed = {"steps": 12, "save_every": 100, "eval_every": 100, "test": ""}
+    process = started("train_ppo.py", tiny, tmp_path / "run", ranks=ranks, **changed)
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert "SIGTERM, saved after step" in said
+    assert ranks or process.returncode == 0  # torchrun has an exit status of its own
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    assert 3 <= int(saved.name.removeprefix("step_")) == len(numbers(tmp_path / "run")) < 12
+    if ranks:
+        ended(started("train_ppo.py", tiny, tmp_path / "run", "--resume", ranks=ranks, **changed))
+        whole = started("train_ppo.py", tiny, tmp_path / "whole", ranks=ranks, **changed)
+        ended(whole)
+    else:
+        run(train_ppo, *options(tiny, tmp_path / "run", **changed), "--resume")
+        run(train_ppo, *options(tiny, tmp_path / "whole", **changed))
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    first, second = last_actor(tmp_path / "run"), last_actor(tmp_path / "whole")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+FAILS_ONCE = """
+import os
+from pathlib import Path
+
+def score(prompts, responses, problems):
+    mark, calls = Path(os.environ["MARK"]), Path(os.environ["MARK"] + ".calls")
+    if int(os.environ["RANK"]) == 1:
+        with open(calls, "a") as file:
+            file.write(".")
+        if len(calls.read_text()) > 4 and not mark.exists():
+            mark.write_text("")
+            os._exit(9)
+    return [len(response) % 7 for response in responses]
+"""
+
+
+def test_torchruns_restart_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    (tmp_path / "fails.py").write_text(FAILS_ONCE)
+    changed = {"reward": f"{tmp_path / 'fails.py'}:score", "steps": 6, "save_every": 2}
+    said = {}
+    for name in ("run", "whole"):
+        monkeypatch.setenv("MARK", str(tmp_path / "mark"))  # the second run finds it: no failure
+        process = started(
+            *("train_ppo.py", tiny, tmp_path / name),
+            **{"ranks": 2, "launch": ["--max-restarts", 1], **changed},
+        )
+        said[name] = ended(process)
+    assert said["run"].count("step   1/6") == 1  # it did not start again from nothing
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------- exports
+
+
+def test_any_checkpoint_is_exported_with_the_reward_model(tiny, finished, tmp_path, capsys):
+    run(train_ppo, "--run_dir", finished, "--export", tmp_path / "out")
+    assert "the policy after step 4" in capsys.readouterr().out
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    wanted = last_actor(finished)
+    assert all(torch.equal(value, wanted[name]) for name, value in lm.named_parameters())
+    judge, ours = tmp_path / "out/reward_model", tiny / "rm"
+    assert load_card(judge) == load_card(ours)
+    models = [AutoModelForSequenceClassification.from_pretrained(path) for path in (judge, ours)]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(*(model(ids).logits for model in models))
+    run(train_ppo, "--run_dir", finished / "checkpoints/step_2", "--export", tmp_path / "earlier")
+    assert "the policy after step 2" in capsys.readouterr().out
+
+
+def test_an_export_says_what_is_wrong_in_one_line(tiny, finished, tmp_path):
+    for run_dir, folder, expected in (
+        (tmp_path / "nowhere", tmp_path / "out", "--run_dir .*no complete checkpoint"),
+        (finished, tmp_path, "--export .*is there already"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            run(train_ppo, "--run_dir", run_dir, "--export", folder)
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--shard_group_size", "3"], "--shard_group_size 3: does not divide the 2 ranks"),
+        (["--policy", "nobody/no-such-model"], "--policy nobody/no-such-model: there is no such"),
+    ],
+)
+def test_what_cannot_be_is_one_line_of_rank_0_and_every_rank_leaves(
+    tiny, tmp_path, words, expected
+):
+    process = started("train_ppo.py", tiny, tmp_path / "run", *words, ranks=2)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == 1
+    assert said.count("train_ppo.py: error: ") == 1 and expected in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_that_was_cut_short_is_named_before_anything_is_written(tiny, tmp_path):
+    policy = Path(shutil.copytree(tiny / "policy", tmp_path / "policy"))
+    AutoModelForCausalLM.from_pretrained(policy).save_pretrained(policy, max_shard_size="60KB")
+    (policy / "model.safetensors").unlink(missing_ok=True)
+    shard = sorted(policy.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(UserError, match=f"--policy {shard}: damaged or cut short"):
+        run(train_ppo, *options(tiny, tmp_path / "run", policy=policy))
+    assert not (tmp_path / "run").exists()
