@@ -129,14 +129,15 @@ def test_at_the_papers_learning_rate_master_weights_move_and_bf16_ones_would_not
     changed = {"actor_lr": 5e-7, "warmup": 0, "steps": 3, "test": "", "validation": ""}
     run(train_ppo, *options(tiny, tmp_path / "run", **changed), "--param_dtype", "bfloat16")
     before = AutoModelForCausalLM.from_pretrained(tiny / "policy").state_dict()
-    moved, lost = 0, 0
+    moved, lost, total = 0, 0, 0
     for name, value in last_actor(tmp_path / "run").items():
         change = value - before[name]
         assert change.abs().max() <= 6 * 5e-7 * 1.01  # six optimizer steps
+        total += value.numel()
         moved += (change != 0).sum().item()
         lost += ((change != 0) & (value.bfloat16() == before[name].bfloat16())).sum().item()
-    assert moved > 0.9 * sum(value.numel() for value in before.values()) * 0.5
-    assert lost > 0.95 * moved  # what rounding to bf16 would have undone
+    assert moved > 0.9 * total
+    assert lost > 0.9 * moved  # what rounding to bf16 would have undone
 
 
 # ------------------------------------------------------------------------- stopped, started again
