@@ -16,6 +16,7 @@ Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, a
 
 import contextlib
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from pfppo import (
     metrics,
     ppo,
     rundir,
+    selfcheck,
 )
 from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.inputs import read_inputs
@@ -93,6 +95,7 @@ class Args:
     require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     gradient_checkpointing: bool = False  # blocks run again in backward; memory only
+    selfcheck: bool = False  # check invariants on these models with a tiny batch, and stop
     offload_ref: bool = False  # the reference waits in host memory; memory only
     offload_reward: bool = False  # so does the reward model
     offload_optimizer: bool = False  # so do weights, gradients, Adam states of actor and critic
@@ -213,7 +216,7 @@ def main(args, ranks=None):
             export.write_best(policy.lm, run, twin, tokenizer, ranks, state)
         return value
 
-    state = checkpoint.load(run, trained, ranks)
+    state = None if args.selfcheck else checkpoint.load(run, trained, ranks)
     if not normalised:  # an RM from elsewhere: rewards get mean 0 and standard deviation 1 here
         found = state["normaliser"] if state else None
         if not found:
@@ -222,6 +225,10 @@ def main(args, ranks=None):
             found = raw_spread(reward_model, rows, args.microbatch, args.reward_model)
         for scalar in (reward_model, critic):
             scalar.mean, scalar.std = found
+    if args.selfcheck:
+        sandbox.close()
+        subject = examiner, problems, prompts, pad_id, policy, reference, twin, reward_model, critic
+        sys.exit(selfcheck.run(selfcheck.Subject(args, *subject, log_probs, values_of, backward)))
     rundir.open_run(args, ranks)  # nothing was written before everything had been checked
     if state is None:
         if args.resume:

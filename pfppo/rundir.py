@@ -29,7 +29,8 @@ BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on
 FREE = (
     *("resume", "steps", "save_every", "eval_every", "keep", "workers", "device"),
     *("require_isolation", "gradient_checkpointing", "offload_ref", "offload_reward"),
-    *("offload_optimizer", "shard_group_size", "grace_seconds"),
+    *("offload_optimizer", "shard_group_size", "grace_seconds", "export", "selfcheck", "plan"),
+    *("device_memory", "world_size"),
 )
 
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("reward", "benchmarks"),
     ("world", "data", "fsdp", "model"),
     ("sampler", "rundir", "loading", "metrics", "stopping"),
-    ("checkpoint", "examine", "lab", "evaluation", "inputs"),
+    ("checkpoint", "examine", "lab", "evaluation", "inputs", "selfcheck"),
     ("export",),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
