@@ -36,6 +36,7 @@ from transformers import AutoModelForSequenceClassification
 PROMPTS = 2  # per rank
 SAMPLES = 4  # of a prompt at most
 NEW_TOKENS = 32  # of a response at most
+LEAST_DOUBT = 1e-3  # mean of 1 - p below which rounding of the probabilities counts too
 WIDER = 8  # columns of padding that are added
 RENDERED = 256  # prompts that are rendered by the tokenizers of both models
 
@@ -45,7 +46,7 @@ class Tolerance:
     """How far rounding may go in one type of forward passes."""
 
     decides: str  # "largest" or "mean": which figure is held against `difference`
-    difference: float  # of log-probs in nats; of scalars as a share of their size
+    difference: float  # of log-probs in nats, a mean / mean (1 - p); of scalars / their size
     gradient: float  # norm of the difference of two gradients as a share of the gradient's
 
 
@@ -99,14 +100,13 @@ class Verdict:
     holds: bool | None
 
 
+WORDS = {True: "ok", False: "FAILED", None: "skipped"}
 NO_REWARD_MODEL = Verdict("there is no --reward_model", None)
 
 
 def run(subject):
     """Print one line per check. Returns the exit status, on all ranks: 1 if one failed, else 0.
-
-    A collective. Raises UserError where the reward model's files cannot be read.
-    """
+    A collective. Raises UserError where the reward model's tokenizer or card cannot be read."""
     started, ranks = time.monotonic(), subject.ranks
     batch = draw_batch(subject)
     tokens = sum(gather_lists([int(batch.rows.lengths.sum())], ranks))
@@ -119,8 +119,7 @@ def run(subject):
         verdict = check(subject, batch)
         if verdict.holds is False:
             failed.append(name)
-        word = {True: "ok", False: "FAILED", None: "skipped"}[verdict.holds]
-        ranks.say(f"{word:8}{name:47}{verdict.figure}")
+        ranks.say(f"{WORDS[verdict.holds]:8}{name:47}{verdict.figure}")
     count = f"{len(failed)} of {len(CHECKS)} checks FAILED" if failed else "nothing FAILED"
     ranks.say(f"selfcheck: {count}, {time.monotonic() - started:.0f} s")
     return int(bool(failed))
@@ -146,27 +145,31 @@ def draw_batch(subject):
 
 
 def spread(differences, ranks):
-    """(mean, largest) of |differences| over all ranks; NaN if one is NaN. A collective."""
+    """(mean, largest) of |differences| over all ranks, any shape; NaN if one is. A collective."""
     whole = torch.tensor(gather_lists(differences.abs().flatten().tolist(), ranks)).double()
     return whole.mean().item(), whole.max().item()
 
 
 def exact(differences, what, ranks):
     """A verdict that holds if all differences are 0."""
-    _, largest = spread(differences, ranks)
+    largest = spread(differences, ranks)[1]
     return Verdict(f"{what} is {largest:.2g} at most, expected 0", largest == 0)
 
 
-def close(differences, subject, unit):
-    """A verdict that holds if the differences, of any shape, can come from rounding."""
-    tolerance = TOLERANCES[subject.dtype]
+def close(differences, subject, unit, doubt=1.0):
+    """A verdict that holds if the differences can come from rounding; `doubt` scales the mean's."""
+    decides, limit = TOLERANCES[subject.dtype].decides, TOLERANCES[subject.dtype].difference
     mean, largest = spread(differences, subject.ranks)
-    decisive = mean if tolerance.decides == "mean" else largest
-    limit = f"{tolerance.decides} at most {tolerance.difference:g} {unit}"
-    return Verdict(
-        f"differ by {mean:.1e} on average, {largest:.1e} at most; expected {limit}",
-        decisive <= tolerance.difference,
-    )
+    decisive, limit = (mean, limit * doubt) if decides == "mean" else (largest, limit)
+    figure = f"differ by {mean:.1e} on average, {largest:.1e} at most"
+    return Verdict(f"{figure}; expected {decides} at most {limit:.1e} {unit}", decisive <= limit)
+
+
+def close_logp(found, expected, subject):
+    """`close` of log-probs [tokens]. An error e of the logits moves one by about e (1 - p), so the
+    mean is held against the mean of 1 - p: a sure policy must not hide a wrong sampler."""
+    doubt, _ = spread(1 - expected.exp(), subject.ranks)
+    return close(found - expected, subject, "nats", max(doubt, LEAST_DOUBT))
 
 
 def close_scalars(found, expected, model, subject):
@@ -199,7 +202,8 @@ def log_probs_ignore_padding(subject, batch):
     alone, _ = over_microbatches(subject.log_probs, subject.policy, batch.rows, 1, subject.args)
     with torch.no_grad():
         beside, _ = subject.log_probs(subject.policy, batch.wider, subject.args)
-    return close((beside - alone)[batch.rows.mask > 0], subject, "nats")
+    there = batch.rows.mask > 0
+    return close_logp(beside[there], alone[there], subject)
 
 
 def values_ignore_padding(subject, batch):
@@ -233,16 +237,13 @@ def gradients_ignore_microbatches(subject, batch):
     pairs = zip(*gradients, strict=True)
     actor, critic = (relative_distance(*pair, subject.ranks) for pair in pairs)
     limit = TOLERANCES[subject.dtype].gradient
-    return Verdict(
-        f"differ by {actor:.1e} of the norm for the actor, {critic:.1e} for the critic; "
-        f"expected at most {limit:g}",
-        actor <= limit and critic <= limit,
-    )
+    figure = f"differ by {actor:.1e} of the norm for the actor, {critic:.1e} for the critic"
+    return Verdict(f"{figure}; expected at most {limit:g}", actor <= limit and critic <= limit)
 
 
 def sampler_agrees_with_training(subject, batch):
     logp = trained_logp(subject.policy, subject, batch)
-    return close(logp[batch.rows.mask > 0] - batch.sampled_logp, subject, "nats")
+    return close_logp(batch.sampled_logp, logp[batch.rows.mask > 0], subject)
 
 
 def reward_model_reloads(subject, batch):
@@ -283,17 +284,17 @@ CHECKS = (
 
 def trained_logp(model, subject, batch):
     """[B, T] log-probs as training has them before the first update, in its microbatches."""
-    how = batch.rows, subject.args.microbatch, subject.args
-    return over_microbatches(subject.log_probs, model, *how)[0]
+    args = subject.args
+    return over_microbatches(subject.log_probs, model, batch.rows, args.microbatch, args)[0]
 
 
 def with_advantages(subject, rows):
     """The rows with all that the losses need, weights 1 and 2 in turn. A collective."""
     args, ranks, size = subject.args, subject.ranks, subject.args.microbatch
     turns = torch.arange(len(rows), device=ranks.device) % 2
-    rewards = 2.0 * turns - 1
-    if subject.reward_model is not None:
-        rewards = model_rewards(subject.reward_model, rows, size, args.reward_clip)
+    model, rewards = subject.reward_model, 2.0 * turns - 1
+    if model is not None:
+        rewards = model_rewards(model, rows, size, args.reward_clip)
     rows = dataclasses.replace(rows, rewards=rewards.to(ranks.device), weights=1.0 + turns)
     rows.old_logp, _ = over_microbatches(subject.log_probs, subject.policy, rows, size, args)
     (rows.old_values,) = over_microbatches(subject.values_of, subject.critic, rows, size)

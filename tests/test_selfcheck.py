@@ -235,6 +235,14 @@ def test_a_sampler_with_other_logits_fails(ranks, folders, capsys, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sure_policy_hides_no_wrong_sampler(ranks, folders, dtype):
+    subject = make(folders, ranks, param_dtype=dtype)
+    logp = torch.log1p(-torch.linspace(0.001, 0.1, 50))  # probabilities of 0.9 to 0.999
+    assert selfcheck.close_logp(logp * 1.0001, logp, subject).holds
+    assert selfcheck.close_logp(logp * 1.1, logp, subject).holds is False
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_that_has_changed_after_loading_fails_the_reload(ranks, folders, capsys, dtype):
     subject = make(folders, ranks, param_dtype=dtype)
     with torch.no_grad():
