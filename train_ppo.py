@@ -156,8 +156,7 @@ def step_optimizer(model, optimizer, args):
 
 def main(args, ranks=None):
     if args.export:
-        done = export.from_run(args.run_dir, args.export)
-        return print(done) if done else None
+        return export.from_run(args.run_dir, args.export)
     args.resume |= rundir.restarted()
     ranks = ranks or fsdp.init_ranks(args.device, args.shard_group_size)
     stopping = Stop(ranks, args.grace_seconds)
@@ -183,12 +182,10 @@ def main(args, ranks=None):
 
     # Data
     given = read_inputs(args)
-    tokenizer, pad_id, problems, prompts = (
-        getattr(given, name) for name in ("tokenizer", "pad_id", "problems", "prompts")
-    )
-    if ":" in args.reward:
-        with fsdp.agreed(ranks):
-            try_reward(reward, problems[:2])
+    problems, prompts = given.problems, given.prompts
+    tokenizer, pad_id = given.tokenizer, given.pad_id
+    with fsdp.agreed(ranks):
+        try_reward(args.reward, reward, problems[:2])
 
     # Models, optimizers, state
     policy, reference, twin = loading.load_policies(
@@ -381,17 +378,13 @@ def main(args, ranks=None):
     # How it went, on problems that nothing was chosen by
     exported = "best on validation" if given.validation[0] else "exported"
     if given.test[0]:
-        ranks.say(f"test: before, best and last on {len(given.test[0])} problems")
         best = read_causal_lm(run / "policy", dtype=twin.dtype).to(ranks.device)
         policies = {
             "before": fsdp.gathered(reference.lm, twin),
             f"{exported}, step {state['best_step']}": contextlib.nullcontext(best),
             f"last, step {state['step']}": fsdp.gathered(policy.lm, twin),
         }
-        rates = examiner.compare(policies, given.test, args.temperature)
-        ranks.say(metrics.table(rates, len(given.test[0])))
-        if ranks.is_main:
-            rundir.write_json(run / "result.json", {"problems": len(given.test[0]), "rates": rates})
+        examiner.compare(policies, given.test, args.temperature, run / "result.json")
     sandbox.close()
     stopping.close()
     ranks.say(f"{run}: policy/ ({exported}), metrics.jsonl, samples.jsonl, checkpoints/")

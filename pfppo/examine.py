@@ -6,11 +6,12 @@ rollouts are in train_ppo.py, and share `execute`.
 
 from dataclasses import dataclass
 
+from pfppo import metrics
 from pfppo.batch import collate, owned
 from pfppo.benchmarks import assemble
 from pfppo.data import decode
 from pfppo.fsdp import gather_lists
-from pfppo.metrics import pass_rate
+from pfppo.rundir import write_json
 from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Verdict
 
@@ -93,16 +94,22 @@ class Examiner:
         answers = self(model, *problem_set, f"evaluation {temperature}", temperature)
         return torch.tensor([float(answer.passed) for (answer,) in answers])
 
-    def compare(self, policies, problem_set, temperature):
-        """{name: {"greedy", "sampled": pass_rate}} of policies, {name: context of a model}."""
-        rates = {}
+    def compare(self, policies, problem_set, temperature, path):
+        """Print a table of pass rates, greedy and sampled, and write it to a JSON file.
+
+        policies: {name: context that gives a model}.
+        """
+        rates, count = {}, len(problem_set[0])
+        self.ranks.say(f"test: before, best and last on {count} problems")
         for name, opened in policies.items():
             with opened as model:
                 rates[name] = {
-                    kind: pass_rate(self.passed(model, problem_set, heat))
+                    kind: metrics.pass_rate(self.passed(model, problem_set, heat))
                     for kind, heat in (("greedy", 0.0), ("sampled", temperature))
                 }
-        return rates
+        self.ranks.say(metrics.table(rates, count))
+        if self.ranks.is_main:
+            write_json(path, {"problems": count, "rates": rates})
 
 
 def execute(problems, texts, sandbox, progress=None):

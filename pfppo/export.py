@@ -79,13 +79,13 @@ def _save(config_source, folder, weights, tokenizer):
 
 def from_run(run, folder):
     """Write the policy of a run's newest checkpoint to `folder`, and its reward model (with the
-    normaliser that the run used) to `folder`/reward_model. Returns what was done, in one line.
+    normaliser that the run used) to `folder`/reward_model.
 
     run: a run directory, or one of its checkpoints/step_N. Only rank 0 works; no process group is
     needed. Raises UserError.
     """
     if int(os.environ.get("RANK", 0)):
-        return None
+        return
     run, folder = Path(run), Path(folder)
     found = [run] if run.name.startswith("step_") else checkpoint.complete(run)[0]
     require(found and checkpoint.is_whole(found[0]), f"--run_dir {run}: no complete checkpoint")
@@ -110,7 +110,7 @@ def from_run(run, folder):
         extra = [save_judge]
     _write(folder, lm, policy_of(step), tokenizer, extra)
     also = f", its reward model in {folder / 'reward_model'}" if judge else ""
-    return f"{folder}: the policy after step {state['step']}{also}"
+    print(f"{folder}: the policy after step {state['step']}{also}")
 
 
 def policy_of(step):
