@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from pfppo import checkpoint
@@ -123,7 +124,8 @@ def policy_of(step):
             for name, what in stored.items()
             if name.startswith(prefix)
         }
-        dcp.load(weights, checkpoint_id=source, no_dist=True)
+        with warnings.catch_warnings(action="ignore"):  # "uninitialized": that is what is meant
+            dcp.load(weights, checkpoint_id=source, no_dist=True)
     except Exception as error:  # a damaged file fails in a dozen ways
         raise UserError(f"{step}: damaged: {reason(error)}") from error
     return {name.removeprefix(prefix): value for name, value in weights.items()}
