@@ -127,20 +127,16 @@ def backward(args, policy, critic, rows, ranks):
     sums = Counter()
     coefficients = ppo.loss_coefficients(rows.mask, rows.weights, args.loss_aggregation)
     total = fsdp.sum_over_ranks(coefficients.sum())
-    parts = rows.microbatches(args.microbatch)
-    for number, mb in enumerate(parts, 1):
+    for mb in rows.microbatches(args.microbatch):
         coefficients = ppo.loss_coefficients(mb.mask, mb.weights, args.loss_aggregation) / total
         logp, _ = log_probs(policy, mb, args)
-        actor_loss, actor_metrics = ppo.policy_loss(
-            logp, mb.old_logp, mb.adv, coefficients, args.clip
-        )
-        (values,) = values_of(critic, mb)
-        critic_loss, critic_metrics = ppo.value_loss(
+        loss, actor_metrics = ppo.policy_loss(logp, mb.old_logp, mb.adv, coefficients, args.clip)
+        (loss * ranks.world).backward()  # FSDP averages over ranks, the loss is a sum
+        (values,) = values_of(critic, mb)  # only now: one model's activations at a time
+        loss, critic_metrics = ppo.value_loss(
             values, mb.old_values, mb.returns, coefficients, args.value_clip
         )
-        for model, loss in ((policy, actor_loss), (critic, critic_loss)):
-            model.set_requires_gradient_sync(number == len(parts))
-            (loss * ranks.world).backward()  # FSDP averages over ranks, the loss is a sum
+        (loss * ranks.world).backward()
         sums.update(actor_metrics | critic_metrics)
     return sums
 

@@ -205,11 +205,9 @@ def main(args, ranks=None):
             some = [training[i] for i in mine[start : start + microbatch]]
             prompts, chosen, rejected = zip(*some, strict=True)
             batch = collate(prompts * 2, chosen + rejected, pad_id, ranks.device)
-            scores = model(batch.ids, batch.ends)[
-                :, 0, 0
-            ]  # [2 * microbatch]: chosen, then rejected
+            # [2 * microbatch]: chosen, then rejected
+            scores = model(batch.ids, batch.ends)[:, 0, 0]
             loss, metrics = bradley_terry_loss(*scores.chunk(2))
-            model.set_requires_gradient_sync(start + microbatch == share)
             (loss * ranks.world / args.batch).backward()
             sums += torch.stack([metrics["loss"], metrics["accuracy"]])
         fsdp.clip_gradients(model, args.grad_norm)

@@ -56,14 +56,18 @@ class Policy(nn.Module):
         hidden = self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, D]
         there = mask > 0
         states = positions_of(hidden, positions)[there]  # [K, D]
+        logp, entropy = self.of_states(states, targets[there], temperature)
+        blank = torch.zeros_like(mask, dtype=torch.float32)
+        return blank.masked_scatter(there, logp), blank.masked_scatter(there, entropy)
+
+    def of_states(self, states, targets, temperature):
+        """Log-probs and entropy [K] of `targets` [K] in hidden states [K, D], chunk by chunk."""
         size = max(1, CHUNK // self.lm.get_output_embeddings().weight.shape[0])
         parts = [
             checkpoint(self._chunk, *part, temperature, use_reentrant=False)
-            for part in zip(states.split(size), targets[there].split(size), strict=True)
+            for part in zip(states.split(size), targets.split(size), strict=True)
         ]
-        logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        blank = torch.zeros_like(mask, dtype=torch.float32)
-        return blank.masked_scatter(there, logp), blank.masked_scatter(there, entropy)
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _chunk(self, states, targets, temperature):
         logits = head_logits(self.lm, states).float() / temperature  # [K, V]
