@@ -27,7 +27,7 @@ from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, requ
 from pfppo.examine import Examiner
 from pfppo.filters import FILTERS, load_filter
 from pfppo.fsdp import gather_lists
-from pfppo.loading import load_scalars
+from pfppo.loading import fetch, load_scalars
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reliability import format_table, reliability_table
 from pfppo.reward import load_card, model_rewards
@@ -168,6 +168,7 @@ def main(args):
         f"--prompt_style few_shot: the examples are MBPP's, found --benchmark {args.benchmark}",
     )
     used = lab.resolve(args)
+    fetch(args, ("policy", "reward_model"), ranks)
     files = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
     out = rundir.check_run(args, ranks, "out", FREE, files)
     if not lab_file:

@@ -24,7 +24,7 @@ from pfppo.batch import collate, owned
 from pfppo.config import Count, Positive, Seed, Share, launch, require
 from pfppo.examine import Examiner
 from pfppo.fsdp import gather_lists
-from pfppo.loading import new_scalar
+from pfppo.loading import fetch, new_scalar
 from pfppo.model import check_positions, empty_classifier, read_causal_lm
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
 from pfppo.sampler import check_cache, stop_ids
@@ -151,6 +151,7 @@ def main(args, ranks=None):
     )
     args.prompts = "" if args.pairs else args.prompts
     used = lab.resolve(args, prompts="rm")
+    fetch(args, ("policy",), ranks)
     run = Path(fsdp.from_main(args.run_dir or str(rundir.unused("runs/reward_model")), ranks))
     rundir.check_writable(run, "run_dir")
     empty = not run.exists() or not any(run.iterdir())

@@ -19,11 +19,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from running import make_tiny, numbers, read, started
-
 from pfppo import checkpoint, export
 
 import torch
+from running import make_tiny, numbers, read, started
 from safetensors.torch import load_file
 
 CHANGED = {"steps": 60, "save_every": 1, "eval_every": 2, "keep": 2, "test": ""}

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from pfppo import loading
 from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.data import template_hash, vocabulary_hash
@@ -194,6 +195,28 @@ def test_a_causal_lm_offered_as_a_reward_model_is_refused(
     if with_card:
         card_of(tiny_tokenizer()).save(folder)
     assert "LlamaForCausalLM" in refusal(folder, policy_folder, ranks)
+
+
+def test_a_hub_id_becomes_the_folder_of_its_download(ranks, policy_folder, monkeypatch):
+    asked = []
+
+    def download(name, ignore_patterns):
+        asked.append(name)
+        assert "*.bin" in ignore_patterns
+        return policy_folder
+
+    monkeypatch.setattr(loading, "snapshot_download", download)
+    args = SimpleNamespace(policy="owner/model", reward_model=policy_folder)
+    loading.fetch(args, ("policy", "reward_model"), ranks)
+    assert (args.policy, args.reward_model) == (policy_folder, policy_folder)
+    assert asked == ["owner/model"]  # folders are not asked for
+
+
+def test_a_hub_id_without_a_network_is_one_line(ranks):
+    args = SimpleNamespace(policy="owner/model")
+    with pytest.raises(UserError, match="^--policy owner/model: there is no such folder") as error:
+        loading.fetch(args, ("policy",), ranks)
+    assert "\n" not in str(error.value)
 
 
 def test_folders_that_do_not_exist_are_named(ranks, policy_folder, tmp_path):
