@@ -4,8 +4,9 @@
 
 A tiny run saves at every step and looks at validation at every second one. Again and again it is
 started with --resume and killed after a random time: while it reads, samples, updates, saves or
-exports; when it comes to its end before the last kill, another one is begun. In the end its metrics, samples, checkpoint and exported policy must be equal to those of
-the run that was left alone, bit for bit. Exit status 1 if not. (test_scale.py makes fewer kills.)
+exports; when it comes to its end before the last kill, another one is begun. In the end its
+metrics, samples, checkpoint and exported policy must be equal to those of the run that was left
+alone, bit for bit. Exit status 1 if not. (test_scale.py makes fewer kills.)
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from pfppo import checkpoint, export
+from pfppo import checkpoint, export  # noqa: E402
 
-import torch
-from running import make_tiny, numbers, read, started
-from safetensors.torch import load_file
+import torch  # noqa: E402
+from running import make_tiny, numbers, read, started  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 CHANGED = {"steps": 60, "save_every": 1, "eval_every": 2, "keep": 2, "test": ""}
 

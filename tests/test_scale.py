@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pfppo.config import UserError
 from pfppo.metrics import SECONDS
 from pfppo.reward import load_card
 
+import kills
 import pytest
 import torch
 from conftest import ROOT
@@ -196,6 +198,13 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(tiny, tmp_path, r
     assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
     first, second = last_actor(tmp_path / "run"), last_actor(tmp_path / "whole")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_run_killed_twice_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(kills.CHANGED, "steps", 12)
+    seconds = kills.whole_run(tiny, tmp_path / "whole", 0)
+    found = kills.killed_run(tiny, tmp_path / "killed", 0, 2, seconds, random.Random(2))
+    assert found and kills.equal(tmp_path / "whole", tmp_path / "killed")
 
 
 FAILS_ONCE = """
