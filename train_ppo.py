@@ -260,7 +260,7 @@ def main(args, ranks=None):
         asked = [problems[i] for i, _ in keys]
         texts = [data.decode(ids, tokenizer) for ids in samples.ids]
         scores = examine.scores_of(examine.execute(asked, texts, sandbox))
-        answers = Answers(rollout, [p.prompt for p in asked], texts, asked, scores)
+        answers = Answers(rollout, [p.question for p in asked], texts, asked, scores)
         with fsdp.agreed(ranks):
             rewards = reward(answers, reward_model)
             require(rewards.isfinite().all(), f"--reward {args.reward}: a reward is not finite")

@@ -37,7 +37,7 @@ from tqdm import tqdm
 @dataclass
 class Args:
     policy: str = "lab"  # SFT policy: a folder, or "lab" (made on first use)
-    pairs: str = ""  # JSONL with prompt, chosen, rejected; empty: build pairs from --prompts
+    pairs: str = ""  # JSONL with prompt, chosen, rejected, text or messages; empty: from --prompts
     prompts: str = "lab"  # JSONL in HumanEval form, or "lab": what pairs are built from
     run_dir: str = ""  # where the checkpoint goes; empty: runs/reward_model, -2, ...
     seed: Seed = 1  # samples, order of pairs, new head
@@ -96,16 +96,8 @@ def pairs_from_samples(args, tokenizer, ranks):
 
 def read_pairs(args, tokenizer):
     """Pairs of a file. The normaliser then comes from all its responses, chosen and rejected."""
-    triples = data.load_pairs(args.pairs)
-    pairs = []
-    for prompt, chosen, rejected in triples:
-        ids = data.render(prompt, tokenizer, args.prompt_style)
-        require(
-            len(ids) <= args.max_prompt_tokens,
-            f"--pairs {args.pairs}: prompt of {len(ids)} tokens, expected at most "
-            f"{args.max_prompt_tokens} (--max_prompt_tokens)",
-        )
-        pairs.append((ids, *(data.response_ids(text, tokenizer) for text in (chosen, rejected))))
+    how = tokenizer, args.prompt_style, args.max_prompt_tokens
+    pairs, triples = data.load_pairs(args.pairs, *how)
     longest = max(len(ids) + max(map(len, responses)) for ids, *responses in pairs)
     check_positions(args.policy, "policy", longest, f"the longest row of --pairs {args.pairs}")
     return pairs, triples, [(p, ids) for p, *responses in pairs for ids in responses]

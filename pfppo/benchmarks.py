@@ -21,7 +21,7 @@ import json
 import re
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pfppo.config import UserError, require
 from pfppo.extract import definition_of, extract_code, lines_of, program_of
@@ -58,6 +58,12 @@ class Problem:
     test: str  # defines check(candidate), or bare asserts
     setup: str = ""  # trusted code that stands before every program: imports, ListNode
     instruction: str = ""  # what an instruction-tuned model is asked, where the file says it
+    messages: list = field(default_factory=list, hash=False)  # a dialogue, in place of the prompt
+
+    @property
+    def question(self):
+        """The prompt, or the last turn of the dialogue: what people and rewards are told."""
+        return self.messages[-1]["content"] if self.messages else self.prompt
 
 
 def read_jsonl(path):

@@ -2,7 +2,9 @@
 
 A prompts file has one object per line with at least `prompt`. With `entry_point` and `test` as well
 (HumanEval's form) samples can be executed, so that actual scores are known; without, scores are
-missing. A pairs file has `prompt, chosen, rejected`, or the authors' names `instruction, pos, neg`.
+missing. A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer
+is executed as a whole program, not as what continues the prompt. A pairs file has `prompt, chosen,
+rejected` as text or as messages, see messages.py.
 
 What a step sees is a function of (seed, step): epochs are permutations, and the part of an epoch
 that does not fill a step is left out. So there is no data cursor to save but the step itself, and a
@@ -16,6 +18,7 @@ import json
 
 from pfppo.benchmarks import Problem, instruction_of, read_jsonl
 from pfppo.config import UserError, reason, require, require_folder
+from pfppo.messages import only_text, read_pair, read_turns
 
 import torch
 from transformers import AutoTokenizer
@@ -59,58 +62,66 @@ def classifier_pad_id(tokenizer, stop):
 def load_prompts(path):
     """Prompts as a list of Problem; fields other than `prompt` may be empty. Raises UserError."""
     problems, seen = [], {}
+    names = [name for name in Problem.__dataclass_fields__ if name != "messages"]
     for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
+        where, turns = f"{path}, line {line}", []
+        if isinstance(row.get("prompt"), list):
+            turns = read_turns(row["prompt"], f"{where}: field 'prompt'", "user")
+            row = row | {"prompt": ""}
         values = {"task_id": f"line {line}"} | row
-        for name in Problem.__dataclass_fields__:
+        for name in names:
             value = values.setdefault(name, "") if name != "prompt" else values.get(name)
             found = "nothing" if name not in row else type(value).__name__
             require(
                 isinstance(value, str),
                 f"{where}: field '{name}': expected a string, found {found}",
             )
-        require(values["prompt"].strip(), f"{where}: field 'prompt' is empty, expected some text")
+        filled = turns or values["prompt"].strip()
+        require(filled, f"{where}: field 'prompt' is empty, expected some text")
         require(
             bool(values["test"]) == bool(values["entry_point"]),
             f"{where}: expected both or neither of the fields 'test' and 'entry_point'",
         )
         first = seen.setdefault(values["task_id"], line)
         require(first == line, f"{where}: task_id {values['task_id']!r} stands in line {first} too")
-        names = Problem.__dataclass_fields__
-        problems.append(Problem(**{name: values[name] for name in names if name in values}))
+        problems.append(Problem(**{name: values[name] for name in names}, messages=turns))
     return problems
 
 
-def load_pairs(path):
-    """[(prompt, chosen, rejected)] strings. Raises UserError naming file, line and field."""
-    pairs = []
-    for line, row in read_jsonl(path):
-        triple = []
-        for name, other in (("prompt", "instruction"), ("chosen", "pos"), ("rejected", "neg")):
-            value = row.get(name, row.get(other))
-            require(
-                isinstance(value, str) and (value or name != "prompt"),
-                f"{path}, line {line}: expected a string in field '{name}' (or '{other}'), found "
-                + ("nothing" if value is None else repr(value)[:40]),
-            )
-            triple.append(value)
-        same = f"{path}, line {line}: chosen and rejected are the same, expected two responses"
-        require(triple[1] != triple[2], same)
-        pairs.append(tuple(triple))
-    return pairs
-
-
 def render(prompt, tokenizer, style):
-    """A prompt's token ids: as it stands ("plain", "few_shot"), as a user's turn of the tokenizer's
-    chat template ("chat"), or in DeepSeek-Coder's ("deepseek")."""
+    """A prompt's token ids: as it stands ("plain", "few_shot"), through the tokenizer's chat
+    template ("chat"), or in DeepSeek-Coder's ("deepseek").
+
+    prompt: text, or a dialogue as in messages.py. Text is a user's turn in "chat"; a dialogue of
+    more than one user's turn can only be rendered there. Raises UserError.
+    """
     if style == "chat":
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and may refuse a system turn
+            roles = ", ".join(turn["role"] for turn in turns)
+            why = f"--prompt_style chat: the chat template refuses the messages ({roles}):"
+            raise UserError(f"{why} {reason(error)}") from error
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    prompt = DEEPSEEK.format(prompt=prompt) if style == "deepseek" else prompt
-    ids = tokenizer(prompt)["input_ids"]
+    text = only_text(prompt)
+    text = DEEPSEEK.format(prompt=text) if style == "deepseek" else text
+    ids = tokenizer(text)["input_ids"]
     # Some tokenizers close every text with EOS; a prompt goes on.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def render_within(prompt, tokenizer, style, limit, where):
+    """`render`, with at most `limit` tokens. Raises UserError beginning with `where`."""
+    try:
+        ids = render(prompt, tokenizer, style)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    require(
+        0 < len(ids) <= limit,
+        f"{where}: prompt of {len(ids)} tokens, expected 1 to {limit} (--max_prompt_tokens)",
+    )
+    return ids
 
 
 def check_style(tokenizer, style, policy):
@@ -122,30 +133,44 @@ def check_style(tokenizer, style, policy):
 
 
 def text_of(problem, style):
-    """What a problem asks: code to continue, or an instruction in the styles that are dialogues."""
+    """What a problem asks: its dialogue; code to continue; an instruction in "chat", "deepseek"."""
+    if problem.messages:
+        return problem.messages
     return instruction_of(problem) if style in ("chat", "deepseek") else problem.prompt
 
 
 def render_all(problems, tokenizer, style, limit, source, texts=None):
     """Token ids of every problem's prompt; `texts` instead, one for each, where they are given.
 
-    Raises UserError on the first that is longer than `limit` tokens.
+    Raises UserError on the first that is longer than `limit` tokens or cannot be rendered.
     """
     texts = texts or [text_of(problem, style) for problem in problems]
-    rendered = [render(text, tokenizer, style) for text in texts]
-    for problem, ids in zip(problems, rendered, strict=True):
-        require(
-            0 < len(ids) <= limit,
-            f"{source}, task {problem.task_id}: prompt of {len(ids)} tokens, expected 1 to {limit} "
-            "(--max_prompt_tokens)",
-        )
-    return rendered
+    return [
+        render_within(text, tokenizer, style, limit, f"{source}, task {problem.task_id}")
+        for problem, text in zip(problems, texts, strict=True)
+    ]
 
 
 def load_rendered(path, tokenizer, style, limit):
     """(problems, token ids of their prompts) of a JSONL file; ([], []) where path is ""."""
     problems = load_prompts(path) if path else []
     return problems, render_all(problems, tokenizer, style, limit, path)
+
+
+def load_pairs(path, tokenizer, style, limit):
+    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them.
+
+    A response is no part of the template: it reads as the policy would have written it, with EOS.
+    Raises UserError naming file, line and field.
+    """
+    triples, pairs = [], []
+    for line, row in read_jsonl(path):
+        where = f"{path}, line {line}"
+        prompt, *responses = triple = read_pair(row, where)
+        ids = render_within(prompt, tokenizer, style, limit, where)
+        pairs.append((ids, *(response_ids(text, tokenizer) for text in responses)))
+        triples.append(triple)
+    return pairs, triples
 
 
 def response_ids(text, tokenizer):

@@ -148,7 +148,7 @@ def sample_records(step, group_size, problems, texts, rewards, scores, weights):
             "step": step,
             "task_id": problem.task_id,
             "sample": i % group_size,
-            "prompt": problem.prompt,
+            "prompt": problem.question,
             "response": texts[i],
             "reward": rewards[i].item(),
             "score": None if scores[i].isnan() else scores[i].item(),

@@ -151,7 +151,7 @@ def try_reward(spec, reward, problems):
     """Call a user's reward once, with reference solutions: better it fails at the start."""
     if ":" not in spec:
         return
-    texts = [[getattr(p, name) for p in problems] for name in ("prompt", "canonical_solution")]
+    texts = [[getattr(p, name) for p in problems] for name in ("question", "canonical_solution")]
     reward(Answers(None, *texts, problems, torch.ones(len(problems))), None)
 
 

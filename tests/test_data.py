@@ -2,6 +2,7 @@
 
 import json
 
+from pfppo.benchmarks import assemble
 from pfppo.config import UserError
 from pfppo.data import (
     check_style,
@@ -84,6 +85,7 @@ def test_all_fields_of_a_problem_are_kept_and_others_ignored(tmp_path):
         ({"prompt": 3}, "field 'prompt': expected a string, found int"),
         ({"prompt": None}, "field 'prompt': expected a string, found NoneType"),
         ({"prompt": " \n"}, "field 'prompt' is empty"),
+        ({"prompt": []}, "field 'prompt': expected messages, found an empty list"),
         ({"prompt": "a", "task_id": 7}, "field 'task_id': expected a string, found int"),
         (TESTED | {"test": ["x"]}, "field 'test': expected a string, found list"),
         (TESTED | {"entry_point": 1}, "field 'entry_point': expected a string, found int"),
@@ -108,7 +110,12 @@ def test_a_task_id_that_stands_twice_is_refused_with_both_lines(tmp_path):
     assert "'t/0'" in message and "line 1" in message
 
 
-@pytest.mark.parametrize("load", [load_prompts, load_pairs])
+def pairs_of(path, style="plain", limit=100):
+    """(pairs as token ids, as said) of a file, with a tokenizer that has a chat template."""
+    return load_pairs(path, make_tokenizer(CHAT), style, limit)
+
+
+@pytest.mark.parametrize("load", [load_prompts, pairs_of])
 def test_an_empty_or_absent_file_is_refused_by_name(tmp_path, load):
     path = write(tmp_path)
     assert refused(load, path).startswith(f"{path}: no rows")
@@ -123,8 +130,8 @@ def test_an_empty_or_absent_file_is_refused_by_name(tmp_path, load):
 def test_pairs_are_taken_by_our_names_and_by_the_authors(tmp_path):
     ours = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     authors = {"instruction": "q", "pos": "yes", "neg": ""}
-    pairs = load_pairs(write(tmp_path, ours, authors))
-    assert pairs == [("p", "good", "bad"), ("q", "yes", "")]
+    _, said = pairs_of(write(tmp_path, ours, authors))
+    assert said == [("p", "good", "bad"), ("q", "yes", "")]
 
 
 @pytest.mark.parametrize(
@@ -134,13 +141,112 @@ def test_pairs_are_taken_by_our_names_and_by_the_authors(tmp_path):
         ({"prompt": "p", "rejected": "b"}, "'chosen' (or 'pos')", "found nothing"),
         ({"prompt": "p", "chosen": "a", "neg": 3}, "'rejected' (or 'neg')", "found 3"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "'prompt' (or 'instruction')", "''"),
-        ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "'chosen' (or 'pos')", "['a']"),
+        (
+            {"prompt": "p", "chosen": ["a"], "rejected": "b"},
+            "'chosen' (or 'pos'), message 1",
+            "found 'a'",
+        ),
+        ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' (or 'instruction')", "found {}"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "", "are the same"),
     ],
 )
 def test_a_bad_line_of_pairs_is_named_with_file_line_and_field(tmp_path, row, field, found):
     path = write(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"}, row)
-    message = refused(load_pairs, path)
+    message = refused(pairs_of, path)
     assert message.startswith(f"{path}, line 2: ") and field in message and found in message
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ASK = [turn("user", "q")]
+DIALOGUE = [turn("system", "s"), *ASK, turn("assistant", "a"), turn("user", "r")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "yes", "rejected": "no"},
+        {"prompt": "q", "chosen": [turn("assistant", "yes")], "rejected": "no"},
+        {"prompt": ASK, "chosen": "yes", "rejected": [turn("assistant", "no")]},
+        {
+            "prompt": "q",
+            "chosen": [*ASK, turn("assistant", "yes")],
+            "rejected": [*ASK, turn("assistant", "no")],
+            "score_chosen": 7.0,
+        },
+        {"chosen": [*ASK, turn("assistant", "yes")], "rejected": [*ASK, turn("assistant", "no")]},
+        {"instruction": ASK, "pos": "yes", "neg": "no"},
+    ],
+)
+def test_every_form_of_a_pair_gives_equal_rows(tmp_path, row):
+    tokenizer = make_tokenizer(CHAT)
+    for style in ("plain", "chat", "deepseek"):
+        pairs, said = pairs_of(write(tmp_path, row), style, 1000)
+        assert said == [("q", "yes", "no")]
+        prompt, *responses = pairs[0]
+        assert prompt == render("q", tokenizer, style)
+        assert responses == [response_ids(text, tokenizer) for text in ("yes", "no")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": DIALOGUE, "chosen": "yes", "rejected": "no"},
+        {
+            name: [*DIALOGUE, turn("assistant", text)]
+            for name, text in (("chosen", "yes"), ("rejected", "no"))
+        },
+        {
+            "prompt": "q",
+            "chosen": [*DIALOGUE, turn("assistant", "yes")],
+            "rejected": [*DIALOGUE, turn("assistant", "no")],
+        },
+    ],
+)
+def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tmp_path, row):
+    pairs, said = pairs_of(write(tmp_path, row), "chat")
+    tokenizer = make_tokenizer(CHAT)
+    assert [decode(ids, tokenizer) for ids in pairs[0]] == [
+        "[system]s[user]q[assistant]a[user]r[assistant]",
+        "yes",
+        "no",
+    ]
+    assert said == [(DIALOGUE, "yes", "no")]
+
+
+def test_pairs_written_down_as_they_were_said_are_read_again(tmp_path):
+    rows = [{"prompt": DIALOGUE, "chosen": "yes", "rejected": ""}]
+    pairs, said = pairs_of(write(tmp_path, *rows), "chat")
+    again = [dict(zip(("prompt", "chosen", "rejected"), triple, strict=True)) for triple in said]
+    assert pairs_of(write(tmp_path, *again), "chat") == (pairs, said)
+
+
+@pytest.mark.parametrize("style", ["plain", "deepseek"])
+@pytest.mark.parametrize("prompt", [DIALOGUE, [turn("system", "s"), *ASK]])
+def test_several_turns_or_a_system_turn_need_the_chat_style(tmp_path, style, prompt):
+    path = write(tmp_path, "", {"prompt": prompt, "chosen": "yes", "rejected": "no"})
+    message = refused(pairs_of, path, style)
+    assert message.startswith(f"{path}, line 2: ") and "--prompt_style chat" in message
+    problems = write(tmp_path, "", {"prompt": prompt})
+    message = refused(load_rendered, problems, make_tokenizer(CHAT), style, 100)
+    assert "line 2" in message and "--prompt_style chat" in message
+
+
+def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tmp_path):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    row = {"prompt": DIALOGUE, "chosen": "yes", "rejected": "no"}
+    message = refused(load_pairs, write(tmp_path, row), make_tokenizer(strict), "chat", 100)
+    for part in ("line 1", "--prompt_style chat", "system, user", "no system"):
+        assert part in message
+
+
+def test_a_prompt_of_a_pair_longer_than_the_limit_is_refused_with_its_line(tmp_path):
+    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in ("ab", "abcd")]
+    message = refused(pairs_of, write(tmp_path, *rows), "plain", 3)
+    for part in ("line 2", "4 tokens", "1 to 3", "--max_prompt_tokens"):
+        assert part in message
 
 
 # ---------------------------------------------------------------------------------------- rendering
@@ -209,6 +315,25 @@ def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(tmp_path):
     message = refused(load_rendered, path, make_tokenizer(), "plain", 3)
     for part in (str(path), "t/2", "4 tokens", "1 to 3", "--max_prompt_tokens"):
         assert part in message
+
+
+def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tmp_path):
+    tested = {"entry_point": "f", "test": "assert f()", "canonical_solution": "def f(): return 1\n"}
+    path = write(tmp_path, {"prompt": DIALOGUE} | tested, {"prompt": "q", "messages": 3})
+    tokenizer = make_tokenizer(CHAT)
+    (dialogue, text), rendered = load_rendered(path, tokenizer, "chat", 100)
+    assert tokenizer.decode(rendered[0]) == "[system]s[user]q[assistant]a[user]r[assistant]"
+    assert (dialogue.question, text.question) == ("r", "q") and not text.messages
+    check = assemble(dialogue, "Sure:\n```python\ndef f():\n    return 2\n```")
+    assert check.program == "def f():\n    return 2\n"  # nothing of the dialogue is code
+
+
+def test_one_users_turn_is_rendered_as_its_text_and_not_put_into_an_instruction(tmp_path):
+    tested = {"entry_point": "f", "test": "assert f()"}
+    path, tokenizer = write(tmp_path, {"prompt": ASK} | tested), make_tokenizer(CHAT)
+    for style in ("plain", "chat", "deepseek"):
+        _, (ids,) = load_rendered(path, tokenizer, style, 1000)
+        assert ids == render("q", tokenizer, style)
 
 
 # ------------------------------------------------------------------------------ tokenizers, hashes

@@ -9,19 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (
-    (
-        "config",
-        "filters",
-        "ppo",
-        "batch",
-        "reliability",
-        "extract",
-        "wire",
-        "isolation",
-        "plan",
-        "weights",
-    ),
-    ("jail", "remote", "weights"),
+    ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
+    ("jail", "remote", "messages", "weights"),
     ("rehearsal",),
     ("tester",),
     ("sandbox",),

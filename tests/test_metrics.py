@@ -133,7 +133,7 @@ def test_the_line_shows_validation_only_when_it_was_looked_at():
 
 
 def test_sample_records_are_one_list_per_prompt_and_null_where_there_are_no_tests():
-    problems = [SimpleNamespace(task_id=f"t/{i // 2}", prompt=f"p{i // 2}") for i in range(4)]
+    problems = [SimpleNamespace(task_id=f"t/{i // 2}", question=f"p{i // 2}") for i in range(4)]
     numbers = [torch.tensor(x) for x in ([0.5, 1, 2, 3], [1.0, 0, NAN, NAN], [1.0, 0, 0, 2])]
     found = sample_records(6, 2, problems, ["a", "b", "c", "d"], *numbers)
     assert [[record["sample"] for record in group] for group in found] == [[0, 1], [0, 1]]

@@ -214,10 +214,25 @@ def test_each_prompt_is_prefilled_once_and_finished_rows_leave(llama):
     assert found.row_steps < 12 * found.decode_steps
 
 
-def test_progress_counts_every_row_once(llama):
+def test_progress_counts_every_row_once_and_is_called_at_every_token(llama):
     seen = []
-    drawn(llama, ragged(LENGTHS), batch=8, progress=seen.append)
-    assert seen == [8, 8, 8]
+    samples = drawn(llama, ragged(LENGTHS), batch=8, progress=seen.append)
+    assert sum(seen) == len(samples.ids) and len(seen) >= samples.decode_steps
+
+
+def test_sampling_can_be_given_up_at_any_token(llama):
+    class Enough(Exception):
+        pass
+
+    def progress(_):
+        seen.append(1)
+        if len(seen) == 3:
+            raise Enough
+
+    seen = []
+    with pytest.raises(Enough):
+        drawn(llama, ragged(LENGTHS), batch=8, progress=progress)
+    assert len(seen) == 3
 
 
 def test_a_wrong_number_of_uniforms_is_refused(llama):

@@ -249,6 +249,38 @@ def test_all_pairs_of_a_prompt_are_held_out_together(tiny, tmp_path, capsys):
     assert "8 pairs for training, 1 held out" in said or "1 pairs for training, 8 held out" in said
 
 
+def test_chat_pairs_and_prompts_train_through_one_template(tiny, tmp_path):
+    """The policy's tokenizer has a chat template; pairs and prompts are lists of messages."""
+    shutil.copytree(tiny / "policy", tmp_path / "policy")
+    tokenizer = data.load_tokenizer(tmp_path / "policy")
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}> {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "policy")
+    system = {"role": "system", "content": "Answer in Python."}
+    rows, prompts = [], []
+    for pair in read(tiny / "pairs.jsonl"):
+        turns = [system, {"role": "user", "content": pair["prompt"]}]
+        prompts.append({"prompt": turns})
+        answers = {name: {"role": "assistant", "content": pair[name]} for name in pair}
+        rows.append({name: [*turns, answers[name]] for name in ("chosen", "rejected")})
+    for name, lines in (("pairs", rows), ("prompts", prompts)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    rm = ("--policy", tmp_path / "policy", "--pairs", tmp_path / "pairs.jsonl", "--batch", 8)
+    style = ("--prompt_style", "chat")
+    run(train_rm, *rm, *style, "--run_dir", tmp_path / "rm")
+    assert read(tmp_path / "rm/pairs.jsonl")[0]["prompt"] == prompts[0]["prompt"]
+    files = {"policy": tmp_path / "policy", "reward_model": tmp_path / "rm"}
+    files |= {"prompts": tmp_path / "prompts.jsonl", "validation": "", "test": ""}
+    run(train_ppo, *options(tiny, tmp_path / "run", **files, steps=1), *style)
+    asked = {row["prompt"] for row in read(tmp_path / "run/samples.jsonl")}
+    assert asked <= {row["prompt"][1]["content"] for row in prompts}
+    with pytest.raises(UserError, match=r"pairs.jsonl, line 1: .*--prompt_style chat"):
+        run(train_rm, *rm, "--run_dir", tmp_path / "other")
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 12, 24])
 def test_the_labs_reward_model_is_made_on_any_number_of_ranks(monkeypatch, world):
     asked = []
