@@ -21,7 +21,9 @@ from pfppo.config import UserError, reason, require, require_folder
 from pfppo.messages import only_text, read_pair, read_turns
 
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 DEEPSEEK = """\
 You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
@@ -35,15 +37,29 @@ to answer
 
 
 def load_tokenizer(path, option="policy"):
-    """The tokenizer in a directory. Raises UserError where there is none, or it has no EOS."""
+    """The tokenizer in a directory. Raises UserError where there is none, or it has no EOS.
+
+    Where there is a tokenizer.json it counts. The class that transformers chooses by the model's
+    family or by a name in tokenizer_config.json may cut text otherwise, or even lose its blanks.
+    """
     require_folder(path, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+        if file and isinstance(tokenizer, PreTrainedTokenizerFast):
+            if _rules(tokenizer.backend_tokenizer) != _rules(Tokenizer.from_file(file)):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
         why = reason(error)
         raise UserError(f"--{option} {path}: cannot read the tokenizer: {why}") from error
     require(tokenizer.eos_token_id is not None, f"--{option} {path}: the tokenizer has no EOS")
     return tokenizer
+
+
+def _rules(tokenizer):
+    """How a tokenizer of `tokenizers` cuts text and puts it together again."""
+    whole = json.loads(tokenizer.to_str())
+    return [whole[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")]
 
 
 def pad_id_of(tokenizer):

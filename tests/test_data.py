@@ -20,6 +20,7 @@ from pfppo.data import (
 
 import pytest
 import torch
+from conftest import tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -345,6 +346,29 @@ def test_a_saved_tokenizer_is_loaded_with_equal_hashes(tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert vocabulary_hash(loaded) == vocabulary_hash(made)
     assert template_hash(loaded, "chat") == template_hash(made, "chat")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named", "make"),
+    [
+        ("llama", "LlamaTokenizerFast", make_tokenizer),  # DeepSeek-Coder's folders, byte-level
+        ("gpt2", "LlamaTokenizer", make_tokenizer),
+        ("qwen2", "TokenizersBackend", tiny_tokenizer),  # words, in a family that has bytes
+    ],
+)
+def test_text_is_cut_as_tokenizer_json_says_whatever_class_is_named(
+    tmp_path, architecture, named, make
+):
+    made, text = make(), "w1  w2\n    w3 w4"
+    made.save_pretrained(tmp_path)
+    tiny_config(architecture, vocab_size=len(made)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded(text)["input_ids"] == made(text)["input_ids"] != []
+    assert decode(loaded(text)["input_ids"], loaded) == decode(made(text)["input_ids"], made)
+    assert loaded.eos_token_id == made.eos_token_id
 
 
 def test_a_folder_without_a_usable_tokenizer_is_refused_with_its_option(tmp_path):
