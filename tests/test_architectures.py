@@ -1,0 +1,168 @@
+"""Other families than the lab's: checkpoints that transformers wrote, through the whole of PF-PPO.
+
+Every family is loaded, sampled, scored, trained, saved, exported, loaded by transformers again and
+resumed, by the code that trains the lab's Llama. Nothing in it names a family, so what is asked of
+one is asked of all.
+"""
+
+import json
+import shutil
+
+import train_ppo
+from pfppo import batch, data, fsdp, loading, sampler
+from pfppo.metrics import SECONDS
+
+import pytest
+import torch
+from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
+from safetensors import safe_open
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+HEAD = {"head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
+FAMILIES = {  # changes of conftest's configuration
+    "llama": {},
+    "qwen2": {},
+    "qwen3": HEAD | {"tie_word_embeddings": True},
+    "mistral": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "starcoder2": {"sliding_window": 5},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": HEAD | EXPERTS,
+}
+# How the files lie: everything in one, cut into shards with an index, in bfloat16, or both.
+SHARDED, HALF = {"max_shard_size": "20KB"}, {"dtype": torch.bfloat16}
+FILES = {"qwen2": SHARDED, "gpt2": SHARDED, "mistral": HALF, "gpt_neox": HALF | SHARDED}
+FILES |= {"gemma2": HALF, "mixtral": SHARDED, "qwen3_moe": HALF | SHARDED}
+
+
+def write(folder, model, dtype=torch.float32, **how):
+    """A checkpoint, by transformers' own `save_pretrained`."""
+    model.to(dtype).save_pretrained(folder, **how)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def theirs(kind, folder):
+    """The model as transformers reads it, in fp32."""
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def files(request, tmp_path_factory):
+    """A folder with a policy, a reward model of the same family, and prompts."""
+    folder, changes = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
+    how = FILES.get(request.param, {})
+    write(folder / "policy", tiny_lm(request.param, **changes), **how)
+    write(folder / "rm", tiny_classifier(request.param, seed=1, **changes), **how)
+    texts = tiny_tokenizer().batch_decode(ragged([3, 7, 1, 5]))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    return folder
+
+
+def train(folder, ranks, **changed):
+    chosen = {"policy": folder / "policy", "reward_model": folder / "rm"}
+    chosen |= {"prompts": folder / "prompts.jsonl", "run_dir": folder / "run"}
+    chosen = {name: str(path) for name, path in chosen.items()}
+    sizes = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 3, "minibatch": 4}
+    sizes |= {"microbatch": 2, "max_new_tokens": 9, "save_every": 1, "eval_every": 1, "workers": 1}
+    train_ppo.main(train_ppo.Args(**(chosen | sizes | changed), device="cpu"), ranks)
+    return folder / "run"
+
+
+def numbers(run):
+    """metrics.jsonl without what depends on the machine's speed."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: row[name] for name in row if name not in SECONDS} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def run(files, ranks):
+    """The run directory after two steps."""
+    return train(files, ranks)
+
+
+def test_it_is_loaded_and_sampled_as_by_transformers(files, ranks):
+    policy, _, twin = loading.load_policies(str(files / "policy"), ranks, "auto")
+    other, (prompt,) = theirs(AutoModelForCausalLM, files / "policy"), ragged([4], seed=2)
+    with fsdp.gathered(policy.lm, twin) as model:
+        (ids,) = sampler.sample(model, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
+    with torch.no_grad():
+        expected = other.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS
+        )
+        row = batch.collate([prompt], [ids], 0)
+        logp, _ = policy(row.ids, row.states, row.responses, row.mask)
+        logits = other(row.ids).logits.log_softmax(-1)[:, len(prompt) - 1 : -1]
+    assert ids == expected[0, len(prompt) :].tolist()
+    torch.testing.assert_close(logp, logits.gather(-1, row.responses[..., None])[..., 0])
+
+
+def test_its_reward_model_scores_as_in_transformers(files, ranks):
+    args = train_ppo.Args(policy=str(files / "policy"), reward_model=str(files / "rm"))
+    tokenizer = data.load_tokenizer(args.policy)
+    reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
+    other = theirs(AutoModelForSequenceClassification, files / "rm")
+    row = batch.collate(ragged([4], seed=2), ragged([8], seed=3), 0)
+    with torch.no_grad():
+        expected = other(row.ids).logits
+        for model in (reward_model, critic):
+            torch.testing.assert_close(model(row.ids, row.ends)[:, 0], expected)
+    assert not normalised
+
+
+def test_it_is_trained_on_what_it_sampled(run):
+    rows = numbers(run)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["ratio_first_minibatch"] == pytest.approx(1, abs=1e-5)
+        assert row["grad_norm_actor"] > 0 and row["grad_norm_critic"] > 0
+        assert row["skipped_updates"] == row["empty_steps"] == 0
+    assert rows[0]["kl_k1"] == 0 and rows[1]["kl_k1"] != 0  # the reference stays, the policy moves
+
+
+def shapes_of(folder):
+    """{name: shape} of all weights in a folder's files."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}
+    return found
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(torch.tensor(ragged([20], seed=4))).logits
+
+
+def test_the_exported_policy_is_that_of_the_checkpoint(files, run, tmp_path):
+    """Exported weights as transformers reads them, and saved ones as torch reads them."""
+    dcp_to_torch_save(run / "checkpoints/step_2/actor", tmp_path / "saved")
+    saved = torch.load(tmp_path / "saved")["model"]
+    model = theirs(AutoModelForCausalLM, files / "policy")
+    before = logits_of(model)
+    named = {name.removeprefix("lm."): value for name, value in saved.items()}
+    assert not model.load_state_dict(named, strict=False).unexpected_keys
+    exported = logits_of(theirs(AutoModelForCausalLM, run / "policy"))
+    assert torch.equal(exported, logits_of(model))
+    assert (exported - before).abs().max() > 1e-3
+
+
+def test_the_exported_files_have_the_names_and_shapes_of_those_it_began_with(files, run):
+    """Names in files are not those of modules in every family; experts lie there one by one."""
+    ours, before = shapes_of(run / "policy"), shapes_of(files / "policy")
+    assert ours == before and len(ours) > 10
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoints/step_2")
+    train(files, ranks, run_dir=str(again), resume=True)
+    assert numbers(again) == numbers(run)
+    policies = (logits_of(theirs(AutoModelForCausalLM, path / "policy")) for path in (run, again))
+    assert torch.equal(*policies)
