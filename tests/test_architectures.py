@@ -33,7 +33,9 @@ FAMILIES = {  # changes of conftest's configuration
     "starcoder2": {"sliding_window": 5},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": HEAD | EXPERTS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
+SCALARS = {"olmoe": "llama"}  # transformers has no sequence classifier of the family
 # How the files lie: everything in one, cut into shards with an index, in bfloat16, or both.
 SHARDED, HALF = {"max_shard_size": "20KB"}, {"dtype": torch.bfloat16}
 FILES = {"qwen2": SHARDED, "gpt2": SHARDED, "mistral": HALF, "gpt_neox": HALF | SHARDED}
@@ -54,11 +56,15 @@ def theirs(kind, folder):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def files(request, tmp_path_factory):
-    """A folder with a policy, a reward model of the same family, and prompts."""
+    """A folder with a policy, a reward model of its family where there is one, and prompts."""
     folder, changes = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
     how = FILES.get(request.param, {})
     write(folder / "policy", tiny_lm(request.param, **changes), **how)
-    write(folder / "rm", tiny_classifier(request.param, seed=1, **changes), **how)
+    if request.param in SCALARS:
+        reward_model = tiny_classifier(SCALARS[request.param], seed=1)
+    else:
+        reward_model = tiny_classifier(request.param, seed=1, **changes)
+    write(folder / "rm", reward_model, **how)
     texts = tiny_tokenizer().batch_decode(ragged([3, 7, 1, 5]))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     return folder
