@@ -9,14 +9,13 @@ import json
 import shutil
 
 import train_ppo
-from pfppo import batch, data, fsdp, loading, sampler
+from pfppo import batch, data, export, fsdp, loading, sampler
 from pfppo.metrics import SECONDS
 
 import pytest
 import torch
 from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
 from safetensors import safe_open
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 HEAD = {"head_dim": 8}
@@ -147,15 +146,20 @@ def logits_of(model):
 
 def test_the_exported_policy_is_that_of_the_checkpoint(files, run, tmp_path):
     """Exported weights as transformers reads them, and saved ones as torch reads them."""
-    dcp_to_torch_save(run / "checkpoints/step_2/actor", tmp_path / "saved")
-    saved = torch.load(tmp_path / "saved")["model"]
+    saved = export.policy_of(run / "checkpoints/step_2")
     model = theirs(AutoModelForCausalLM, files / "policy")
     before = logits_of(model)
-    named = {name.removeprefix("lm."): value for name, value in saved.items()}
-    assert not model.load_state_dict(named, strict=False).unexpected_keys
+    assert not model.load_state_dict(saved, strict=False).unexpected_keys
     exported = logits_of(theirs(AutoModelForCausalLM, run / "policy"))
     assert torch.equal(exported, logits_of(model))
     assert (exported - before).abs().max() > 1e-3
+    export.from_run(run, tmp_path / "again")
+    assert torch.equal(logits_of(theirs(AutoModelForCausalLM, tmp_path / "again")), exported)
+    judges = (
+        theirs(AutoModelForSequenceClassification, path)
+        for path in (files / "rm", tmp_path / "again/reward_model")
+    )
+    assert torch.equal(*map(logits_of, judges))
 
 
 def test_the_exported_files_have_the_names_and_shapes_of_those_it_began_with(files, run):
