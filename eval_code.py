@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import benchmarks, data, evaluation, fsdp, lab, rundir
+from pfppo import benchmarks, data, evaluation, fsdp, lab, peers, rundir
 from pfppo.batch import collate
 from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, require
 from pfppo.examine import Examiner
@@ -234,4 +234,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    launch(peers.together(main), Args)

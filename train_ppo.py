@@ -34,6 +34,7 @@ from pfppo import (
     lab,
     loading,
     metrics,
+    peers,
     ppo,
     rundir,
     selfcheck,
@@ -388,4 +389,4 @@ def main(args, ranks=None):
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    launch(peers.together(main), Args)

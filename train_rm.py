@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pfppo import data, export, fsdp, lab, rundir
+from pfppo import data, export, fsdp, lab, peers, rundir
 from pfppo.batch import collate, owned
 from pfppo.config import Count, Positive, Seed, Share, launch, require
 from pfppo.examine import Examiner
@@ -240,4 +240,4 @@ def main(args, ranks=None):
 
 
 if __name__ == "__main__":
-    launch(main, Args)
+    launch(peers.together(main), Args)

@@ -21,6 +21,7 @@ import functools
 import os
 from dataclasses import dataclass
 
+from pfppo import peers
 from pfppo.config import UserError, require
 
 import torch
@@ -68,6 +69,7 @@ def init_ranks(device="auto", shard_group_size=0):
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
+        peers.die_with_agent()
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # After a restart torchrun's store still has the addresses of the workers before.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
@@ -85,6 +87,7 @@ def init_ranks(device="auto", shard_group_size=0):
     if size < world:
         shape, names = (world // size, size), ("replicate", "shard")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    peers.watch()
     return Ranks(rank, local, world, where, mesh)
 
 

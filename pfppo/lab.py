@@ -18,7 +18,7 @@ import random
 import shutil
 from pathlib import Path
 
-from pfppo import world
+from pfppo import peers, world
 from pfppo.batch import collate
 from pfppo.data import load_prompts
 from pfppo.model import Policy, read_config
@@ -67,6 +67,7 @@ def make(ranks, args, used):
     for name in ("prompts", "validation", "test"):
         if name not in used and getattr(args, name, ""):
             load_prompts(getattr(args, name))
+    peers.check_shared(FOLDER, f"the lab's folder {FOLDER}")
     if ranks.is_main:
         FOLDER.mkdir(parents=True, exist_ok=True)
         make_problems()

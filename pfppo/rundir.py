@@ -18,6 +18,7 @@ import json
 import os
 from pathlib import Path
 
+from pfppo import peers
 from pfppo.config import UserError, require
 from pfppo.fsdp import agreed
 
@@ -56,6 +57,7 @@ def check_run(args, ranks, option="run_dir", free=FREE, files=None):
             check_writable(folder, option)
             problem = _mismatch(folder, dataclasses.asdict(args), (*free, option), files)
             require(problem is None, f"--{option} {folder}: {problem}")
+    peers.check_shared(folder, f"--{option} {folder}")
     return folder
 
 
