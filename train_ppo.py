@@ -33,6 +33,7 @@ from pfppo import (
     fsdp,
     lab,
     loading,
+    memory,
     metrics,
     peers,
     ppo,
@@ -96,6 +97,9 @@ class Args:
     require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     gradient_checkpointing: bool = False  # blocks run again in backward; memory only
+    plan: bool = False  # print the memory that a run would need, and stop: no ranks, no weights
+    device_memory: NonNegative = 0.0  # GB per device that a run must fit into; 0: what it has
+    world_size: Natural = 0  # ranks of --plan; 0: those there are
     selfcheck: bool = False  # check invariants on these models with a tiny batch, and stop
     offload_ref: bool = False  # the reference waits in host memory; memory only
     offload_reward: bool = False  # so does the reward model
@@ -154,6 +158,8 @@ def step_optimizer(model, optimizer, args):
 def main(args, ranks=None):
     if args.export:
         return export.from_run(args.run_dir, args.export)
+    if args.plan:
+        return memory.show(args)
     args.resume |= rundir.restarted()
     ranks = ranks or fsdp.init_ranks(args.device, args.shard_group_size)
     stopping = Stop(ranks, args.grace_seconds)
@@ -183,6 +189,8 @@ def main(args, ranks=None):
     tokenizer, pad_id = given.tokenizer, given.pad_id
     with fsdp.agreed(ranks):
         try_reward(args.reward, reward, problems[:2])
+    longest = max(map(len, prompts + given.validation[1] + given.test[1]))
+    memory.require_fits(args, ranks, longest)
 
     # Models, optimizers, state
     policy, reference, twin = loading.load_policies(

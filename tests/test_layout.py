@@ -17,8 +17,8 @@ FLOORS = (
     ("reward", "benchmarks"),
     ("world", "data", "fsdp", "model"),
     ("sampler", "rundir", "loading", "metrics", "stopping"),
-    ("checkpoint", "examine", "lab", "evaluation", "inputs", "selfcheck"),
-    ("export",),
+    ("checkpoint", "examine", "lab", "evaluation", "inputs", "footprint", "selfcheck"),
+    ("export", "memory"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
 CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}

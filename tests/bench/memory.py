@@ -1,0 +1,200 @@
+"""What `--plan` says beside what a run really takes, phase by phase, in several settings.
+
+    python tests/bench/memory.py                       # makes its own models, some minutes on a CPU
+    python tests/bench/memory.py --only microbatch_4   # one setting
+
+Writes random models (Llama, 6 layers, width 256, vocabulary 8,192, untied) and prompts of 192
+tokens, runs `train_ppo.main` for two steps with responses of 64 tokens, and reads the greatest
+number of bytes that torch's allocator had handed out in each phase: on a CPU from the memory events
+of torch's profiler, on a GPU from `torch.cuda.max_memory_allocated`. Every setting is a process of
+its own. Prints a table and one line of JSON.
+"""
+
+import argparse
+import bisect
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+PROMPT, NEW, PROMPTS = 192, 64, 8
+SETTINGS = {
+    "microbatch_1": {"microbatch": 1},
+    "microbatch_4": {"microbatch": 4},
+    "microbatch_8": {},
+    "none": {"filter": "none"},
+    "checkpointing_1": {"microbatch": 1, "gradient_checkpointing": True},
+    "checkpointing_8": {"gradient_checkpointing": True},
+    "bfloat16": {"param_dtype": "bfloat16", "microbatch": 4},
+    "bfloat16_checkpointing": {"param_dtype": "bfloat16", "gradient_checkpointing": True},
+    "sampling_batch_10": {"sampling_batch": 10, "microbatch": 1},
+    "offload": {"offload_ref": True, "offload_reward": True, "offload_optimizer": True},
+    "two_ranks_1": {"microbatch": 1, "ranks": 2},
+    "two_ranks": {"microbatch": 4, "ranks": 2},
+    "two_ranks_checkpointing": {"gradient_checkpointing": True, "microbatch": 4, "ranks": 2},
+    "two_ranks_bfloat16": {"param_dtype": "bfloat16", "microbatch": 2, "ranks": 2},
+}
+
+
+def make_models(folder, vocabulary=8192, layers=6, width=256):
+    """policy/, reward_model/ and prompts.jsonl with random contents."""
+    import random
+
+    from conftest import tiny_classifier, tiny_lm, tiny_tokenizer, write_model
+
+    words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(vocabulary - 3))]
+    shape = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers}
+    shape |= {"intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"max_position_embeddings": 512, "initializer_range": 0.02}
+    tokenizer = tiny_tokenizer(words)
+    write_model(folder / "policy", tiny_lm("llama", **shape), tokenizer)
+    write_model(folder / "reward_model", tiny_classifier("llama", 1, **shape), tokenizer)
+    draw = random.Random(0)
+    rows = [{"prompt": " ".join(draw.choices(words[3:], k=PROMPT))} for _ in range(PROMPTS)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(lines)
+
+
+def arguments(folder, run_dir, changes):
+    from train_ppo import Args
+
+    paths = {name: str(folder / name) for name in ("policy", "reward_model")}
+    paths |= {"prompts": str(folder / "prompts.jsonl"), "run_dir": str(run_dir)}
+    sizes = {"prompts_per_step": PROMPTS, "minibatch": 8, "microbatch": 8, "max_new_tokens": NEW}
+    sizes |= {"max_prompt_tokens": PROMPT, "steps": 2, "validation": "", "test": ""}
+    changes = {name: value for name, value in changes.items() if name != "ranks"}
+    return Args(**paths | sizes | changes)
+
+
+@contextlib.contextmanager
+def phases(mark):
+    """Run the script's functions inside `mark(phase)`."""
+    import train_ppo
+    from pfppo import batch, fsdp, loading, reward
+
+    def marked(phase, function):
+        def inside(*args, **kwargs):
+            with mark(phase):
+                return function(*args, **kwargs)
+
+        return inside
+
+    @contextlib.contextmanager
+    def gathered(*args, original=fsdp.gathered):
+        with mark("sampling"), original(*args) as model:
+            yield model
+
+    fsdp.gathered = gathered
+    for owner, name, phase in (
+        (loading, "load_policies", "load"),
+        (loading, "load_scalars", "load"),
+        (reward, "model_rewards", "rewards"),
+        (batch, "over_microbatches", "log-probs"),
+        (train_ppo, "backward", "update"),
+        (train_ppo, "step_optimizer", "update"),
+    ):
+        setattr(owner, name, marked(phase, getattr(owner, name)))
+    yield
+
+
+def peaks_on_cpu(run):
+    """{phase: bytes} of run() from the memory events of torch's profiler."""
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        with phases(lambda phase: record_function(f"phase {phase}")):
+            run()
+    spans, totals = [], []
+    waiting = prof.profiler.kineto_results.experimental_event_tree()
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.name.startswith("phase "):
+            spans.append((event.start_time_ns, event.end_time_ns, event.name[len("phase ") :]))
+        elif event.tag == _EventType.Allocation and event.extra_fields.device.type == "cpu":
+            # A running count, which knows of tensors that gloo's threads have let go.
+            totals.append((event.start_time_ns, event.extra_fields.total_allocated))
+    totals.sort()
+    moments, found = [moment for moment, _ in totals], {}
+    for start, end, phase in spans:
+        inside = totals[bisect.bisect_left(moments, start) : bisect.bisect_right(moments, end)]
+        found[phase] = max(found.get(phase, 0), *(total for _, total in inside))
+    return found
+
+
+def peaks_on_gpu(run):
+    """{phase: bytes} of run() from the allocator of the GPU."""
+    import torch
+
+    found = {}
+
+    @contextlib.contextmanager
+    def mark(phase):
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        found[phase] = max(found.get(phase, 0), torch.cuda.max_memory_allocated())
+
+    with phases(mark):
+        run()
+    return found
+
+
+def child(folder, name):
+    """One setting in this process: prints {"measured": ..., "told": ...} as rank 0."""
+    import train_ppo
+    from pfppo import memory
+
+    import torch
+
+    changes = SETTINGS[name]
+    args = arguments(folder, folder / f"run_{name}", changes)
+    peaks = (peaks_on_gpu if torch.cuda.is_available() else peaks_on_cpu)(
+        lambda: train_ppo.main(args)
+    )
+    if int(os.environ.get("RANK", 0)) == 0:
+        dtype = "float32" if args.param_dtype == "auto" else args.param_dtype
+        plan = memory.Planner(args, changes.get("ranks", 1), getattr(torch, dtype)).plan()
+        print(json.dumps({"measured": peaks, "told": plan.phases}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default=",".join(SETTINGS))
+    parser.add_argument("--folder")
+    parser.add_argument("--child")
+    args = parser.parse_args()
+    if args.child:
+        return child(Path(args.folder), args.child)
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.folder or scratch)
+        if not (folder / "policy").exists():
+            make_models(folder)
+        for name in args.only.split(","):
+            ranks = SETTINGS[name].get("ranks", 1)
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+            words = [*(torchrun if ranks > 1 else []), __file__, "--folder", folder]
+            command = [sys.executable, *map(str, words), "--child", name]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[name] = json.loads(done.stdout.strip().splitlines()[-1])
+            for phase, measured in found[name]["measured"].items():
+                told = found[name]["told"].get(phase, 0)
+                print(
+                    f"{name:24} {phase:10} measured {measured / 1e6:8.1f} MB  told "
+                    f"{told / 1e6:8.1f}  {told / measured - 1:+.1%}",
+                    flush=True,
+                )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
