@@ -39,6 +39,7 @@ import torch.distributed as dist
 PERIOD = 5.0  # seconds between heartbeats
 SILENCE = 30.0  # seconds without one after which a node is taken for dead
 VISIBLE = 10.0  # seconds that a network file system may take to show a new file
+AGAIN = " (start all nodes again, with --resume)"
 LOST = re.compile(r"(closed|reset) by peer|Broken pipe|Connection refused|[Rr]emote process exited")
 
 _watch = None  # this process's Watch, where there are several nodes
@@ -92,14 +93,14 @@ class Watch(threading.Thread):
         keys = ["failed", *(f"{what}/{n}" for n in self.others for what in ("beat", "left"))]
         while not self.leaving.wait(PERIOD):
             what = f"the store of {self._host_of(0)} does not answer"
-            alarm = threading.Timer(SILENCE, self.end, [what])  # no answer, not even an error
-            alarm.daemon = True
+            alarm = threading.Timer(SILENCE, self.end, [what + AGAIN])
+            alarm.daemon = True  # it rings where no answer comes, not even an error
             alarm.start()
             try:
                 self.store.add(f"beat/{self.node}", 1)
                 failed, *values = (value.decode() for value in self.store.multi_get(keys))
             except RuntimeError:
-                self.end(f"{what}: it has ended or cannot be reached")
+                self.end(f"{what}: it has ended or cannot be reached{AGAIN}")
                 return
             finally:
                 alarm.cancel()
@@ -113,7 +114,7 @@ class Watch(threading.Thread):
                 if left or beat != beats.get(node):
                     heard[node], beats[node] = now, beat
                 if now - heard[node] > SILENCE:
-                    self.end(f"{self._host_of(node)} has been silent for {SILENCE:.0f} s")
+                    self.end(f"{self._host_of(node)} has been silent for {SILENCE:.0f} s{AGAIN}")
                     return
 
     def _host_of(self, node):
@@ -127,8 +128,8 @@ class Watch(threading.Thread):
             time.sleep(2 * PERIOD)
         else:
             script = os.path.basename(sys.argv[0])
-            advice = f"of {nodes()} nodes node {self.node} ends too; start all again with --resume"
-            print(f"{script}: error: {why}; {advice}", file=sys.stderr, flush=True)
+            too = f"node {self.node} of {nodes()} nodes ends too"
+            print(f"{script}: error: {why}; {too}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def leave(self, failure):
