@@ -12,10 +12,13 @@ of torch's CPU kernels, which like the fused ones of a GPU keep no L x L scores;
 fused kernel for a model (heads of unusual width), it needs more than is said here.
 """
 
+import contextlib
 import copy
 import functools
+import logging
 from dataclasses import dataclass
 
+from pfppo.config import UserError, reason
 from pfppo.fsdp import find_blocks, recompute_blocks
 from pfppo.model import (
     Policy,
@@ -31,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, masking_utils
 from transformers.cache_utils import Cache
 
 
@@ -70,6 +73,33 @@ class Living(TorchDispatchMode):
         self._bury()
         peak, self.peak = self.peak, self.now
         return peak
+
+
+class NotRehearsed(UserError):
+    """An architecture that runs on real tensors only."""
+
+
+@contextlib.contextmanager
+def _told(path):
+    """NotRehearsed for whatever fails inside."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    # transformers asks position ids whether several sequences are packed in a row. Ours never are,
+    # and fake ones have no answer: it would make an L x L mask.
+    packed = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # an operator without a fake kernel fails in its own way
+        raise NotRehearsed(
+            f"{path}: memory cannot be told, its operators need real tensors: {reason(error)}"
+        ) from error
+    finally:
+        masking_utils.find_packed_sequence_indices = packed
+        log.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -119,10 +149,11 @@ class Rehearsal:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.prompt, self.width = prompt, args.max_new_tokens
         config = causal_lm_config(args.policy)
+        self.paths = {"policy": args.policy, "scalar": args.reward_model or args.policy}
         scalar = classifier_config(args.reward_model) if args.reward_model else config
         scalar = copy.deepcopy(scalar)
         scalar.num_labels = 1
-        with self.mode:
+        with _told(args.policy), self.mode:
             lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
             classifier = AutoModelForSequenceClassification.from_config(scalar, dtype=dtype).eval()
         self.models = {"policy": Policy(lm), "scalar": ScalarModel(classifier)}
@@ -133,9 +164,12 @@ class Rehearsal:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
+    @contextlib.contextmanager
     def _living(self, kind):
         model = self.models[kind]
-        return Living([*model.parameters(), *model.buffers()])
+        with _told(self.paths[kind]), self.mode:
+            with Living([*model.parameters(), *model.buffers()]) as living:
+                yield living
 
     def _run(self, kind, rows):
         ids = torch.zeros(rows, self.prompt + self.width, dtype=torch.long)
@@ -151,7 +185,7 @@ class Rehearsal:
     @functools.cache  # noqa: B019
     def forward(self, kind, rows):
         """Peak bytes of a forward pass over `rows` rows without gradient."""
-        with torch.no_grad(), self.mode, self._living(kind) as living:
+        with torch.no_grad(), self._living(kind) as living:
             self._run(kind, rows)
             return living.lap()
 
@@ -160,7 +194,7 @@ class Rehearsal:
         """Forward and backward pass over one microbatch of `rows` rows."""
         peaks = []
         ((_, inner),) = self.models[kind].named_children()
-        with self.mode, self._living(kind) as living:
+        with self._living(kind) as living:
 
             def tell(_):
                 peaks.append(living.lap())
@@ -180,7 +214,7 @@ class Rehearsal:
         """`rows` responses, `samples` of each prompt, prefilled and decoded to their last token."""
         lm, prompts = self.models["policy"].lm, max(1, rows // samples)
         rows, length = prompts * samples, self.prompt + self.width
-        with torch.no_grad(), self.mode, self._living("policy") as living:
+        with torch.no_grad(), self._living("policy") as living:
             mask = torch.ones(rows, length, dtype=torch.long)
             ids = torch.zeros(prompts, self.prompt, dtype=torch.long)
             out = lm(

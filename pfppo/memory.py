@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from pfppo import batch, filters, lab
 from pfppo.config import require
-from pfppo.footprint import Rehearsal
+from pfppo.footprint import NotRehearsed, Rehearsal
 from pfppo.fsdp import agreed, compute_dtype
 
 import torch
@@ -271,7 +271,10 @@ def require_fits(args, ranks, prompt=None):
     with agreed(ranks):
         if ranks.local == 0:
             dtype = compute_dtype(args.param_dtype, ranks)
-            _check(Planner(args, ranks.world, dtype, prompt), limit, offloads)
+            try:
+                _check(Planner(args, ranks.world, dtype, prompt), limit, offloads)
+            except NotRehearsed as error:  # no reason not to run
+                ranks.say(str(error))
 
 
 def _check(planner, limit, offloads):
