@@ -42,13 +42,12 @@ NODE = 8  # ranks that share a host's memory, where torchrun does not say
 @dataclass(frozen=True)
 class Plan:
     """Bytes per rank: `stays` and `comes` are parts, `phases` sums of what lives in them; `host` is
-    a rank's share of host memory: what is offloaded, and the copy that a checkpoint is written
-    from."""
+    a rank's share of host memory, in parts."""
 
     stays: dict
     comes: dict
     phases: dict
-    host: int
+    host: dict
 
     @property
     def peak(self):
@@ -108,20 +107,22 @@ class Planner:
         return Plan(stays, comes, phases, host)
 
     def _stays(self):
-        """({part: bytes on the device}, bytes on the host)."""
+        """{part: bytes} on the device, and on the host."""
         args, policy, scalar = self.args, self.policy.all, self.scalar.all
         judge = scalar if args.reward_model else 0
         trained, frozen = policy + scalar, policy + judge
         waits = policy * args.offload_ref + judge * args.offload_reward
-        parts = {"parameters": frozen - waits, "gradients": 0, "optimizer": 0}
-        host = waits + 3 * trained  # a checkpoint has weights and moments
+        numbers = {"parameters": trained, "gradients": trained, "optimizer": 2 * trained}
+        away = dict.fromkeys(numbers, 0)
         if args.offload_optimizer:
-            host += 4 * trained
-        else:
-            parts["parameters"] += trained
-            parts |= {"gradients": trained, "optimizer": 2 * trained}
-        parts = {name: FULL * numbers // self.shards for name, numbers in parts.items()}
-        return parts, FULL * host // self.shards
+            numbers, away = away, numbers
+        numbers["parameters"] += frozen - waits
+        away["parameters"] += waits
+        away = {f"offloaded {name}": n for name, n in away.items()}
+        away["copy for a checkpoint"] = 3 * trained  # weights and moments
+        return (
+            {name: FULL * n // self.shards for name, n in part.items()} for part in (numbers, away)
+        )
 
     def _sampling(self, base, rows):
         """Phases in which the policy is gathered. One fp32 parameter is whole while it is cast."""
@@ -212,19 +213,24 @@ def _lines(path):
 def rows_of(planner, limit):
     """[(name, text)] of all that is said; limit: bytes of a device, 0 where that is not known."""
     plan = planner.plan()
-    peak, phase = plan.peak
+    peak, _ = plan.peak
     named = [*plan.stays.items(), *plan.comes.items()]
     named += [(f"phase {name}", size) for name, size in plan.phases.items()]
-    named += [(f"peak, {phase}", peak), ("host memory", plan.host)]
+    named += [("peak", peak)]
+    host = sum(plan.host.values())
+    named += [("host memory", host), ("host memory of a node", host * ranks_of_node(planner.world))]
     rows = [(name, f"{size / GB:.3f}") for name, size in named]
-    node = int(os.environ.get("LOCAL_WORLD_SIZE", min(planner.world, NODE)))
-    rows.append((f"host memory of {node} ranks", f"{plan.host * node / GB:.3f}"))
     if limit:
         microbatch, sampling_batch = planner.largest(limit)
-        rows.append((f"fits into {limit / GB:.4g} GB", "yes" if peak <= limit else "NO"))
+        rows.append((f"fits into {limit / GB:.4g} GB", "yes" if peak <= limit else "no"))
         rows.append(("largest microbatch", str(microbatch or "none")))
         rows.append(("largest sampling batch", str(sampling_batch or "none")))
     return rows
+
+
+def ranks_of_node(world):
+    """As torchrun says, or all up to 8."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", min(world, NODE)))
 
 
 def show(args):
@@ -241,7 +247,8 @@ def show(args):
         f"memory: GB per rank, {world} ranks, sharded over {planner.shards}, {dtype} in forward "
         f"passes; policy {planner.policy.all / GB:.3f} G parameters, reward model and critic "
         f"{planner.scalar.all / GB:.3f} G; rows of {args.max_prompt_tokens} + "
-        f"{args.max_new_tokens} tokens, {planner.sampling_batch} of them decode together"
+        f"{args.max_new_tokens} tokens, {planner.sampling_batch} of them decode together; a node "
+        f"has {ranks_of_node(world)} ranks"
     )
     for name, text in rows_of(planner, device_bytes(args)):
         print(f"    {name:26} {text:>10}")
@@ -290,7 +297,7 @@ def _check(planner, limit, offloads):
         "more ranks; --plan says what would fit",
     )
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = plan.host * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = sum(plan.host.values()) * ranks_of_node(1)
     require(
         not offloads or here <= there,
         f"offloading: the ranks of this node need {here / GB:.3g} GB of host memory, found "
