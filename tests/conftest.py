@@ -17,6 +17,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="many ranks, nodes, model families too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless --slow is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 WORDS = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(58))]
 VOCABULARY, PAD, EOS = len(WORDS), 0, 1
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gpt_neox")

@@ -53,7 +53,11 @@ def theirs(kind, folder):
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+SOME = ("llama", "gpt_neox", "gemma2", "mixtral")  # the others are tried with --slow
+PARAMS = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def files(request, tmp_path_factory):
     """A folder with a policy, a reward model of its family where there is one, and prompts."""
     folder, changes = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]

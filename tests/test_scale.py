@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import train_ppo
@@ -54,7 +55,11 @@ def alone(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "ranks, words", [(2, []), (4, ["--shard_group_size", "2", "--offload_optimizer"])]
+    "ranks, words",
+    [
+        (2, []),
+        pytest.param(4, ["--shard_group_size", "2", "--offload_optimizer"], marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_ranks_does_what_one_does(tiny, alone, tmp_path, ranks, words):
     folder = tmp_path / "run"
@@ -92,6 +97,7 @@ def skewed(rewards, generator):
 """
 
 
+@pytest.mark.slow
 def test_four_ranks_live_with_any_lengths_and_any_filter(tiny, tmp_path):
     """Responses of 1 to 40 tokens, prompts of very different lengths, ranks with nothing to do."""
     (tmp_path / "hostile.py").write_text(HOSTILE)
@@ -145,6 +151,7 @@ def test_at_the_papers_learning_rate_master_weights_move_and_bf16_ones_would_not
 # ------------------------------------------------------------------------- stopped, started again
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
     """Saved by one rank, resumed by four: the same samples kept, the same numbers but for the order
     of sums."""
@@ -177,7 +184,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(tiny, tmp_path, ranks):
     changed = {"steps": 12, "save_every": 100, "eval_every": 100, "test": ""}
     process = started("train_ppo.py", tiny, tmp_path / "run", ranks=ranks, **changed)
@@ -198,10 +205,18 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(tiny, tmp_path, r
 
 
 def test_a_run_killed_twice_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(kills.CHANGED, "steps", 12)
-    seconds = kills.whole_run(tiny, tmp_path / "whole", 0)
-    found = kills.killed_run(tiny, tmp_path / "killed", 0, 2, seconds, random.Random(2))
-    assert found and kills.equal(tmp_path / "whole", tmp_path / "killed")
+    monkeypatch.setitem(kills.CHANGED, "steps", 9)
+    kills.whole_run(tiny, tmp_path / "whole", 0)
+    run_dir, draw = tmp_path / "killed", random.Random(2)
+    for steps in (2, 5):
+        process = started("train_ppo.py", tiny, run_dir, "--resume", **kills.CHANGED)
+        wait_for_steps(process, run_dir, steps)
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        process.communicate()
+    assert not (run_dir / "result.json").exists() and len(numbers(run_dir)) < 9
+    kills.whole_run(tiny, run_dir, 0)
+    assert kills.equal(tmp_path / "whole", run_dir)
 
 
 FAILS_ONCE = """
@@ -220,6 +235,7 @@ def score(prompts, responses, problems):
 """
 
 
+@pytest.mark.slow
 def test_torchruns_restart_goes_on_from_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     (tmp_path / "fails.py").write_text(FAILS_ONCE)
     changed = {"reward": f"{tmp_path / 'fails.py'}:score", "steps": 6, "save_every": 2}

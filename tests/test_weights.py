@@ -73,7 +73,9 @@ def checkpoints(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("world, kind", [(1, "whole"), (3, "whole"), (4, "grouped")])
+@pytest.mark.parametrize(
+    "world, kind", [(3, "whole"), pytest.param(4, "grouped", marks=pytest.mark.slow)]
+)
 def test_every_rank_reads_its_own_slices_and_together_they_are_the_model(checkpoints, world, kind):
     folder = checkpoints / f"{kind}-{world}"
     folder.mkdir()
