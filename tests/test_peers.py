@@ -106,6 +106,7 @@ def on_one_node(options, tmp_path_factory):
     return rows(folder / "run")
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one_and_end_in_peace(options, on_one_node, tmp_path):
     run = ("--run_dir", tmp_path / "run", "--steps", 3)
     agents = start_nodes(tmp_path, STATIC, *options, *run)
@@ -117,6 +118,7 @@ def test_two_nodes_train_as_two_ranks_of_one_and_end_in_peace(options, on_one_no
     assert not any("error:" in path.read_text() for _, path in said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend, killed", [(STATIC, 0), (ELASTIC, 1)])
 def test_where_a_node_dies_the_other_says_so_and_ends(
     options, on_one_node, tmp_path, backend, killed
@@ -266,6 +268,7 @@ def shared(tmp_path_factory):
     return {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)}
 
 
+@pytest.mark.slow
 def test_a_folder_that_nodes_do_not_share_is_refused_on_all_of_them(shared):
     for said in shared.values():
         assert said["same"] is None and said["left behind"] == []

@@ -285,6 +285,7 @@ def test_a_difference_that_is_no_number_holds_nowhere(ranks, folders):
 # ---------------------------------------------------------------------------- ranks and the script
 
 
+@pytest.mark.slow
 def test_what_only_the_second_rank_sees_fails_on_both(folders, tmp_path):
     run_ranks(__file__, tmp_path)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
@@ -347,6 +348,7 @@ def test_the_script_ends_with_status_0_and_writes_nothing(folders, tmp_path):
     assert words(printed) == dict.fromkeys(NAMES, "ok") and status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_script_on_two_ranks_ends_with_status_1_if_a_check_fails(
     folders, tmp_path_factory, broken
