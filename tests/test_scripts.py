@@ -177,6 +177,13 @@ def test_other_options_run(tiny, tmp_path):
     assert row["truncated"] > 0.5 and min(s["reward"] for s in samples) >= -0.5
 
 
+def test_a_run_that_cannot_fit_ends_before_it_loads(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_ppo.loading, "load_policies", None)
+    with pytest.raises(UserError, match="--device_memory 0.0001: .* needs .* GB per rank"):
+        run(train_ppo, *options(tiny, tmp_path / "run", device_memory=1e-4))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_oracle_is_a_reward(tiny, tmp_path):
     run(train_ppo, *options(tiny, tmp_path / "run", steps=1, reward="tests", test=""))
     samples = read(tmp_path / "run/samples.jsonl")

@@ -26,7 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-PROMPT, NEW, PROMPTS = 192, 64, 8
+PROMPTS = 8
+SCALES = {  # vocabulary, blocks, width, prompt tokens, response tokens
+    "large": (8192, 6, 256, 192, 64),
+    "small": (2048, 3, 128, 96, 16),  # for a test
+}
 SETTINGS = {
     "microbatch_1": {"microbatch": 1},
     "microbatch_4": {"microbatch": 4},
@@ -50,32 +54,44 @@ SETTINGS = {
 }
 
 
-def make_models(folder, vocabulary=8192, layers=6, width=256):
+def make_models(folder, scale):
     """policy/, reward_model/ and prompts.jsonl with random contents."""
     import random
 
     from conftest import tiny_classifier, tiny_lm, tiny_tokenizer, write_model
 
+    vocabulary, layers, width, prompt, _ = SCALES[scale]
     words = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(vocabulary - 3))]
     shape = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers}
-    shape |= {"intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {
+        "intermediate_size": width * 43 // 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     shape |= {"max_position_embeddings": 512, "initializer_range": 0.02}
     tokenizer = tiny_tokenizer(words)
     write_model(folder / "policy", tiny_lm("llama", **shape), tokenizer)
     write_model(folder / "reward_model", tiny_classifier("llama", 1, **shape), tokenizer)
     draw = random.Random(0)
-    rows = [{"prompt": " ".join(draw.choices(words[3:], k=PROMPT))} for _ in range(PROMPTS)]
+    rows = [{"prompt": " ".join(draw.choices(words[3:], k=prompt))} for _ in range(PROMPTS)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(lines)
 
 
-def arguments(folder, run_dir, changes):
+def arguments(folder, run_dir, changes, scale):
     from train_ppo import Args
 
     paths = {name: str(folder / name) for name in ("policy", "reward_model")}
     paths |= {"prompts": str(folder / "prompts.jsonl"), "run_dir": str(run_dir)}
-    sizes = {"prompts_per_step": PROMPTS, "minibatch": 8, "microbatch": 8, "max_new_tokens": NEW}
-    sizes |= {"max_prompt_tokens": PROMPT, "steps": 2, "validation": "", "test": ""}
+    sizes = {"prompts_per_step": PROMPTS, "minibatch": 8, "microbatch": 8}
+    *_, prompt, new = SCALES[scale]
+    sizes |= {
+        "max_prompt_tokens": prompt,
+        "max_new_tokens": new,
+        "steps": 2,
+        "validation": "",
+        "test": "",
+    }
     changes = {name: value for name, value in changes.items() if name != "ranks"}
     return Args(**paths | sizes | changes)
 
@@ -209,7 +225,7 @@ def peaks_on_gpu(run):
     return found
 
 
-def child(folder, name):
+def child(folder, name, scale):
     """One setting in this process: prints {"measured": ..., "told": ...} as rank 0."""
     import train_ppo
     from pfppo import memory
@@ -217,7 +233,7 @@ def child(folder, name):
     import torch
 
     changes = SETTINGS[name]
-    args = arguments(folder, folder / f"run_{name}", changes)
+    args = arguments(folder, folder / f"run_{name}", changes, scale)
     measure = peaks_on_cpu if changes.get("ranks", 1) == 1 else peaks_of_heap
     if torch.cuda.is_available():
         measure = peaks_on_gpu
@@ -237,20 +253,28 @@ def child(folder, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(SETTINGS))
+    parser.add_argument("--scale", default="large", choices=SCALES)
     parser.add_argument("--folder")
     parser.add_argument("--child")
     args = parser.parse_args()
     if args.child:
-        return child(Path(args.folder), args.child)
+        return child(Path(args.folder), args.child, args.scale)
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.folder or scratch)
         if not (folder / "policy").exists():
-            make_models(folder)
+            make_models(folder, args.scale)
         for name in args.only.split(","):
             ranks = SETTINGS[name].get("ranks", 1)
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-            words = [*(torchrun if ranks > 1 else []), __file__, "--folder", folder]
+            words = [
+                *(torchrun if ranks > 1 else []),
+                __file__,
+                "--folder",
+                folder,
+                "--scale",
+                args.scale,
+            ]
             command = [sys.executable, *map(str, words), "--child", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
