@@ -58,11 +58,12 @@ class Plan:
 class Planner:
     """Plans of one command line on `world` ranks, forward passes in `dtype`.
 
-    prompt: tokens of the longest prompt, None: --max_prompt_tokens. Raises UserError where sizes do
-    not divide or a model's config.json cannot be read.
+    prompt: tokens of the longest prompt, None: --max_prompt_tokens; rehearsal: another Planner's,
+    of the same models and lengths. Raises UserError where sizes do not divide or a model's
+    config.json cannot be read.
     """
 
-    def __init__(self, args, world, dtype, prompt=None):
+    def __init__(self, args, world, dtype, prompt=None, rehearsal=None):
         self.args, self.world, self.size = args, world, dtype.itemsize
         N = args.samples_per_prompt
         kept = filters.kept_per_prompt(filters.load_filter(args.filter, N), N)
@@ -72,7 +73,7 @@ class Planner:
             world % self.shards == 0,
             f"--shard_group_size {self.shards}: does not divide the {world} ranks there are",
         )
-        self.rehearsal = Rehearsal(args, dtype, prompt or args.max_prompt_tokens)
+        self.rehearsal = rehearsal or Rehearsal(args, dtype, prompt or args.max_prompt_tokens)
         self.policy, self.scalar = (self.rehearsal.units[kind] for kind in ("policy", "scalar"))
         self.share = args.minibatch // world  # rows per rank of a minibatch
         self.kept = args.prompts_per_step * (kept or N) // world

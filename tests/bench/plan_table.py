@@ -58,19 +58,18 @@ def write_configs(folder, name):
     return paths
 
 
-def column(paths, world, options):
-    """({row: text}, whether it fits) with the largest sizes that fit, or the smallest."""
+def column(paths, world, options, rehearsal):
+    """({row: text}, rehearsal) with the largest sizes that fit, or the smallest."""
     sizes = {"prompts_per_step": 256, "samples_per_prompt": 5, "minibatch": 256, "microbatch": 1}
     sizes |= {"max_prompt_tokens": 1024, "max_new_tokens": 2048, "sampling_batch": 5}
     sizes |= {"gradient_checkpointing": True, "device_memory": LIMIT, "validation": "", "test": ""}
     args = Args(**paths | sizes | options, world_size=world, prompts="")
-    planner = memory.Planner(args, world, torch.bfloat16)
+    planner = memory.Planner(args, world, torch.bfloat16, None, rehearsal)
     microbatch, sampling_batch = planner.largest(LIMIT * memory.GB)
     chosen = {"microbatch": microbatch or 1, "sampling_batch": sampling_batch or 5}
     planner.args = dataclasses.replace(args, **chosen)
     planner.microbatch, planner.sampling_batch = chosen.values()
-    rows = dict(memory.rows_of(planner, LIMIT * memory.GB))
-    return rows, rows[f"fits into {LIMIT} GB"] == "yes"
+    return dict(memory.rows_of(planner, LIMIT * memory.GB)), planner.rehearsal
 
 
 def main():
@@ -80,10 +79,11 @@ def main():
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only.split(","):
-            paths = write_configs(Path(folder), name)
+            paths, rehearsal = write_configs(Path(folder), name), None
             for world in WORLDS:
                 for label, options in (("", {}), (", offloading", OFFLOAD)):
-                    rows, fits = column(paths, world, options)
+                    rows, rehearsal = column(paths, world, options, rehearsal)
+                    fits = rows[f"fits into {LIMIT} GB"] == "yes"
                     columns[f"{name}, {world} GPU{label}"] = rows | {
                         "fits": "yes" if fits else "no"
                     }
