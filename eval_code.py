@@ -128,6 +128,8 @@ def compare_filters(args, chosen, rewards, scores, ranks):
     )
     ranks.say(f"\nR^2 over {args.bins} bins of equal weight, 95 % bootstrap over prompts")
     ranks.say(format_table(rows))
+    if ranks.is_main:
+        rundir.write_json(Path(args.out) / "reliability.json", rows)
 
 
 def main(args):

@@ -43,7 +43,7 @@ from pfppo import (
 from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.inputs import read_inputs
 from pfppo.model import read_causal_lm
-from pfppo.reward import Answers, load_reward, raw_spread, try_reward
+from pfppo.reward import BY_MODEL, Answers, load_reward, raw_spread, try_reward
 from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Sandbox
 from pfppo.stopping import Stop
@@ -59,7 +59,7 @@ class Args:
     validation: str = "auto"  # problems that choose the policy; auto: the lab's with its prompts
     test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
     filter: str = "best_random"  # name in FILTERS, module:function or file.py:function
-    reward: str = "model"  # model, tests (execution oracle), module:function or file.py:function
+    reward: str = "model"  # in REWARDS, module:function or file.py:function
     steps: Count = 30  # PPO steps
     prompts_per_step: Count = 48  # P
     samples_per_prompt: Count = 5  # N
@@ -168,10 +168,10 @@ def main(args, ranks=None):
         chosen = filters.load_filter(args.filter, N)
         kept_per_prompt = filters.kept_per_prompt(chosen, N)
     ranks.say(batch.check_sizes(args, fsdp.from_main(kept_per_prompt, ranks), ranks.world))
-    reward = load_reward(args.reward, args.microbatch, args.reward_clip)
+    reward = load_reward(args.reward, args.microbatch, args.reward_clip, args.seed)
     require(
-        args.reward != "model" or args.reward_model,
-        "--reward model: needs a --reward_model, found none",
+        args.reward not in BY_MODEL or args.reward_model,
+        f"--reward {args.reward}: needs a --reward_model, found none",
     )
     label = args.filter if args.filter.isidentifier() else "own_filter"
     name = (rundir.latest if args.resume else rundir.unused)(f"runs/{label}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pfppo import data
 from pfppo.config import require
 from pfppo.model import check_positions
+from pfppo.reward import BY_TESTS
 from pfppo.sampler import check_cache, stop_ids
 
 
@@ -38,7 +39,7 @@ def read_inputs(args):
         f"{args.prompts}",
     )
     tested = {"validation": validation[0], "test": test[0]}
-    tested |= {"prompts": problems} if args.reward == "tests" else {}
+    tested |= {"prompts": problems} if args.reward in BY_TESTS else {}
     for name, asked in tested.items():
         lacking = [problem.task_id for problem in asked if not problem.test][:1]
         path = getattr(args, name)

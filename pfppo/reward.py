@@ -12,9 +12,10 @@ Beside an RM stands `reward_model.json`: mean and standard deviation of its raw 
 of the SFT policy (rewards are used normalised), and the hashes of prompt template and vocabulary
 that it was trained with.
 
-The reward slot: `--reward model` (the RM), `--reward tests` (the execution oracle: +1 passed, -1
-failed), or a user's own `score(prompts, responses, problems) -> [B]` by `module:function` or
-`file.py:function`.
+The reward slot: `--reward model` (the RM), `tests` (the execution oracle: +1 passed, -1 failed),
+`combined` (their sum), `noisy:middle`, `noisy:tails`, `noisy:uniform` (the actual score with errors
+in known places, noise.py), or a user's own `score(prompts, responses, problems) -> [B]` by
+`module:function` or `file.py:function`.
 """
 
 import json
@@ -23,12 +24,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
+from pfppo.noise import PLACES, noisy_rewards
 
 import torch
 from torch.nn.functional import logsigmoid
 
 CARD = "reward_model.json"
-REWARDS = ("model", "tests")
+REWARDS = ("model", "tests", "combined", *(f"noisy:{place}" for place in PLACES))
+BY_TESTS = REWARDS[1:]  # those that need problems with tests
+BY_MODEL = ("model", "combined")  # those that need a reward model
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,9 @@ class Answers:
     scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
 
 
-def load_reward(spec, microbatch, limit=10.0):
+def load_reward(spec, microbatch, limit=10.0, seed=0):
     """The reward slot: a function (Answers, reward model) -> rewards [B], fp32, on the CPU.
+    seed: of the noise, where there is some.
 
     Raises UserError where it is unknown; the function does where rewards are not finite.
     """
@@ -127,6 +132,15 @@ def load_reward(spec, microbatch, limit=10.0):
         return lambda answers, model: model_rewards(model, answers.rollout, microbatch, limit)
     if spec == "tests":
         return lambda answers, model: 2 * answers.scores - 1
+    if spec == "combined":  # normalised reward and oracle, of about the same spread
+        return lambda answers, model: (
+            model_rewards(model, answers.rollout, microbatch, limit) + 2 * answers.scores - 1
+        )
+    if spec in REWARDS:
+        place = spec.partition(":")[2]
+        return lambda answers, model: noisy_rewards(
+            place, answers.scores, answers.prompts, answers.responses, seed
+        )
     expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
     require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
     score = load_function(spec, "reward")
@@ -149,7 +163,7 @@ def load_reward(spec, microbatch, limit=10.0):
 
 def try_reward(spec, reward, problems):
     """Call a user's reward once, with reference solutions: better it fails at the start."""
-    if ":" not in spec:
+    if spec in REWARDS:
         return
     texts = [[getattr(p, name) for p in problems] for name in ("question", "canonical_solution")]
     reward(Answers(None, *texts, problems, torch.ones(len(problems))), None)

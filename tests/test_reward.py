@@ -180,8 +180,24 @@ def test_the_oracle_gives_plus_1_to_what_passes_and_minus_1_to_what_fails():
 
 
 def test_an_unknown_reward_lists_the_known_ones():
-    with pytest.raises(UserError, match="--reward luck: unknown, .*model, tests, or module:func"):
+    for name in ("luck", "noisy:everywhere"):
+        with pytest.raises(UserError, match=f"--reward {name}: ") as error:
+            load_reward(name, 1)
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="unknown, expected one of model, tests, combined, noisy:"):
         load_reward("luck", 1)
+
+
+def test_the_combined_reward_is_the_sum_of_reward_model_and_oracle():
+    both = load_reward("combined", 2)(answers(), last_token)
+    parts = load_reward("model", 2)(answers(), last_token), load_reward("tests", 2)(answers(), None)
+    assert torch.equal(both, parts[0] + parts[1])
+
+
+@pytest.mark.parametrize("place", ["middle", "tails", "uniform"])
+def test_a_noisy_reward_depends_on_place_and_seed_and_needs_no_model(place):
+    rewards = [load_reward(f"noisy:{place}", 2, seed=seed)(answers(), None) for seed in (1, 1, 2)]
+    assert torch.equal(rewards[0], rewards[1]) and not torch.equal(rewards[0], rewards[2])
 
 
 def own_reward(folder, result):

@@ -1,0 +1,91 @@
+"""Figures as PNG, with matplotlib where it is installed; without it one line says how to get it.
+
+    curves.png         reward and greedy pass@1 against samples drawn and optimizer steps
+    optimization.png   the reward model's reward against the actual score while training goes on
+    r2.png             R^2 before training against pass@1 after it, one point per filter
+    reliability.png    mean actual score per bin of reward, one line per repetition (paper, Fig. 1)
+
+The numbers behind them are in `table.json`, `metrics.jsonl` and `reliability.json`.
+"""
+
+import numpy as np
+
+HINT = "no figures: pip install matplotlib, and run the same command again"
+
+
+def _plot():
+    """matplotlib's pyplot without a screen, or None."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _band(curves, x, y):
+    """(x, mean, low, high) of a list of curves over seeds: mean and 95 % of the mean, normal."""
+    values = np.array([curve[y] for curve in curves], dtype=float)  # None is NaN
+    seen = ~np.isnan(values).any(0)
+    mean = values[:, seen].mean(0)
+    half = 1.96 * values[:, seen].std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+    return np.array(curves[0][x])[seen], mean, mean - half, mean + half
+
+
+def draw_study(folder, curves, rows):
+    """Three figures of a study. curves: {filter: [curves of a seed]}; rows: the table's.
+
+    Returns one line about what was written.
+    """
+    plot = _plot()
+    if plot is None:
+        return HINT
+    figure, axes = plot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    labels = {"samples": "samples drawn", "updates": "optimizer steps"}
+    labels |= {"reward_all": "reward of all samples", "validation": "greedy pass@1, validation"}
+    for row, y in zip(axes, ("reward_all", "validation"), strict=True):
+        for axis, x in zip(row, ("samples", "updates"), strict=True):
+            for name, runs in curves.items():
+                at, mean, low, high = _band(runs, x, y)
+                (line,) = axis.plot(at, mean, label=name)
+                axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            axis.set(xlabel=labels[x], ylabel=labels[y])
+    axes[0, 0].legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+
+    figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
+    for name, runs in curves.items():
+        reward, score = (_band(runs, "samples", y)[1] for y in ("reward_all", "score_all"))
+        axis.plot(reward, score, marker=".", label=name)
+    axis.set(xlabel=labels["reward_all"], ylabel="actual score of all samples")
+    axis.legend()
+    figure.savefig(folder / "optimization.png", dpi=120)
+
+    figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
+    for row in (row for row in rows if row["r2"] is not None):
+        mean, low, high = row["selected_greedy"]
+        axis.errorbar(row["r2"], mean, yerr=[[mean - low], [high - mean]], marker="o", capsize=3)
+        axis.annotate(f" {row['filter']}", (row["r2"], mean))
+    axis.set(xlabel="R^2 before training", ylabel="greedy pass@1 on test problems")
+    figure.savefig(folder / "r2.png", dpi=120)
+    plot.close("all")
+    return f"{folder}: curves.png, optimization.png, r2.png"
+
+
+def draw_reliability(path, lines):
+    """The paper's Fig. 1. lines: [(mean rewards [bins], mean scores [bins])], one per repetition.
+
+    Returns one line about what was written.
+    """
+    plot = _plot()
+    if plot is None:
+        return HINT
+    figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
+    for reward, score in lines:
+        axis.plot(reward, score, marker=".", alpha=0.6, color="tab:blue")
+    axis.set(xlabel="mean reward of the bin", ylabel="mean actual score of the bin")
+    figure.savefig(path, dpi=120)
+    plot.close("all")
+    return f"{path}: {len(lines)} repetitions"
