@@ -144,7 +144,7 @@ def measure(args, names, words):
 
 
 def interval(values, seed=0, resamples=10_000):
-    """(mean, low, high): 95 % bootstrap interval of the mean over seeds; NaN bounds of one value."""
+    """(mean, low, high): 95 % bootstrap interval of the mean over seeds; NaN of one value."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan"), float("nan")

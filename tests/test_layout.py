@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
+    ("noise", "figures"),
     ("jail", "remote", "messages", "weights", "peers"),
     ("rehearsal",),
     ("tester",),
@@ -18,10 +19,11 @@ FLOORS = (
     ("world", "data", "fsdp", "model"),
     ("sampler", "rundir", "loading", "metrics", "stopping"),
     ("checkpoint", "examine", "lab", "evaluation", "inputs", "footprint", "selfcheck"),
-    ("export", "memory"),
+    ("export", "memory", "study"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
 CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}
+CORE |= {"matplotlib"}  # optional, imported where it is used
 CORE |= {"tokenizers", "huggingface_hub"}  # what transformers itself is made of
 MODULES = sorted((ROOT / "pfppo").glob("[a-z]*.py"))
 SCRIPTS = [ROOT / name for name in ("train_ppo.py", "train_rm.py", "eval_code.py")]
