@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
-    ("noise", "figures"),
+    ("noise", "figures", "contamination"),
     ("jail", "remote", "messages", "weights", "peers"),
     ("rehearsal",),
     ("tester",),
