@@ -84,9 +84,7 @@ def main():
                 for label, options in (("", {}), (", offloading", OFFLOAD)):
                     rows, rehearsal = column(paths, world, options, rehearsal)
                     fits = rows[f"fits into {LIMIT} GB"] == "yes"
-                    columns[f"{name}, {world} GPU{label}"] = rows | {
-                        "fits": "yes" if fits else "no"
-                    }
+                    columns[f"{name}, {world} GPU{label}"] = rows
                     print(f"{name} {world}{label}: fits {fits}", file=sys.stderr, flush=True)
                     if fits:
                         break
