@@ -17,8 +17,9 @@ Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, a
 import contextlib
 import math
 import sys
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from pfppo import (
 from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share, launch, require
 from pfppo.inputs import read_inputs
 from pfppo.model import read_causal_lm
-from pfppo.reward import BY_MODEL, Answers, load_reward, raw_spread, try_reward
+from pfppo.reward import BY_MODEL, Answers, load_reward, model_rewards, raw_spread, try_reward
 from pfppo.sampler import draw_uniforms, sample
 from pfppo.sandbox import Sandbox
 from pfppo.stopping import Stop
@@ -168,7 +169,7 @@ def main(args, ranks=None):
         chosen = filters.load_filter(args.filter, N)
         kept_per_prompt = filters.kept_per_prompt(chosen, N)
     ranks.say(batch.check_sizes(args, fsdp.from_main(kept_per_prompt, ranks), ranks.world))
-    reward = load_reward(args.reward, args.microbatch, args.reward_clip, args.seed)
+    reward = load_reward(args.reward, args.seed)
     require(
         args.reward not in BY_MODEL or args.reward_model,
         f"--reward {args.reward}: needs a --reward_model, found none",
@@ -240,6 +241,7 @@ def main(args, ranks=None):
         value = select(0)
         ranks.say(f"validation before training: {'-' if value is None else f'{value:.3f}'}")
     saver = checkpoint.Saver(run, ranks, args.keep, state["step"])
+    recent = deque(rundir.last_steps(run / "samples.jsonl", metrics.R2_STEPS), metrics.R2_STEPS)
     stopping.holding = True
 
     for step in range(state["step"], args.steps):
@@ -269,9 +271,9 @@ def main(args, ranks=None):
         asked = [problems[i] for i, _ in keys]
         texts = [data.decode(ids, tokenizer) for ids in samples.ids]
         scores = examine.scores_of(examine.execute(asked, texts, sandbox))
-        answers = Answers(rollout, [p.question for p in asked], texts, asked, scores)
+        judge = partial(model_rewards, reward_model, rollout, args.microbatch, args.reward_clip)
         with fsdp.agreed(ranks):
-            rewards = reward(answers, reward_model)
+            rewards = reward(Answers([p.question for p in asked], texts, asked, scores, judge))
             require(rewards.isfinite().all(), f"--reward {args.reward}: a reward is not finite")
         finished = torch.tensor(samples.finished)
         rewards = rewards - args.missing_eos_penalty * ~finished
@@ -352,24 +354,22 @@ def main(args, ranks=None):
         row |= meter.result(updates) | {"explained_variance": explained}
         row |= {name: state[name] for name in ("kl_coef", "empty_steps", "skipped_updates")}
         if args.kl_target and updates:
-            state["kl_coef"] = ppo.adapted_kl_coef(
-                state["kl_coef"], row["kl_k1"], args.kl_target, P * N
-            )
+            now = row["kl_coef"], row["kl_k1"]
+            state["kl_coef"] = ppo.adapted_kl_coef(*now, args.kl_target, P * N)
         looking = step % args.eval_every == 0 or step == args.steps
         row["validation"] = select(step) if looking else None
         clock.lap("validation")
-        tokens = row["response_length"] * P * N
         state["step"] = step
         saver.poll()  # what was begun some steps ago may be complete now
         if step % args.save_every == 0 or step == args.steps:
             saver.start(step, trained, state)
         clock.lap("save")
-        row |= {"tokens_per_second": tokens / clock.laps["seconds_sample"], **clock.laps}
+        speed = row["response_length"] * P * N / clock.laps["seconds_sample"]
+        row |= {"tokens_per_second": speed, **clock.laps}
         records = metrics.sample_records(step, N, asked, texts, rewards, scores, rollout.weights)
-        records = sum(fsdp.gather_lists(records, ranks), [])
-        if ranks.is_main:
-            rundir.append_jsonl(run / "metrics.jsonl", [metrics.complete(row)])
-            rundir.append_jsonl(run / "samples.jsonl", records)
+        recent.append(sum(fsdp.gather_lists(records, ranks), []))
+        row |= metrics.rolling_r2(recent)
+        rundir.append_step(run, metrics.complete(row), recent[-1], ranks)
         ranks.say(metrics.line(row, args.steps))
     if stopping.agreed() and saver.newest != state["step"]:
         saver.start(state["step"], trained, state)

@@ -5,6 +5,9 @@ Over all P x N samples of the step (`of_samples`), "kept" means weight > 0:
     score_all, score_kept, score_dropped    share that passes its tests, likewise
     kept                           share of samples with weight > 0
     response_length, truncated     mean tokens; share without EOS
+Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
+    r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
+                                   (reliability.py), all samples and those kept, by their weights
 Over kept samples, before the update (`Meter.mean`):
     kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
     entropy                        nats per token
@@ -27,8 +30,12 @@ import time
 
 from pfppo.benchmarks import pass_at_k_interval
 from pfppo.fsdp import sum_over_ranks
+from pfppo.reliability import binned_r2
 
+import numpy as np
 import torch
+
+R2_STEPS = 5  # one step of the lab has too few samples to fill ten bins
 
 
 def mean(values, weights=None):
@@ -51,6 +58,17 @@ def of_samples(rewards, weights, scores, lengths, finished):
         "kept": 1 - mean(dropped),
         "response_length": mean(lengths.float()),
         "truncated": 1 - mean(finished.float()),
+    }
+
+
+def rolling_r2(steps):
+    """R^2 of the reward, from the lines of `samples.jsonl` of several steps: [[record]]. Samples
+    without tests are left out."""
+    known = [r for records in steps for r in records if r["score"] is not None]
+    reward, score, weight = (np.array([r[n] for r in known]) for n in ("reward", "score", "weight"))
+    return {
+        "r2_all": binned_r2(reward, score).r2,
+        "r2_kept": binned_r2(reward, score, weight).r2,
     }
 
 
@@ -105,7 +123,7 @@ SECONDS = (
 NAMES = (
     *("step", "reward_all", "reward_kept", "score_all", "score_kept", "score_dropped", "kept"),
     *("kl_k1", "kl_k3", "kl_coef", "entropy", "policy_loss", "value_loss", "approx_kl"),
-    *("clip_fraction", "ratio_first_minibatch", "explained_variance"),
+    *("clip_fraction", "ratio_first_minibatch", "explained_variance", "r2_all", "r2_kept"),
     *("grad_norm_actor", "grad_norm_critic", "response_length", "truncated"),
     *("validation", "empty_steps", "skipped_updates"),
     *SECONDS,

@@ -6,7 +6,8 @@ groups' (mean reward, mean actual score); R^2 = 1 - SS_res / SS_tot. The paper g
 nor kind of bins. Here a sample counts with its expected weight under the filter, bins hold equal
 weight, a sample on a boundary is split between its bins, and samples of equal reward are spread
 evenly. So the result does not depend on the order of the samples, and weight 2 is the same as the
-sample twice. Beside it Spearman's rank correlation and AUC, which need no bins.
+sample twice. The other kind cuts the range of rewards into bins of equal width; those that stay
+empty do not count. Beside R^2 stand Spearman's rank correlation and AUC, which need no bins.
 
 Words: reward is what the RM says, score is the truth (tests passed, 0 or 1). P prompts, N samples
 per prompt. Where a number is undefined it is NaN with a reason, never an exception; ValueError is
@@ -29,16 +30,19 @@ class Binned:
     r2: float
     mean_reward: np.ndarray  # [bins]
     mean_score: np.ndarray  # [bins]
-    weight: np.ndarray  # [bins], equal
+    weight: np.ndarray  # [bins]
     note: str = ""
 
 
-def binned_r2(rewards, scores, weights=None, bins=10):
-    """Binned of samples [n]; weights [n] >= 0 (default: all 1), only their proportions matter."""
+def binned_r2(rewards, scores, weights=None, bins=10, kind="equal_count"):
+    """Binned of samples [n]; weights [n] >= 0 (default: all 1), only their proportions matter.
+    kind: one of KINDS."""
     rewards, scores, weights = _samples(rewards, scores, weights)
     if bins < 1:
         raise ValueError(f"expected at least 1 bin, found {bins}")
-    return _fit(*np.unique(rewards, return_inverse=True), scores, weights, bins)
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {', '.join(KINDS)}, found {kind}")
+    return _fit(*np.unique(rewards, return_inverse=True), scores, weights, bins, kind)
 
 
 def _samples(rewards, scores, weights=None):
@@ -54,23 +58,45 @@ def _samples(rewards, scores, weights=None):
     return rewards.ravel(), scores.ravel(), weights.ravel()
 
 
-def _fit(values, group, scores, weights, bins):
+def _by_count(values, mass, bins):
+    """Bins of equal weight: (function from sums per distinct reward to sums per bin, weights)."""
+    ends = np.concatenate([[0.0], np.cumsum(mass)])
+
+    def binned(sums):
+        upto = np.concatenate([[0.0], np.cumsum(sums)])
+        return np.diff(np.interp(np.linspace(0, ends[-1], bins + 1), ends, upto))
+
+    return binned, np.full(bins, ends[-1] / bins)
+
+
+def _by_width(values, mass, bins):
+    """The same for bins of equal width between the lowest and the highest reward that is kept."""
+    low, *_, high = np.repeat(values[mass > 0], 2)
+    place = ((values - low) / (high - low or 1.0) * bins).clip(0, bins - 1).astype(int)
+    filled = np.bincount(place, mass, bins) > 0
+
+    def binned(sums):
+        return np.bincount(place, sums, bins)[filled]
+
+    return binned, binned(mass)
+
+
+KINDS = {"equal_count": _by_count, "equal_width": _by_width}
+
+
+def _fit(values, group, scores, weights, bins, kind):
     """Binned from the distinct rewards `values` (ascending) and each sample's index in them [n]."""
     mass = np.bincount(group, weights, len(values))
-    ends = np.concatenate([[0.0], np.cumsum(mass)])
-    total, kept = ends[-1], weights > 0
+    kept = weights > 0
     finite = np.isfinite(values).all() and np.isfinite(scores).all()
-    if not (finite and total > 0):
+    if not (finite and kept.any()):
         note = "no sample is kept" if finite else "a reward or score is not finite"
         return Binned(np.nan, np.empty(0), np.empty(0), np.empty(0), note)
     middle = values[len(values) // 2]
-
-    def means(sums):  # of each bin, from sums per distinct reward
-        upto = np.concatenate([[0.0], np.cumsum(sums)])
-        return np.diff(np.interp(np.linspace(0, total, bins + 1), ends, upto)) * bins / total
-
-    reward = means(mass * (values - middle)) + middle
-    score = means(np.bincount(group, weights * scores, len(values)))
+    binned, weight = KINDS[kind](values, mass, bins)
+    reward = binned(mass * (values - middle)) / weight + middle
+    score = binned(np.bincount(group, weights * scores, len(values))) / weight
+    bins = len(weight)
     x, y = reward - reward.mean(), score - score.mean()
     note = ""
     if np.count_nonzero(mass) == 1:
@@ -84,18 +110,17 @@ def _fit(values, group, scores, weights, bins):
     elif x @ x == 0:
         note = "all bins have the same mean reward"
     if note:
-        return Binned(np.nan, reward, score, np.full(bins, total / bins), note)
+        return Binned(np.nan, reward, score, weight, note)
     residual = y - x * (x @ y) / (x @ x)
     note = "two bins: a line always fits" if bins == 2 else ""
     r2 = float(1 - (residual @ residual) / (y @ y))
-    return Binned(r2, reward, score, np.full(bins, total / bins), note)
+    return Binned(r2, reward, score, weight, note)
 
 
-def bootstrap_r2(rewards, scores, weights, bins, resamples, rng):
-    """(low, high): 95 % interval of R^2; rewards, scores, weights [P, N].
+def resampled_bins(rewards, scores, weights, bins, kind, resamples, rng):
+    """Binned of each resample of the prompts; rewards, scores, weights [P, N].
 
-    Prompts are resampled whole, because the samples of one prompt are alike. Resamples in which R^2
-    is undefined are left out; NaN if all are, or if there is one prompt only. `rng` is advanced by
+    Prompts are resampled whole, because the samples of one prompt are alike. `rng` is advanced by
     the same amount whatever the weights, so equal seeds compare filters on equal resamples.
     """
     shape = np.shape(rewards)
@@ -103,13 +128,20 @@ def bootstrap_r2(rewards, scores, weights, bins, resamples, rng):
         raise ValueError(f"expected rewards [P, N], found shape {shape}")
     rewards, scores, weights = _samples(rewards, scores, weights)
     values, group = np.unique(rewards, return_inverse=True)
-    found = []
     for _ in range(resamples):
         times = np.bincount(rng.integers(shape[0], size=shape[0]), minlength=shape[0])
-        again = weights * np.repeat(times, shape[1])
-        found.append(_fit(values, group, scores, again, bins).r2)
-    found = np.array(found)[~np.isnan(found)]
-    if shape[0] < 2 or not len(found):
+        yield _fit(values, group, scores, weights * np.repeat(times, shape[1]), bins, kind)
+
+
+def bootstrap_r2(rewards, scores, weights, bins, resamples, rng, kind="equal_count"):
+    """(low, high): 95 % interval of R^2 over prompts; rewards, scores, weights [P, N].
+
+    Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt.
+    """
+    drawn = resampled_bins(rewards, scores, weights, bins, kind, resamples, rng)
+    found = np.array([binned.r2 for binned in drawn])
+    found = found[~np.isnan(found)]
+    if len(rewards) < 2 or not len(found):
         return np.nan, np.nan
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
@@ -148,7 +180,9 @@ def auc(rewards, scores, weights=None):
     return float(_midranks(rewards, failed) @ passed / passed.sum())
 
 
-def reliability_table(rewards, scores, weights_by_filter, bins=10, resamples=500, seed=0):
+def reliability_table(
+    rewards, scores, weights_by_filter, bins=10, resamples=500, seed=0, kind="equal_count"
+):
     """One dict of plain numbers per filter, ready for JSON; None where undefined, `note` says why.
 
     rewards, scores [P, N]; weights_by_filter {name: expected weights [P, N]}: the chance of
@@ -160,9 +194,9 @@ def reliability_table(rewards, scores, weights_by_filter, bins=10, resamples=500
     rows = []
     for name, expected in weights_by_filter.items():
         _, flat_scores, weights = _samples(rewards, scores, expected)
-        binned = binned_r2(rewards, scores, expected, bins)
+        binned = binned_r2(rewards, scores, expected, bins, kind)
         rng = np.random.default_rng(seed)
-        low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng)
+        low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng, kind)
         share = np.minimum(weights, 1.0)
         numbers = {
             "kept": share.mean() if share.size else np.nan,

@@ -20,6 +20,7 @@ in known places, noise.py), or a user's own `score(prompts, responses, problems)
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,39 +114,37 @@ def farthest_pair(responses, passed):
 
 @dataclass
 class Answers:
-    """What a reward may look at: one rank's B rows, as tokens and as text."""
+    """What a reward may look at: B rows, one rank's."""
 
-    rollout: object  # batch.Rollout
     prompts: list[str]
     responses: list[str]
     problems: list  # benchmarks.Problem
     scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
+    ask_model: Callable[[], torch.Tensor] | None = None  # the RM's normalised rewards [B]
 
 
-def load_reward(spec, microbatch, limit=10.0, seed=0):
-    """The reward slot: a function (Answers, reward model) -> rewards [B], fp32, on the CPU.
-    seed: of the noise, where there is some.
+def load_reward(spec, seed=0):
+    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU. seed: of the noise,
+    where there is some.
 
     Raises UserError where it is unknown; the function does where rewards are not finite.
     """
     if spec == "model":
-        return lambda answers, model: model_rewards(model, answers.rollout, microbatch, limit)
+        return lambda answers: answers.ask_model()
     if spec == "tests":
-        return lambda answers, model: 2 * answers.scores - 1
+        return lambda answers: 2 * answers.scores - 1
     if spec == "combined":  # normalised reward and oracle, of about the same spread
-        return lambda answers, model: (
-            model_rewards(model, answers.rollout, microbatch, limit) + 2 * answers.scores - 1
-        )
+        return lambda answers: answers.ask_model() + 2 * answers.scores - 1
     if spec in REWARDS:
         place = spec.partition(":")[2]
-        return lambda answers, model: noisy_rewards(
+        return lambda answers: noisy_rewards(
             place, answers.scores, answers.prompts, answers.responses, seed
         )
     expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
     require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
     score = load_function(spec, "reward")
 
-    def own(answers, model):
+    def own(answers):
         """A user's reward, checked."""
         try:
             seen = answers.prompts, answers.responses, answers.problems
@@ -166,7 +165,7 @@ def try_reward(spec, reward, problems):
     if spec in REWARDS:
         return
     texts = [[getattr(p, name) for p in problems] for name in ("question", "canonical_solution")]
-    reward(Answers(None, *texts, problems, torch.ones(len(problems))), None)
+    reward(Answers(*texts, problems, torch.ones(len(problems))))
 
 
 @torch.no_grad()

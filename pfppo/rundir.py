@@ -138,6 +138,13 @@ def append_jsonl(path, rows):
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def append_step(folder, metrics, records, ranks):
+    """What a run directory keeps of one step: a line of metrics, and its samples."""
+    if ranks.is_main:
+        append_jsonl(folder / "metrics.jsonl", [metrics])
+        append_jsonl(folder / "samples.jsonl", records)
+
+
 def whole_lines(path):
     """The objects of a JSONL file, without a last line that was cut short; [] without a file.
     Raises UserError naming file and line."""
@@ -150,6 +157,14 @@ def whole_lines(path):
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}, line {number}: damaged, expected a JSON object") from error
     return rows
+
+
+def last_steps(path, count):
+    """The rows of the last `count` steps in a JSONL file, one list per step."""
+    steps = {}
+    for row in whole_lines(path):
+        steps.setdefault(row["step"], []).append(row)
+    return list(steps.values())[-count:]
 
 
 def rewrite_jsonl(path, rows):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 from types import SimpleNamespace
 
 from pfppo.metrics import (
@@ -14,10 +15,13 @@ from pfppo.metrics import (
     of_samples,
     pass_rate,
     peak_gib,
+    rolling_r2,
     sample_records,
     table,
 )
+from pfppo.reliability import binned_r2
 
+import numpy as np
 import pytest
 import torch
 
@@ -196,6 +200,30 @@ def test_a_pass_rate_stands_within_its_interval():
     # the normal approximation: 0.75 +- 1.96 * sqrt(0.75 * 0.25 / 40) = 0.616 to 0.884
     assert value == 0.75 and low == pytest.approx(0.616, abs=0.04)
     assert high == pytest.approx(0.884, abs=0.04)
+
+
+def test_rolling_r2_is_that_of_all_and_of_kept_samples_of_several_steps():
+    """Rewards tell scores exactly at both ends, and nothing in the middle, which is dropped."""
+    draw = random.Random(0)
+    records = []
+    for i in range(400):
+        reward = draw.uniform(-1, 1)
+        sure = abs(reward) > 0.5
+        score = float(reward > 0) if sure else float(i % 2)
+        records.append({"reward": reward, "score": score, "weight": float(sure)})
+    records += [{"reward": 0.0, "score": None, "weight": 1.0}] * 50  # no tests: no score
+    found = rolling_r2([records[:100], records[100:]])
+    arrays = (np.array([r[n] for r in records[:400]]) for n in ("reward", "score", "weight"))
+    reward, score, weight = arrays
+    assert found["r2_all"] == binned_r2(reward, score).r2 < found["r2_kept"]
+    only = weight > 0
+    assert found["r2_kept"] == pytest.approx(binned_r2(reward[only], score[only]).r2)
+
+
+@pytest.mark.parametrize("records", [[], [{"reward": 1.0, "score": None, "weight": 1.0}]])
+def test_r2_without_scores_is_missing(records):
+    row = complete({"step": 1} | rolling_r2([records]))
+    assert row["r2_all"] is None and row["r2_kept"] is None
 
 
 def test_the_table_has_a_row_per_policy_and_a_column_per_way_of_decoding():

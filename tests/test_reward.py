@@ -145,14 +145,17 @@ def test_a_card_that_differs_from_the_policy_is_refused_with_both_hashes(
 
 
 def answers(scores=(1.0, 0.0, 1.0)):
-    prompts, responses = [[1, 2], [3], [4, 5, 6]], [[7, 8], [9, 10, 11], [12]]
     return Answers(
-        rollout=collate(prompts, responses, pad_id=0),
+        ask_model=lambda: torch.tensor([0.5, -0.25, 2.0]),
         prompts=["p0", "p1", "p2"],
         responses=["a", "bb", "ccc"],
         problems=[SimpleNamespace(task_id=f"task/{i}") for i in range(3)],
         scores=torch.tensor(scores),
     )
+
+
+def rollout():
+    return collate([[1, 2], [3], [4, 5, 6]], [[7, 8], [9, 10, 11], [12]], pad_id=0)
 
 
 def last_token(ids, positions):
@@ -162,7 +165,7 @@ def last_token(ids, positions):
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 8])
 def test_the_model_is_asked_at_the_last_response_token_whatever_the_microbatch(microbatch):
-    found = model_rewards(last_token, answers().rollout, microbatch)
+    found = model_rewards(last_token, rollout(), microbatch)
     assert found.tolist() == [8, 11, 12] and found.dtype == torch.float32
 
 
@@ -170,33 +173,32 @@ def test_rewards_of_the_model_are_clipped_on_both_sides():
     def model(ids, positions):
         return last_token(ids, positions) * 10 - 100
 
-    reward = load_reward("model", microbatch=2, limit=15.0)
-    assert reward(answers(), model).tolist() == [-15, 10, 15]
-    assert load_reward("model", microbatch=2)(answers(), model).tolist() == [-10, 10, 10]
+    assert model_rewards(model, rollout(), 2, limit=15.0).tolist() == [-15, 10, 15]
+    assert model_rewards(model, rollout(), 2).tolist() == [-20, 10, 20]
 
 
 def test_the_oracle_gives_plus_1_to_what_passes_and_minus_1_to_what_fails():
-    assert load_reward("tests", 1)(answers(), None).tolist() == [1, -1, 1]
+    assert load_reward("tests")(answers()).tolist() == [1, -1, 1]
 
 
 def test_an_unknown_reward_lists_the_known_ones():
     for name in ("luck", "noisy:everywhere"):
         with pytest.raises(UserError, match=f"--reward {name}: ") as error:
-            load_reward(name, 1)
+            load_reward(name)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="unknown, expected one of model, tests, combined, noisy:"):
-        load_reward("luck", 1)
+        load_reward("luck")
 
 
 def test_the_combined_reward_is_the_sum_of_reward_model_and_oracle():
-    both = load_reward("combined", 2)(answers(), last_token)
-    parts = load_reward("model", 2)(answers(), last_token), load_reward("tests", 2)(answers(), None)
-    assert torch.equal(both, parts[0] + parts[1])
+    model, oracle = load_reward("model")(answers()), load_reward("tests")(answers())
+    assert model.tolist() == [0.5, -0.25, 2.0]
+    assert torch.equal(load_reward("combined")(answers()), model + oracle)
 
 
 @pytest.mark.parametrize("place", ["middle", "tails", "uniform"])
 def test_a_noisy_reward_depends_on_place_and_seed_and_needs_no_model(place):
-    rewards = [load_reward(f"noisy:{place}", 2, seed=seed)(answers(), None) for seed in (1, 1, 2)]
+    rewards = [load_reward(f"noisy:{place}", seed)(answers()) for seed in (1, 1, 2)]
     assert torch.equal(rewards[0], rewards[1]) and not torch.equal(rewards[0], rewards[2])
 
 
@@ -205,7 +207,7 @@ def own_reward(folder, result):
     path.write_text(
         f"import torch\n\ndef own(prompts, responses, problems):\n    return {result}\n"
     )
-    return load_reward(f"{path}:own", 1)
+    return load_reward(f"{path}:own")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def own_reward(folder, result):
     ],
 )
 def test_a_reward_of_ones_own_sees_prompts_responses_and_problems(tmp_path, result, expected):
-    found = own_reward(tmp_path, result)(answers(), None)
+    found = own_reward(tmp_path, result)(answers())
     assert found.tolist() == expected and found.dtype == torch.float32
 
 
@@ -229,19 +231,19 @@ def test_a_reward_of_ones_own_that_gives_nonsense_is_refused(tmp_path, result):
     reward = own_reward(tmp_path, result)
     found = r"expected 3 finite numbers, found (shape \(|\[(nan|inf))"
     with pytest.raises(UserError, match=f"--reward .*mine.py:own: {found}"):
-        reward(answers(), None)
+        reward(answers())
 
 
 @pytest.mark.parametrize("name", ["prompts", "responses", "problems"])
 def test_a_reward_that_works_in_place_leaves_the_answers_alone(tmp_path, name):
     asked, untouched = answers(), answers()
     reward = own_reward(tmp_path, f"{name}.clear() or [1.0, 2.0, 3.0]")
-    assert reward(asked, None).tolist() == [1, 2, 3]
+    assert reward(asked).tolist() == [1, 2, 3]
     assert getattr(asked, name) == getattr(untouched, name)
 
 
 def test_a_reward_may_carry_a_gradient_that_nobody_wants(tmp_path):
-    found = own_reward(tmp_path, "torch.ones(3, requires_grad=True) * 2")(answers(), None)
+    found = own_reward(tmp_path, "torch.ones(3, requires_grad=True) * 2")(answers())
     assert found.tolist() == [2, 2, 2] and not found.requires_grad
 
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfppo.config import UserError
-from pfppo.rundir import append_jsonl, check_run, cut_jsonl, open_run, unused, write_json
+from pfppo.rundir import (
+    append_jsonl,
+    check_run,
+    cut_jsonl,
+    last_steps,
+    open_run,
+    unused,
+    write_json,
+)
 
 import pytest
 from conftest import (
@@ -142,3 +150,12 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
     with full_disk(20), pytest.raises(OSError):
         write_json(tmp_path / "x.json", {"new": "n" * 100})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
+
+
+def test_the_last_steps_of_a_file_are_lists_of_their_rows(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    assert last_steps(path, 5) == []
+    append_jsonl(path, [{"step": step, "row": row} for step in (1, 2, 3) for row in (0, 1)])
+    assert last_steps(path, 2) == [
+        [{"step": step, "row": row} for row in (0, 1)] for step in (2, 3)
+    ]
