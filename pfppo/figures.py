@@ -3,6 +3,7 @@
     curves.png         reward and greedy pass@1 against samples drawn and optimizer steps
     optimization.png   the reward model's reward against the actual score while training goes on
     r2.png             R^2 before training against pass@1 after it, one point per filter
+    rewards.png        differences to PPO-M under several rewards
     reliability.png    mean actual score per bin of reward, one line per repetition (paper, Fig. 1)
 
 The numbers behind them are in `table.json`, `metrics.jsonl` and `reliability.json`.
@@ -31,7 +32,8 @@ def _band(curves, x, y):
     seen = ~np.isnan(values).any(0)
     mean = values[:, seen].mean(0)
     half = 1.96 * values[:, seen].std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
-    return np.array(curves[0][x])[seen], mean, mean - half, mean + half
+    at = np.array([curve[x] for curve in curves]).mean(0)[seen]
+    return at, mean, mean - half, mean + half
 
 
 def draw_study(folder, curves, rows):
@@ -71,7 +73,38 @@ def draw_study(folder, curves, rows):
     axis.set(xlabel="R^2 before training", ylabel="greedy pass@1 on test problems")
     figure.savefig(folder / "r2.png", dpi=120)
     plot.close("all")
-    return f"{folder}: curves.png, optimization.png, r2.png"
+    return "curves.png, optimization.png, r2.png"
+
+
+def draw_rewards(folder, tables, base):
+    """Greedy pass@1 minus that of the filter `base`, paired by seed. tables: {reward: rows}.
+
+    Returns one line about what was written.
+    """
+    plot = _plot()
+    if plot is None:
+        return HINT
+    figure, axis = plot.subplots(figsize=(7, 4.5), layout="constrained")
+    names = [row["filter"] for row in next(iter(tables.values())) if row["filter"] != base]
+    for number, name in enumerate(names):
+        values = np.array(
+            [
+                row["selected_greedy_difference"]
+                for rows in tables.values()
+                for row in rows
+                if row["filter"] == name
+            ]
+        )
+        mean, low, high = values.T
+        at = np.arange(len(tables)) + (number - (len(names) - 1) / 2) * 0.15
+        axis.errorbar(at, mean, yerr=[mean - low, high - mean], fmt="o", capsize=3, label=name)
+    axis.axhline(0, color="gray", lw=0.8)
+    axis.set_xticks(range(len(tables)), list(tables))
+    axis.set(ylabel=f"greedy pass@1 on test problems, minus {base}", xlabel="reward")
+    axis.legend()
+    figure.savefig(folder / "rewards.png", dpi=120)
+    plot.close("all")
+    return "rewards.png"
 
 
 def draw_reliability(path, lines):
@@ -88,4 +121,4 @@ def draw_reliability(path, lines):
     axis.set(xlabel="mean reward of the bin", ylabel="mean actual score of the bin")
     figure.savefig(path, dpi=120)
     plot.close("all")
-    return f"{path}: {len(lines)} repetitions"
+    return f"{path.name}, {len(lines)} repetitions"

@@ -1,46 +1,60 @@
 """The paper's tables in one command: every filter and seed trained on the lab, and what came of it.
 
     python -m pfppo.study --filters single,none,best_of_n,best_random,best_worst --seeds 5
+    python -m pfppo.study --filters none,best_of_n,best_random,best_worst --seeds 3 \\
+        --reward noisy:middle,noisy:tails,noisy:uniform --out runs/noise
 
 Each cell (filter, seed) is a `torchrun train_ppo.py` run with a directory of its own below
 `--out`/cells; what is finished is not made again, what was killed goes on. Before them
-`eval_code.py` measures R^2 of every filter on samples of the SFT policy. Then `table.md`,
-`table.json` and, with matplotlib, figures are written.
+`eval_code.py` measures R^2 of every filter on samples of the SFT policy, of the problems that PPO
+will learn from. Then `table.md`, `table.json` and, with matplotlib, figures are written. Several
+rewards are a study each, in a folder each below `--out`.
 
 Compute is matched in one of two ways:
 
     --match samples    every cell sees the same prompts x N in each of the same number of steps, so
-                       best_random makes 2/5 of the updates of none; single gets N times the prompts
+                       best_random makes 2/5 of the updates of none
     --match updates    cells that keep less make more steps, until all have made as many updates
+                       (where a filter keeps what exceeds a threshold: as with samples)
+
+`single`, PPO-S, draws one sample of N times the prompts. Its samples have the same distribution as
+those of `none`, hence the same R^2.
 
 Statistics: a cell's policy is selected on validation only; differences are paired by seed against
-`none`, with a 95 % bootstrap interval over seeds. An interval that holds 0 is no verdict.
+`none`, with a 95 % bootstrap interval over seeds. An interval that holds 0 is no verdict; and with
+five seeds resampling is optimistic: of normal values it covers the mean in about 85 % of the cases.
 
-Not covered: other worlds than the lab (the cells' options can be given after `--`: `-- --policy
-DIR --prompts FILE ...`), several machines.
+What follows `--` goes to every cell: `-- --policy DIR --reward_model DIR --prompts FILE
+--validation FILE --test FILE` is the study with models of one's own.
+
+Not covered: several machines; cells of several ranks (cells.py).
 """
 
+import dataclasses
 import json
 import os
-import subprocess
+import re
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pfppo import figures
+from pfppo import figures, lab
+from pfppo.cells import Cell, Torchrun, read_cell, run_cells
 from pfppo.config import Count, UserError, launch, reason, require
 from pfppo.filters import FILTERS, kept_per_prompt, load_filter
 from pfppo.reliability import spearman
-from pfppo.rundir import write_json
+from pfppo.reward import load_reward
+from pfppo.rundir import check_writable, write_json
 
 import numpy as np
-from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
 BASE = "none"  # what the others are compared with: PPO-M, all samples kept
+# What R^2 is measured with as the cells are trained with: options of both scripts.
+SHARED = ("policy", "reward_model", "prompt_style", "max_new_tokens", "max_prompt_tokens")
+SHARED += ("temperature", "timeout", "workers", "sampling_batch", "param_dtype", "device")
+SHARED += ("require_isolation",)
+RATES = [f"{when}_{how}" for when in ("selected", "last") for how in ("greedy", "sampled")]
 
 
 @dataclass
@@ -48,7 +62,7 @@ class Args:
     filters: str = "single,none,best_of_n,best_random,best_worst"  # comma-separated, or all
     seeds: Count = 5  # cells of a filter: seeds 1, 2, ...
     match: Literal["samples", "updates"] = "samples"  # what is equal between filters
-    reward: str = "model"  # --reward of the cells: model, tests, combined, noisy:middle, ...
+    reward: str = "model"  # --reward of the cells, or several: noisy:middle,noisy:tails
     steps: Count = 30  # PPO steps of `none`
     prompts_per_step: Count = 48  # P
     samples_per_prompt: Count = 5  # N
@@ -57,18 +71,7 @@ class Args:
     out: str = "runs/study"  # where cells, tables and figures go
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of train_ppo.py."""
-
-    filter: str
-    seed: int
-    folder: Path
-    options: dict
-
-    @property
-    def is_finished(self):
-        return (self.folder / "result.json").exists()
+FREE = ("filters", "seeds", "jobs", "out")  # may differ when a study goes on
 
 
 def cells_of(args, names):
@@ -78,69 +81,49 @@ def cells_of(args, names):
         for name in names:
             N = 1 if name == "single" else args.samples_per_prompt
             P = args.prompts_per_step * args.samples_per_prompt // N
-            kept = kept_per_prompt(load_filter(name, N), N) or N
+            kept = kept_per_prompt(load_filter(name, N, "filters"), N) or N
             scale = N / kept if args.match == "updates" else 1
             options = {"filter": name, "seed": seed, "reward": args.reward}
             options |= {"prompts_per_step": P, "samples_per_prompt": N}
             options |= {"minibatch": args.minibatch, "steps": round(args.steps * scale)}
-            found.append(Cell(name, seed, Path(args.out) / "cells" / f"{name}-{seed}", options))
+            folder = Path(args.out) / "cells" / f"{re.sub(r'[^a-zA-Z0-9_]+', '_', name)}-{seed}"
+            found.append(Cell(name, seed, folder, options))
     return found
 
 
-def run_script(script, options, log, threads, words=()):
-    """Run a script under torchrun, its output into a file. Raises UserError with its last line."""
-    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    with open(log, "a") as file:
-        done = subprocess.run(
-            [*launcher, str(ROOT / script), *argv, *words],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    if done.returncode:
-        said = [line for line in Path(log).read_text().splitlines() if ": error: " in line]
-        raise UserError(f"{script} failed, see {log}: {said[-1] if said else 'no message'}")
+def parse_words(words):
+    """{option: value} of the words after `--`; a flag's value is None."""
+    found, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = value if equals else None
+        else:
+            require(name and found[name] is None, f"-- {word}: expected --option value ...")
+            found[name] = word
+    return found
 
 
-def run_cells(cells, jobs, words):
-    """Run what is not finished, `jobs` at once. Raises UserError on the first that fails."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    left = [cell for cell in cells if not cell.is_finished]
-    with tqdm(total=len(cells), initial=len(cells) - len(left), desc="cells", unit="") as bar:
-
-        def run(cell):
-            cell.folder.parent.mkdir(parents=True, exist_ok=True)
-            options = cell.options | {"run_dir": cell.folder}
-            begin, log = time.monotonic(), cell.folder.with_suffix(".log")
-            run_script("train_ppo.py", options, log, threads, ["--resume", *words])
-            bar.update()
-            seconds = time.monotonic() - begin
-            bar.write(f"{cell.filter}, seed {cell.seed}: {seconds / 60:.1f} minutes")
-
-        with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(run, cell) for cell in left]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def measure(args, names, words):
+def measure(args, names, given, run):
     """{filter: row of the reliability table} on samples of the SFT policy; makes the lab too."""
+    asked = [name for name in names if name != "single"] or [BASE]
+    if given.get("prompts", "lab") == "lab":
+        lab.FOLDER.mkdir(parents=True, exist_ok=True)
+        lab.make_problems()
+        given = given | {"prompts": lab.FOLDER / "train.jsonl"}
     folder = Path(args.out) / "reliability"
-    table = folder / "reliability.json"
-    if not table.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        asked = [name for name in names if name != "single"]
-        options = {"reward_model": "lab", "samples_per_problem": args.samples_per_prompt}
+    path = folder / "reliability.json"
+    known = json.loads(path.read_text())["filters"] if path.exists() else []
+    if not {row["filter"] for row in known} >= set(asked):
+        options = {"reward_model": "lab", "reward": args.reward, "problems": given["prompts"]}
+        options |= {"samples_per_problem": args.samples_per_prompt, "temperature": 1.0}
         options |= {"filters": ",".join(asked), "out": folder}
-        log = folder.with_suffix(".log")
-        run_script("eval_code.py", options, log, os.cpu_count() or 1, ["--resume"])
-    rows = {row["filter"]: row for row in json.loads(table.read_text())}
-    return rows | ({"single": rows[BASE]} if BASE in rows else {})  # one sample: the same policy
+        options |= {name: given[name] for name in SHARED if name in given}
+        run("eval_code.py", options, folder.with_suffix(".log"), os.cpu_count() or 1)
+        known = json.loads(path.read_text())["filters"]
+    rows = {row["filter"]: row for row in known}
+    return rows | ({"single": rows[BASE]} if BASE in rows else {})
 
 
 def interval(values, seed=0, resamples=10_000):
@@ -153,52 +136,22 @@ def interval(values, seed=0, resamples=10_000):
     return float(values.mean()), float(low), float(high)
 
 
-def read_cell(cell):
-    """What a finished cell says: pass rates, and curves from metrics.jsonl. Raises UserError."""
-    try:
-        rates = list(json.loads((cell.folder / "result.json").read_text())["rates"].values())
-        lines = (cell.folder / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        sampled = cell.options["prompts_per_step"] * cell.options["samples_per_prompt"]
-        updates = [
-            max(r["kept"] > 0, round(r["kept"] * sampled / cell.options["minibatch"])) for r in rows
-        ]
-        found = {
-            f"{when}_{how}": rate[how]["pass@1"]
-            for when, rate in zip(("before", "selected", "last"), rates, strict=True)
-            for how in ("greedy", "sampled")
-        }
-        found["curves"] = {
-            "samples": [sampled * row["step"] for row in rows],
-            "updates": np.cumsum(updates).tolist(),
-            **{
-                name: [row[name] for row in rows]
-                for name in ("reward_all", "score_all", "validation", "kl_k1")
-            },
-        }
-        found["seconds"] = sum(
-            v for row in rows for n, v in row.items() if n.startswith("seconds_") and v
-        )
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{cell.folder}: not a run of this version ({reason(error)})") from error
-
-
 def summarize(args, names, cells, reliability):
-    """The table: one dict per filter, plain numbers for JSON."""
+    """The table: one dict per filter, plain numbers for JSON; and what each cell says."""
     results = {(cell.filter, cell.seed): read_cell(cell) for cell in cells}
     seeds = range(1, args.seeds + 1)
     rows = []
     for name in names:
         mine = [results[name, seed] for seed in seeds]
         row = {"filter": name, "seeds": args.seeds}
-        for key in ("selected_greedy", "selected_sampled", "last_greedy", "last_sampled"):
-            row[key] = interval([result[key] for result in mine])
+        for key in RATES:
+            row[f"{key}_by_seed"] = [result[key] for result in mine]
+            row[key] = interval(row[f"{key}_by_seed"])
             if BASE in names:
                 pairs = [results[name, s][key] - results[BASE, s][key] for s in seeds]
                 row[f"{key}_difference"] = interval(pairs)
         row["samples"] = mine[0]["curves"]["samples"][-1]
-        row["updates"] = mine[0]["curves"]["updates"][-1]
+        row["updates"] = round(np.mean([result["curves"]["updates"][-1] for result in mine]))
         row["minutes"] = sum(result["seconds"] for result in mine) / 60 / len(mine)
         judged = reliability.get(name, {})
         row |= {key: judged.get(key) for key in ("r2", "r2_low", "r2_high", "kept")}
@@ -215,76 +168,113 @@ def rank_correlation(rows):
 
 def markdown(args, rows, hours):
     """The table as Markdown, with what it needs to be read."""
-    head = [
-        "filter",
-        "samples",
-        "updates",
-        "minutes",
-        "greedy, selected",
-        f"- {BASE}",
-        "sampled, selected",
-        "greedy, last",
-        "R^2 before training",
-    ]
 
     def shown(value, sign=""):
         mean, low, high = value
         bounds = "" if np.isnan(low) else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
         return f"{mean:{sign}.3f}{bounds}"
 
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    def against(row, key):
+        value = row.get(f"{key}_difference")
+        return "-" if value is None or row["filter"] == BASE else shown(value, "+")
+
+    def r2(row):
+        low, high = (np.nan if row[n] is None else row[n] for n in ("r2_low", "r2_high"))
+        return "-" if row["r2"] is None else shown((row["r2"], low, high))
+
+    columns = {
+        "filter": lambda row: row["filter"],
+        "samples": lambda row: f"{row['samples']:,}",
+        "updates": lambda row: f"{row['updates']:,}",
+        "minutes": lambda row: f"{row['minutes']:.1f}",
+        "greedy, selected": lambda row: shown(row["selected_greedy"]),
+        f"minus {BASE}": lambda row: against(row, "selected_greedy"),
+        "sampled, selected": lambda row: shown(row["selected_sampled"]),
+        f"minus {BASE} ": lambda row: against(row, "selected_sampled"),
+        "greedy, last": lambda row: f"{row['last_greedy'][0]:.3f}",
+        "sampled, last": lambda row: f"{row['last_sampled'][0]:.3f}",
+        "R^2 before training": r2,
+    }
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
-        difference = row.get("selected_greedy_difference")
-        r2 = "-" if row["r2"] is None else shown((row["r2"], row["r2_low"], row["r2_high"]))
-        cells = [
-            row["filter"],
-            f"{row['samples']:,}",
-            f"{row['updates']:,}",
-            f"{row['minutes']:.1f}",
-            shown(row["selected_greedy"]),
-            "-" if difference is None or row["filter"] == BASE else shown(difference, "+"),
-            shown(row["selected_sampled"]),
-            shown(row["last_greedy"]),
-            r2,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    equal = {
-        "samples": "samples drawn are equal between filters",
-        "updates": "optimizer steps are equal between filters",
-    }[args.match]
+        lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")
     correlation = rank_correlation(rows)
+    shown_as = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
     lines += [
         "",
         f"Test pass@1, mean over {args.seeds} seeds with a 95 % bootstrap interval over seeds; "
-        f"differences are paired by seed. Compute: {equal}. Reward: {args.reward}. Selected: the "
-        "step that was best on validation. An interval that holds 0 is no verdict.",
+        "differences are paired by seed, and an interval that holds 0 is no verdict. Compute: "
+        f"{'samples drawn' if args.match == 'samples' else 'optimizer steps'} are equal between "
+        f"filters. Reward: {args.reward}. Selected: the step that was best on validation.",
         "",
-        f"Spearman correlation of R^2 and greedy pass@1 over filters: {correlation:.2f}. "
+        f"Spearman correlation of R^2 and greedy pass@1 over filters: {shown_as}. "
         f"All cells took {hours:.1f} hours of training.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def main(args, words=()):
-    names = list(FILTERS) if args.filters == "all" else args.filters.split(",")
-    for name in names:
-        require(
-            name in FILTERS, f"--filters {name}: unknown, expected some of {', '.join(FILTERS)}"
-        )
+def check_study(args, given):
+    """Refuse a folder with another study's cells, before anything runs. Raises UserError."""
     out = Path(args.out)
-    reliability = measure(args, names, words)
+    check_writable(out, "out")
+    mine = {n: v for n, v in dataclasses.asdict(args).items() if n not in FREE} | {"given": given}
+    path = out / "study.json"
+    try:
+        there = json.loads(path.read_text()) if path.exists() else mine
+        differ = [f"{n} {there.get(n)!r} there, {v!r} here" for n, v in mine.items()]
+        differ = [text for text, n in zip(differ, mine, strict=True) if there.get(n) != mine[n]]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({reason(error)})") from error
+    advice = "choose another name"
+    require(
+        not differ, f"--out {out}: a study with other arguments ({'; '.join(differ)}): {advice}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
+
+
+def study(args, names, given, run):
+    """One reward: run what is missing, write table and figures. Returns the table's rows."""
+    check_study(args, given)
     cells = cells_of(args, names)
-    run_cells(cells, args.jobs, words)
+    for cell in cells:
+        if cell.is_finished:
+            read_cell(cell)  # what does not fit is told before hours of training
+    reliability = measure(args, names, given, run)
+    run_cells(cells, args.jobs, given, run)
     rows, results = summarize(args, names, cells, reliability)
     hours = sum(result["seconds"] for result in results.values()) / 3600
-    text = markdown(args, rows, hours)
+    text, out = markdown(args, rows, hours), Path(args.out)
     (out / "table.md").write_text(text)
-    write_json(out / "table.json", {"match": args.match, "reward": args.reward, "filters": rows})
-    print(text)
-    curves = {
-        name: [results[name, s]["curves"] for s in range(1, args.seeds + 1)] for name in names
-    }
-    print(figures.draw_study(out, curves, rows))
+    known = {"match": args.match, "reward": args.reward, "hours": hours, "filters": rows}
+    write_json(out / "table.json", known)
+    curves = {n: [results[n, s]["curves"] for s in range(1, args.seeds + 1)] for n in names}
+    print(f"{text}\n{out}: table.md, table.json; {figures.draw_study(out, curves, rows)}")
+    return rows
+
+
+def main(args, words=()):
+    names = list(FILTERS) if args.filters == "all" else args.filters.split(",")
+    rewards, given = args.reward.split(","), parse_words(words)
+    for name in names:
+        load_filter(name, 1 if name == "single" else args.samples_per_prompt, "filters")
+    for reward in rewards:
+        load_reward(reward)
+    own = {"filter", "seed", "reward", "steps", "prompts_per_step", "samples_per_prompt"}
+    taken = sorted((own | {"minibatch", "run_dir", "resume"}) & given.keys())
+    require(not taken, f"-- --{taken and taken[0]}: the study itself sets this option of its cells")
+    run = Torchrun()
+    if len(rewards) == 1:
+        study(args, names, given, run)
+        return
+    found = {}
+    for reward in rewards:
+        folder = Path(args.out) / re.sub(r"[^a-zA-Z0-9_]+", "-", reward)
+        print(f"{reward}:", flush=True)
+        part = dataclasses.replace(args, reward=reward, out=str(folder))
+        found[reward] = study(part, names, given, run)
+    if BASE in names:
+        print(f"{args.out}: {figures.draw_rewards(Path(args.out), found, BASE)}")
 
 
 def start():

@@ -10,6 +10,7 @@ import pytest
 CURVE = {"samples": [10, 20, 30], "updates": [2, 4, 6], "reward_all": [0.0, 0.5, 1.0]}
 CURVE |= {"score_all": [0.5, 0.6, 0.55], "validation": [None, 0.5, 0.7]}
 ROWS = [{"filter": "none", "r2": 0.9, "selected_greedy": (0.8, 0.7, 0.9)}]
+ROWS += [ROWS[0] | {"filter": "top", "r2": None, "selected_greedy_difference": (0.1, 0.0, 0.2)}]
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
@@ -17,6 +18,7 @@ def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     for said in (
         figures.draw_study(tmp_path, {"none": [CURVE]}, ROWS),
         figures.draw_reliability(tmp_path / "x.png", []),
+        figures.draw_rewards(tmp_path, {"model": ROWS}, "none"),
     ):
         assert "pip install matplotlib" in said and "\n" not in said
     assert not list(tmp_path.iterdir())
@@ -35,5 +37,6 @@ def test_figures_are_written(tmp_path):
     curves = {name: [CURVE, CURVE] for name in ("none", "best_random")}
     figures.draw_study(tmp_path, curves, ROWS)
     figures.draw_reliability(tmp_path / "reliability.png", [([0, 1], [0.2, 0.8])])
+    figures.draw_rewards(tmp_path, {"noisy:middle": ROWS, "noisy:tails": ROWS}, "none")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"curves.png", "optimization.png", "r2.png", "reliability.png"}
+    assert names == {"rewards.png", "curves.png", "optimization.png", "r2.png", "reliability.png"}

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
     ("noise", "figures"),
-    ("jail", "remote", "messages", "weights", "peers"),
+    ("jail", "remote", "messages", "weights", "peers", "cells"),
     ("rehearsal",),
     ("tester",),
     ("sandbox",),

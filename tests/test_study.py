@@ -5,25 +5,21 @@ import math
 
 from pfppo import study
 from pfppo.config import UserError
-from pfppo.study import Args, Cell, cells_of, interval, markdown, rank_correlation, summarize
+from pfppo.study import (
+    Args,
+    cells_of,
+    interval,
+    main,
+    markdown,
+    measure,
+    parse_words,
+    rank_correlation,
+    summarize,
+)
 
 import numpy as np
 import pytest
-
-
-def write_cell(cell, greedy, steps=4):
-    """What train_ppo.py leaves of a run."""
-    cell.folder.mkdir(parents=True)
-    rates = {
-        name: {kind: {"pass@1": value} for kind, value in (("greedy", greedy), ("sampled", 0.5))}
-        for name in ("before", "best on validation, step 4", "last, step 4")
-    }
-    (cell.folder / "result.json").write_text(json.dumps({"problems": 500, "rates": rates}))
-    row = {"kept": 0.4, "reward_all": 0.1, "score_all": 0.5, "kl_k1": 0.2, "seconds_sample": 30.0}
-    rows = [
-        {"step": s, "validation": 0.5 if s % 2 == 0 else None} | row for s in range(1, steps + 1)
-    ]
-    (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+from test_cells import write_cell
 
 
 @pytest.fixture
@@ -53,32 +49,12 @@ def test_there_is_a_cell_for_every_filter_and_seed_with_a_folder_of_its_own(args
     assert len({cell.folder for cell in cells}) == 6
 
 
-def test_only_what_is_not_finished_is_run_and_a_failure_ends_the_study(args, monkeypatch):
-    ran = []
-
-    def run(script, options, log, threads, words):
-        ran.append(options["run_dir"].name)
-        if options["filter"] == "best_random" and options["seed"] == 3:
-            raise UserError("train_ppo.py failed")
-        write_cell(Cell("", 0, options["run_dir"], {}), 0.5)
-
-    monkeypatch.setattr(study, "run_script", run)
-    cells = cells_of(args, NAMES)
-    write_cell(cells[0], 0.5)
-    with pytest.raises(UserError, match="failed"):
-        study.run_cells(cells, 1, [])
-    assert sorted(ran) == sorted(cell.folder.name for cell in cells[1:])
-    with pytest.raises(UserError):
-        study.run_cells(cells, 2, [])
-    assert ran[5:] == ["best_random-3"]
-
-
 def test_differences_are_paired_by_seed(args):
     cells = cells_of(args, NAMES)
     for cell in cells:
-        write_cell(cell, 0.1 * cell.seed + (0.05 if cell.filter == "best_random" else 0))
-    r2 = {"r2": 0.9, "r2_low": 0.8, "r2_high": 0.95, "kept": 0.4}
-    rows, _ = summarize(args, NAMES, cells, {"none": r2, "best_random": r2})
+        better = 0.05 if cell.filter == "best_random" else 0
+        write_cell(cell.folder, cell.options, 0.1 * cell.seed + better)
+    rows, _ = summarize(args, NAMES, cells, {"none": R2, "best_random": R2})
     none, best = rows
     assert none["selected_greedy"][0] == pytest.approx(0.2)
     assert best["selected_greedy_difference"] == pytest.approx((0.05, 0.05, 0.05))
@@ -111,16 +87,110 @@ def test_the_rank_correlation_needs_three_filters_with_both():
     assert math.isnan(rank_correlation([*rows[:2], {"r2": None, "selected_greedy": (1, 0, 0)}]))
 
 
-def test_a_folder_of_another_version_is_one_line(args):
-    cell = cells_of(args, NAMES)[0]
-    write_cell(cell, 0.5)
-    (cell.folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    with pytest.raises(UserError, match="none-1: not a run of this version") as error:
-        study.read_cell(cell)
-    assert "\n" not in str(error.value)
+class Runner:
+    """Instead of torchrun: leaves what the scripts would, and remembers what was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, script, options, log, threads):
+        self.asked.append((script, options))
+        if script == "train_ppo.py":
+            write_cell(options["run_dir"], options, 0.1 * options["seed"])
+        else:
+            options["out"].mkdir(parents=True)
+            rows = [{"filter": name, **R2} for name in options["filters"].split(",")]
+            (options["out"] / "reliability.json").write_text(json.dumps({"filters": rows}))
 
 
-def test_an_unknown_filter_is_one_line_before_anything_is_made(args):
-    args.filters = "none,luck"
-    with pytest.raises(UserError, match="--filters luck: unknown, expected some of"):
-        study.main(args)
+R2 = {"r2": 0.9, "r2_low": 0.8, "r2_high": 0.95, "kept": 0.4}
+
+
+@pytest.fixture
+def runner(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study.lab, "make_problems", lambda: None)
+    made = Runner()
+    monkeypatch.setattr(study, "Torchrun", lambda: made)
+    return made
+
+
+def test_a_study_leaves_its_tables_and_makes_nothing_twice(args, runner, tmp_path, capsys):
+    main(args)
+    assert len(runner.asked) == 1 + 6
+    assert runner.asked[0][0] == "eval_code.py"
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert [row["filter"] for row in table["filters"]] == NAMES
+    assert table["filters"][1]["selected_greedy_by_seed"] == pytest.approx([0.1, 0.2, 0.3])
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    main(args)
+    assert len(runner.asked) == 7
+    args.seeds = 4
+    main(args)
+    assert len(runner.asked) == 9
+
+
+def test_several_rewards_are_a_study_each(args, runner, tmp_path):
+    args.reward = "noisy:middle,noisy:tails"
+    main(args)
+    for folder in ("noisy-middle", "noisy-tails"):
+        table = json.loads((tmp_path / folder / "table.json").read_text())
+        assert table["reward"].replace(":", "-") == folder
+    asked = [options["reward"] for script, options in runner.asked if script == "eval_code.py"]
+    assert asked == ["noisy:middle", "noisy:tails"]
+
+
+def test_r2_is_measured_with_what_the_cells_are_given(args, runner, tmp_path):
+    given = {"policy": "mine", "prompts": "p.jsonl", "kl_coef": "0.1", "require_isolation": None}
+    rows = measure(args, ["single", "none"], given, runner)
+    script, options = runner.asked[0]
+    assert options["policy"] == "mine" and options["problems"] == "p.jsonl"
+    assert "kl_coef" not in options and options["require_isolation"] is None
+    assert options["filters"] == "none" and rows["single"] == rows["none"]
+
+
+def test_a_folder_of_another_study_is_refused_before_anything_is_made(args, runner):
+    main(args)
+    asked = len(runner.asked)
+    args.steps = 7
+    with pytest.raises(UserError, match="a study with other arguments .steps 30 there, 7 here"):
+        main(args)
+    assert len(runner.asked) == asked
+
+
+def test_cells_of_another_version_are_refused_before_hours_of_training(args, runner, tmp_path):
+    main(args)
+    (tmp_path / "cells/none-2/metrics.jsonl").write_text('{"epoch": 1}\n')
+    args.seeds, asked = 5, len(runner.asked)
+    with pytest.raises(UserError, match="none-2: not a run of this version"):
+        main(args)
+    assert len(runner.asked) == asked
+
+
+@pytest.mark.parametrize(
+    "change, words, said",
+    [
+        ({"filters": "none,luck"}, (), "--filters luck: unknown, expected one of"),
+        ({"reward": "model,luck"}, (), "--reward luck: unknown, expected one of"),
+        ({}, ("--steps", "3"), "-- --steps: the study itself sets this option"),
+        ({}, ("3",), "-- 3: expected --option value"),
+        (
+            {"samples_per_prompt": 1},
+            (),
+            "--filters best_random --samples_per_prompt 1: needs",
+        ),
+    ],
+)
+def test_wrong_options_are_one_line_before_anything_is_made(args, runner, change, words, said):
+    for name, value in change.items():
+        setattr(args, name, value)
+    with pytest.raises(UserError) as error:
+        main(args, words)
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    assert not runner.asked
+
+
+def test_words_are_options_and_flags():
+    words = ["--kl-coef=0.1", "--policy", "DIR", "--require_isolation", "--lam", "0.9"]
+    expected = {"kl_coef": "0.1", "policy": "DIR", "require_isolation": None, "lam": "0.9"}
+    assert parse_words(words) == expected
