@@ -159,6 +159,7 @@ def test_a_model_that_cannot_be_rehearsed_runs_all_the_same(tmp_path, ranks, mon
     assert "memory cannot be told" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_told_is_what_a_run_takes(tmp_path):
     """The benchmark, with smaller models: every phase within a tenth."""
     script = ROOT / "tests" / "bench" / "memory.py"

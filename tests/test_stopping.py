@@ -107,6 +107,7 @@ def main(folder):
     if ranks.rank == 1:
         tell()
     (folder / str(ranks.rank)).write_text(f"{before} {stop.agreed()}")
+    stop.close()  # the timer's thread would outlive the process group
     dist.destroy_process_group()
 
 
