@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,11 @@ class Cell:
     @property
     def is_finished(self):
         return (self.folder / "result.json").exists()
+
+    @property
+    def steps_done(self):
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 class Torchrun:
@@ -84,7 +89,8 @@ def run_cells(cells, jobs, given, run):
     """Run what is not finished, `jobs` at once. Raises UserError on the first that fails."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     left = [cell for cell in cells if not cell.is_finished]
-    with tqdm(total=len(cells), initial=len(cells) - len(left), desc="cells", unit="") as bar:
+    steps = sum(cell.options["steps"] for cell in cells)
+    with tqdm(total=steps, desc=f"{len(left)} of {len(cells)} cells to run", unit="step") as bar:
 
         def make(cell):
             options = cell.options | {"run_dir": cell.folder} | given
@@ -92,13 +98,15 @@ def run_cells(cells, jobs, given, run):
             run("train_ppo.py", options, cell.folder.with_suffix(".log"), threads)
             minutes = (time.monotonic() - begin) / 60
             bar.write(f"{cell.filter}, seed {cell.seed}: {minutes:.1f} minutes")
-            bar.update()
 
         with ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(make, cell) for cell in left]
+            waiting = {pool.submit(make, cell) for cell in left}
             try:
-                for future in futures:
-                    future.result()
+                while waiting:
+                    ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+                    for future in ended:
+                        future.result()
+                    bar.update(sum(cell.steps_done for cell in cells) - bar.n)
             except UserError:  # those that run may finish
                 pool.shutdown(cancel_futures=True)
                 raise

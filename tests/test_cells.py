@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 OPTIONS = {"filter": "none", "seed": 1, "prompts_per_step": 48, "samples_per_prompt": 5}
-OPTIONS |= {"minibatch": 48}
+OPTIONS |= {"minibatch": 48, "steps": 4}
 
 
 def write_cell(folder, options, greedy, steps=4):
@@ -113,7 +113,7 @@ def test_what_runs_ends_with_the_study(tmp_path, number):
     study = (
         "from pathlib import Path\n"
         "from pfppo import cells\n"
-        f"cell = cells.Cell('none', 1, Path({str(tmp_path / 'cell')!r}), {{}})\n"
+        f"cell = cells.Cell('none', 1, Path({str(tmp_path / 'cell')!r}), {{'steps': 4}})\n"
         "run = cells.Torchrun()\n"
         f"ask = lambda script, *rest: run({str(script)!r}, *rest)\n"
         "ask.stop = run.stop\n"
