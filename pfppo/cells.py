@@ -90,7 +90,9 @@ def run_cells(cells, jobs, given, run):
     threads = max(1, (os.cpu_count() or 1) // jobs)
     left = [cell for cell in cells if not cell.is_finished]
     steps = sum(cell.options["steps"] for cell in cells)
-    with tqdm(total=steps, desc=f"{len(left)} of {len(cells)} cells to run", unit="step") as bar:
+    done = sum(cell.steps_done for cell in cells)
+    what = f"{len(left)} of {len(cells)} cells to run"
+    with tqdm(total=steps, initial=done, desc=what, unit="step") as bar:
 
         def make(cell):
             options = cell.options | {"run_dir": cell.folder} | given

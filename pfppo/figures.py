@@ -11,6 +11,7 @@ The numbers behind them are in `table.json`, `metrics.jsonl` and `reliability.js
 
 import numpy as np
 
+SMOOTH = 5  # steps
 HINT = "no figures: pip install matplotlib, and run the same command again"
 
 
@@ -36,8 +37,9 @@ def _band(curves, x, y):
     return at, mean, mean - half, mean + half
 
 
-def draw_study(folder, curves, rows):
-    """Three figures of a study. curves: {filter: [curves of a seed]}; rows: the table's.
+def draw_study(folder, curves, rows, correlation):
+    """Three figures of a study. curves: {filter: [curves of a seed]}; rows: the table's;
+    correlation: of R^2 and pass@1.
 
     Returns one line about what was written.
     """
@@ -58,19 +60,25 @@ def draw_study(folder, curves, rows):
     figure.savefig(folder / "curves.png", dpi=120)
 
     figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
-    for name, runs in curves.items():
-        reward, score = (_band(runs, "samples", y)[1] for y in ("reward_all", "score_all"))
-        axis.plot(reward, score, marker=".", label=name)
+    for name, runs in curves.items():  # every step has other prompts: some of them together
+        means = (_band(runs, "samples", y)[1] for y in ("reward_all", "score_all"))
+        window = np.ones(min(SMOOTH, len(runs[0]["samples"])))
+        reward, score = (np.convolve(mean, window / window.sum(), "valid") for mean in means)
+        (line,) = axis.plot(reward, score, label=name)
+        axis.plot(reward[-1], score[-1], "o", color=line.get_color())
     axis.set(xlabel=labels["reward_all"], ylabel="actual score of all samples")
+    axis.set(title=f"running means of {SMOOTH} steps; a dot at the end")
     axis.legend()
     figure.savefig(folder / "optimization.png", dpi=120)
 
     figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
     for row in (row for row in rows if row["r2"] is not None):
         mean, low, high = row["selected_greedy"]
-        axis.errorbar(row["r2"], mean, yerr=[[mean - low], [high - mean]], marker="o", capsize=3)
-        axis.annotate(f" {row['filter']}", (row["r2"], mean))
+        bars = {"yerr": [[mean - low], [high - mean]], "capsize": 3}
+        axis.errorbar(row["r2"], mean, marker="o", ls="", label=row["filter"], **bars)
     axis.set(xlabel="R^2 before training", ylabel="greedy pass@1 on test problems")
+    axis.set(title=f"Spearman correlation {correlation:.2f}")
+    axis.legend()
     figure.savefig(folder / "r2.png", dpi=120)
     plot.close("all")
     return "curves.png, optimization.png, r2.png"

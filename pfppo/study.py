@@ -249,7 +249,9 @@ def study(args, names, given, run):
     known = {"match": args.match, "reward": args.reward, "hours": hours, "filters": rows}
     write_json(out / "table.json", known)
     curves = {n: [results[n, s]["curves"] for s in range(1, args.seeds + 1)] for n in names}
-    print(f"{text}\n{out}: table.md, table.json; {figures.draw_study(out, curves, rows)}")
+    print(text)
+    drawn = figures.draw_study(out, curves, rows, rank_correlation(rows))
+    print(f"{out}: table.md, table.json; {drawn}")
     return rows
 
 

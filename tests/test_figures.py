@@ -16,7 +16,7 @@ ROWS += [ROWS[0] | {"filter": "top", "r2": None, "selected_greedy_difference": (
 def test_without_matplotlib_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "_plot", lambda: None)
     for said in (
-        figures.draw_study(tmp_path, {"none": [CURVE]}, ROWS),
+        figures.draw_study(tmp_path, {"none": [CURVE]}, ROWS, 0.5),
         figures.draw_reliability(tmp_path / "x.png", []),
         figures.draw_rewards(tmp_path, {"model": ROWS}, "none"),
     ):
@@ -35,7 +35,7 @@ def test_a_band_is_mean_and_95_percent_of_the_mean_where_all_seeds_have_a_value(
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_figures_are_written(tmp_path):
     curves = {name: [CURVE, CURVE] for name in ("none", "best_random")}
-    figures.draw_study(tmp_path, curves, ROWS)
+    figures.draw_study(tmp_path, curves, ROWS, 0.5)
     figures.draw_reliability(tmp_path / "reliability.png", [([0, 1], [0.2, 0.8])])
     figures.draw_rewards(tmp_path, {"noisy:middle": ROWS, "noisy:tails": ROWS}, "none")
     names = {path.name for path in tmp_path.iterdir()}
