@@ -164,7 +164,8 @@ def _is_lost(error):
 
 
 def together(main):
-    """A script's `main(args)` that, where there are several nodes, tells them how it ended.
+    """A script's `main(args)` that ends the process group (its threads can abort an interpreter
+    that leaves before them) and, where there are several nodes, tells them how it ended.
 
     What it raises stays as it is. But where a collective lost its connection, the watch is given
     time to find out which node is gone, and ends the process with its line.
@@ -186,6 +187,8 @@ def together(main):
         finally:
             if _watch:
                 _watch.leave(failure)
+            if failure is None and dist.is_initialized():
+                dist.destroy_process_group()
 
     return run
 

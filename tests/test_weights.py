@@ -61,6 +61,7 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
     sys.exit()
 
 
