@@ -236,11 +236,15 @@ def raising(error):
         (SystemExit(0), b""),
     ],
 )
-def test_an_exception_stays_as_it_is_and_is_told(watch, error, told):
+def test_an_exception_stays_as_it_is_and_is_told(watch, monkeypatch, error, told):
+    """And a regular end, whatever its form, ends the process group."""
+    ended = []
+    monkeypatch.setattr(peers.dist, "destroy_process_group", lambda: ended.append(True))
     watch.node.add("beat/1", 1)
     with pytest.raises(type(error)) as caught:
         raising(error)(None)
     assert caught.value is error and watch.node.get("failed") == told
+    assert bool(ended) == (told == b"")
     assert watch.lines() == ([], [])
 
 
