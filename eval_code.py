@@ -123,11 +123,10 @@ def answers(args, tokenizer, problems, prompts, examiner, ranks):
 
 
 def judge(args, reward, problems, rows, results):
-    """Rewards and actual scores of all samples, [P, N] each; both are written into the rows.
+    """Put rewards and actual scores into the rows of all samples.
 
     Rewards of an RM from elsewhere, which has no normaliser, are normalised over these samples.
     """
-    N = args.samples_per_problem
     known = {problem.task_id: problem for problem in problems}
     asked = [known[row["task_id"]] for row in rows]
     scores = torch.tensor([float(row["passed"]) for row in results])
@@ -146,19 +145,25 @@ def judge(args, reward, problems, rows, results):
         if row.get("reward", reward) != reward:
             row.setdefault("raw_reward", row["reward"])
         row |= {"reward": reward, "score": score}
-    return rewards.view(-1, N), scores.view(-1, N)
 
 
 def main(args):
     ranks = fsdp.init_ranks(args.device)
     name = (rundir.latest if args.resume else rundir.unused)("runs/eval")
     args.out = fsdp.from_main(args.out or str(name), ranks)
+    judging = args.reward_model or args.reward != "model"
+    for name in ("from_samples", "samples", "contamination"):
+        require(
+            not (getattr(args, name) and judging),
+            f"--{name}: without a model's answers, so --reward_model and --reward judge nothing",
+        )
     if args.from_samples:
         with fsdp.agreed(ranks):
             if ranks.is_main:
+                rundir.check_writable(Path(args.out), "out")
                 judged = comparison.read_judged(args.from_samples)
-                chosen = comparison.load_filters(args.filters, judged[0].shape[1], ranks.say)
-                comparison.report(args, chosen, *judged, Path(args.out))
+                chosen = comparison.load_filters(args.filters, judged.rewards.shape[1], ranks.say)
+                comparison.report(args, chosen, judged, Path(args.out))
         return
     require(0 < args.top_p <= 1, f"--top_p {args.top_p}: expected more than 0, at most 1")
     require(
@@ -181,10 +186,9 @@ def main(args):
     )
     reward = load_reward(args.reward, args.seed)
     if args.samples or args.contamination:
-        args.policy = args.reward_model = ""
-    elif args.reward not in BY_MODEL:
+        args.policy = ""
+    if args.reward not in BY_MODEL:
         args.reward_model = ""  # nobody would ask it
-    judging = args.reward_model or args.reward != "model"
     require(
         judging or args.filters == "all",
         f"--filters {args.filters}: what they keep is judged by a --reward_model, found none",
@@ -192,10 +196,6 @@ def main(args):
     require(
         args.reward_model or args.reward != "combined",
         "--reward combined: needs a --reward_model, found none",
-    )
-    require(
-        args.reward == "model" or not args.samples,
-        f"--reward {args.reward}: judges responses of a model, found --samples",
     )
     chosen = comparison.load_filters(args.filters, N, ranks.say) if judging else {}
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
@@ -267,9 +267,13 @@ def main(args):
     if judging:
         with fsdp.agreed(ranks):
             if ranks.is_main:
-                rewards, scores = judge(args, reward, problems, rows, results)
+                judge(args, reward, problems, rows, results)
                 rundir.rewrite_jsonl(out / "samples.jsonl", rows)
-                comparison.report(args, chosen, rewards, scores, out)
+                pairs = [(row["reward"], row["score"]) for row in rows]
+                tasks = [row["task_id"] for row in rows[::N]]
+                groups = (pairs[i : i + N] for i in range(0, len(pairs), N))
+                judged = comparison.judged(zip(tasks, groups, strict=True))
+                comparison.report(args, chosen, judged, out)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))
 
 

@@ -127,7 +127,10 @@ def read_cell(cell):
         rows = [json.loads(line) for line in lines]
         sampled = cell.options["prompts_per_step"] * cell.options["samples_per_prompt"]
         kept = [round(row["kept"] * sampled) for row in rows]
-        updates = [max(n > 0, round(n / cell.options["minibatch"])) for n in kept]
+        passes = options.get("ppo_epochs", 1)
+        updates = [passes * max(n > 0, round(n / cell.options["minibatch"])) for n in kept]
+        if [row["step"] for row in rows] != list(range(1, cell.options["steps"] + 1)):
+            raise ValueError(f"metrics.jsonl has not the steps 1 to {cell.options['steps']}")
         found = {
             f"{when}_{how}": rate[how]["pass@1"]
             for when, rate in zip(("before", "selected", "last"), rates, strict=True)

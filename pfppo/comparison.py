@@ -4,7 +4,7 @@
 
 A judged sample is a line with `task_id`, `reward`, and `score` (or `passed`): `samples.jsonl` of
 eval_code.py and of train_ppo.py are made of them. A filter that keeps at random counts with the
-mean of DRAWS of its draws, not with one.
+mean of DRAWS of its draws, not with one. The order of the samples changes nothing.
 
 The figure is the paper's Fig. 1: mean actual score against mean reward, bin by bin. There ten
 responses to each prompt are generated ten times over; here each line is a resample of the prompts
@@ -13,7 +13,7 @@ of one generation.
 The mathematics is in reliability.py.
 """
 
-import math
+from dataclasses import dataclass
 
 from pfppo import figures, rundir
 from pfppo.benchmarks import read_jsonl
@@ -24,90 +24,121 @@ from pfppo.reliability import format_table, reliability_table, resampled_bins
 import numpy as np
 import torch
 
-DRAWS = 200  # of a filter that keeps at random: its expected weights are known to about 0.03
+DRAWS = 2000  # of a filter that keeps at random: its expected weights are known to about 0.01
+LARGEST = 1e9  # rewards are squared, in fp32
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Samples in groups, a group one prompt's samples in one step, in an order of their own."""
+
+    rewards: np.ndarray  # [P, N]
+    scores: np.ndarray  # [P, N]
+    prompts: np.ndarray  # [P], numbers; groups of one prompt have one number
+
+
+def judged(groups):
+    """Judged from [(prompt, [(reward, score)] * N)], whatever their order."""
+    groups = sorted((sorted(pairs), prompt) for prompt, pairs in groups)
+    numbers = {}
+    prompts = [numbers.setdefault(prompt, len(numbers)) for _, prompt in groups]
+    both = np.array([pairs for pairs, _ in groups], dtype=float)  # [P, N, 2]
+    return Judged(both[..., 0], both[..., 1], np.array(prompts))
 
 
 def load_filters(names, samples, say):
     """{name: filter} of those asked for; of all, those that take so many samples per problem."""
     if names != "all":
-        return {name: load_filter(name, samples, "filters") for name in names.split(",")}
+        asked = [name.strip() for name in names.split(",")]
+        return {name: load_filter(name, samples, "filters") for name in asked}
     chosen = {}
     for name in FILTERS:
         try:
-            chosen[name] = load_filter(name, samples)
+            chosen[name] = load_filter(name, samples, "filters")
         except UserError as error:  # `single` takes one sample, some others at least two
             say(f"left out: {error}")
     return chosen
 
 
-def read_judged(path):
-    """(rewards, scores) [P, N] from a JSONL file of judged samples. Raises UserError.
+def read_judged(path, say=print):
+    """Judged from a JSONL file. Raises UserError.
 
-    The samples of one problem (and of one `step`, where there are steps) are one row; all problems
-    need equally many.
+    The samples of one problem (and of one `step`, where there are steps) are a group; all need
+    equally many. Those of problems without tests, with score null, are left out.
     """
-    groups = {}
+    groups, untested = {}, 0
     for line, row in read_jsonl(path):
-        task, place = row.get("task_id"), f"{path}, line {line}"
-        require(isinstance(task, str | int), f"{place}: expected a 'task_id', found {sorted(row)}")
-        pair = []
-        for names in (("reward",), ("score", "passed")):
-            value = next((row[name] for name in names if row.get(name) is not None), None)
-            good = isinstance(value, bool | int | float) and math.isfinite(value)
-            found = (
-                f"found {value!r}"
-                if value is not None
-                else "found none: "
-                + ("samples are judged by eval_code.py with --reward_model, or by train_ppo.py")
-            )
-            require(good, f"{place}: expected a number in {' or '.join(map(repr, names))}, {found}")
-            pair.append(float(value))
-        groups.setdefault((row.get("step"), task), []).append(pair)
+        place = f"{path}, line {line}"
+        key = row.get("step"), row.get("task_id")
+        named = isinstance(key[1], str | int) and isinstance(key[0], int | None)
+        found = f"found step {key[0]!r}, task_id {key[1]!r}"
+        require(named, f"{place}: expected a 'task_id', and a number or nothing in 'step', {found}")
+        reward = _number(row, ("reward",), place)
+        if "score" in row and row["score"] is None:
+            untested += 1
+            continue
+        groups.setdefault(key, []).append((reward, _number(row, ("score", "passed"), place)))
     sizes = sorted({len(group) for group in groups.values()})
-    require(sizes, f"{path}: holds no samples")
+    require(sizes, f"{path}: expected samples with a score, found none")
     require(
         len(sizes) == 1,
         f"{path}: expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}",
     )
-    both = torch.tensor(list(groups.values()), dtype=torch.float64)  # [P, N, 2]
-    return both[..., 0], both[..., 1]
+    if untested:
+        say(f"left out: {untested} samples whose problems have no tests")
+    return judged((str(task), pairs) for (_, task), pairs in groups.items())
+
+
+def _number(row, names, place):
+    """The number in one of these fields. Raises UserError."""
+    value = next((row[name] for name in names if row.get(name) is not None), None)
+    fits = isinstance(value, bool | int | float) and abs(value) <= LARGEST  # NaN is not
+    found = f"found {str(value)[:40]!r}"
+    if value is None:
+        found = "found none: samples are judged by eval_code.py with a reward, or by train_ppo.py"
+    require(fits, f"{place}: expected a number in {' or '.join(map(repr, names))}, {found}")
+    return float(value)
 
 
 def expected_weights(chosen, rewards, seed):
     """{name: weights [P, N]}, expected over the draws of filters that keep at random."""
-    expected = {}
+    expected, rewards = {}, torch.tensor(rewards, dtype=torch.float32)
     for name, weigh in chosen.items():
         generator = torch.Generator().manual_seed(seed)
-        draws = [weigh(rewards, generator) for _ in range(DRAWS)]
-        expected[name] = torch.stack(draws).mean(0).double().numpy()
+        draws = [weigh(rewards, generator) for _ in range(8)]
+        if any(not draw.equal(draws[0]) for draw in draws):
+            draws += [weigh(rewards, generator) for _ in range(DRAWS - 8)]
+        expected[name] = (sum(draw.double() for draw in draws) / len(draws)).numpy()
     return expected
 
 
-def report(args, chosen, rewards, scores, out):
+def report(args, chosen, samples, out):
     """Print the table, write `reliability.json` and the figure below `out`, say what was written.
 
-    rewards, scores [P, N]; args: bins, bin_kind, repetitions, seed.
+    samples: Judged; args: bins, bin_kind, repetitions, seed.
     """
-    expected = expected_weights(chosen, rewards.float(), args.seed)
-    rewards, scores = rewards.double().numpy(), scores.double().numpy()
-    rows = reliability_table(
-        rewards, scores, expected, args.bins, seed=args.seed, kind=args.bin_kind
-    )
+    rewards, scores, prompts = samples.rewards, samples.scores, samples.prompts
+    expected = expected_weights(chosen, rewards, args.seed)
+    how = {"kind": args.bin_kind, "prompts": prompts}
+    rows = reliability_table(rewards, scores, expected, args.bins, seed=args.seed, **how)
     P, N = rewards.shape
-    print(f"\nrewards of {P} problems x {N} samples: mean {rewards.mean():.3f}, ", end="")
-    print(f"standard deviation {rewards.std():.3f}; {scores.mean():.3f} pass")
-    print(f"R^2 over {args.bins} bins of {NAMES[args.bin_kind]}, 95 % bootstrap over prompts")
+    count = len(np.unique(prompts))
+    spread = f"mean {rewards.mean():.3f}, standard deviation {rewards.std():.3f}"
+    print(f"\n{P} x {N} samples of {count} problems: {scores.mean():.3f} pass; rewards: {spread}")
+    print(f"R^2 over {args.bins} bins of {NAMES[args.bin_kind]}; 95 %: percentiles over resampled ")
+    print("prompts, which lie low where bins hold few samples (reliability.py)")
     print(format_table(rows))
+    everything = rewards, scores, np.ones_like(rewards), args.bins
     rng = np.random.default_rng(args.seed)
-    how = args.bins, args.bin_kind, args.repetitions, rng
     lines = [
         (binned.mean_reward.tolist(), binned.mean_score.tolist())
-        for binned in resampled_bins(rewards, scores, np.ones_like(rewards), *how)
+        for binned in resampled_bins(*everything, resamples=args.repetitions, rng=rng, **how)
     ]
-    known = {"problems": P, "samples_per_problem": N, "bins": args.bins, "bin_kind": args.bin_kind}
-    curves = [{"mean_reward": reward, "mean_score": score} for reward, score in lines]
+    known = {"problems": count, "groups": P, "samples_per_problem": N}
+    known |= {"bins": args.bins, "bin_kind": args.bin_kind, "filters": rows}
+    known |= {"repetitions": [{"mean_reward": r, "mean_score": s} for r, s in lines]}
     out.mkdir(parents=True, exist_ok=True)
-    rundir.write_json(out / "reliability.json", known | {"filters": rows, "repetitions": curves})
+    rundir.write_json(out / "reliability.json", known)
     print(f"\n{out}: reliability.json; ", end="")
     print(figures.draw_reliability(out / "reliability.png", lines))

@@ -42,11 +42,12 @@ class Overlap:
 
 
 def grams(*parts, length=LENGTH):
-    """The set of n-grams of the tokens of each part of a text, as strings; empty without tokens."""
+    """The set of n-grams of the tokens of each part of a text, as tuples; empty without tokens."""
     tokens = [TOKEN.findall(COMMENT.sub("", p).lower().replace("'", '"')) for p in parts]
     whole = [part for part in tokens if len(part) >= length] or [sum(tokens, [])]
-    found = (p[i : i + length] for p in whole for i in range(max(1, len(p) - length + 1)))
-    return {" ".join(gram) for gram in found if gram}
+    if len(whole[0]) < length:
+        return {tuple(whole[0])} - {()}
+    return set().union(*(zip(*(p[i:] for i in range(length)), strict=False) for p in whole))
 
 
 def overlaps(training, wanted):

@@ -124,8 +124,8 @@ def load_filter(spec, samples, option="filter"):
             return apply_filter(chosen, rewards, generator)
         except (Exception, SystemExit) as error:
             why = str(error) if type(error) is ValueError else reason(error)
-            sizes = f"--samples_per_prompt {rewards.shape[1]}"
-            raise UserError(f"--{option} {spec} {sizes}: {why}") from error
+            sizes = " --samples_per_prompt" if option == "filter" else ", N ="
+            raise UserError(f"--{option} {spec}{sizes} {rewards.shape[1]}: {why}") from error
 
     generator = torch.Generator().manual_seed(0)
     for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):

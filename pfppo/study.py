@@ -114,16 +114,24 @@ def measure(args, names, given, run):
         given = given | {"prompts": lab.FOLDER / "train.jsonl"}
     folder = Path(args.out) / "reliability"
     path = folder / "reliability.json"
-    known = json.loads(path.read_text())["filters"] if path.exists() else []
+    known = _read_reliability(path) if path.exists() else []
     if not {row["filter"] for row in known} >= set(asked):
         options = {"reward_model": "lab", "reward": args.reward, "problems": given["prompts"]}
         options |= {"samples_per_problem": args.samples_per_prompt, "temperature": 1.0}
         options |= {"filters": ",".join(asked), "out": folder}
         options |= {name: given[name] for name in SHARED if name in given}
         run("eval_code.py", options, folder.with_suffix(".log"), os.cpu_count() or 1)
-        known = json.loads(path.read_text())["filters"]
+        known = _read_reliability(path)
     rows = {row["filter"]: row for row in known}
     return rows | ({"single": rows[BASE]} if BASE in rows else {})
+
+
+def _read_reliability(path):
+    try:
+        rows = json.loads(path.read_text())["filters"]
+        return [{n: row[n] for n in ("filter", "kept", "r2", "r2_low", "r2_high")} for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged, delete it ({reason(error)})") from error
 
 
 def interval(values, seed=0, resamples=10_000):
@@ -200,17 +208,32 @@ def markdown(args, rows, hours):
         lines.append("| " + " | ".join(cell(row) for cell in columns.values()) + " |")
     correlation = rank_correlation(rows)
     shown_as = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
+    mean = (
+        f"mean over {args.seeds} seeds with a 95 % bootstrap interval over seeds; differences are "
+        "paired by seed, and an interval that holds 0 is no verdict."
+        if args.seeds > 1
+        else "one seed: no interval, and so no verdict."
+    )
+    differ = args.match == "updates" and len({row["updates"] for row in rows}) > 1
+    but = " as far as filters keep a fixed number (see the column)" if differ else ""
     lines += [
         "",
-        f"Test pass@1, mean over {args.seeds} seeds with a 95 % bootstrap interval over seeds; "
-        "differences are paired by seed, and an interval that holds 0 is no verdict. Compute: "
-        f"{'samples drawn' if args.match == 'samples' else 'optimizer steps'} are equal between "
-        f"filters. Reward: {args.reward}. Selected: the step that was best on validation.",
+        f"Test pass@1, {mean} Compute: matched by {args.match}{but}. Reward: {args.reward}. "
+        "Selected: the step that was best on validation. Minutes: of a cell's steps.",
         "",
         f"Spearman correlation of R^2 and greedy pass@1 over filters: {shown_as}. "
-        f"All cells took {hours:.1f} hours of training.",
+        f"The steps of all cells took {hours:.1f} hours.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(value):
+    """A value for JSON, which knows no NaN."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def check_study(args, given):
@@ -247,7 +270,7 @@ def study(args, names, given, run):
     text, out = markdown(args, rows, hours), Path(args.out)
     (out / "table.md").write_text(text)
     known = {"match": args.match, "reward": args.reward, "hours": hours, "filters": rows}
-    write_json(out / "table.json", known)
+    write_json(out / "table.json", _plain(known))
     curves = {n: [results[n, s]["curves"] for s in range(1, args.seeds + 1)] for n in names}
     print(text)
     drawn = figures.draw_study(out, curves, rows, rank_correlation(rows))
@@ -256,15 +279,20 @@ def study(args, names, given, run):
 
 
 def main(args, words=()):
-    names = list(FILTERS) if args.filters == "all" else args.filters.split(",")
-    rewards, given = args.reward.split(","), parse_words(words)
+    names = list(FILTERS) if args.filters == "all" else _listed(args.filters, "filters")
+    rewards, given = _listed(args.reward, "reward"), parse_words(words)
     for name in names:
         load_filter(name, 1 if name == "single" else args.samples_per_prompt, "filters")
     for reward in rewards:
         load_reward(reward)
     own = {"filter", "seed", "reward", "steps", "prompts_per_step", "samples_per_prompt"}
-    taken = sorted((own | {"minibatch", "run_dir", "resume"}) & given.keys())
+    own |= {"minibatch", "run_dir", "resume", "export", "plan", "selfcheck"}
+    taken = sorted(own & given.keys())
     require(not taken, f"-- --{taken and taken[0]}: the study itself sets this option of its cells")
+    require(
+        given.get("prompts", "lab") == "lab" or given.get("test"),
+        "-- --prompts: the table is of pass rates on test problems, expected --test FILE too",
+    )
     run = Torchrun()
     if len(rewards) == 1:
         study(args, names, given, run)
@@ -277,6 +305,14 @@ def main(args, words=()):
         found[reward] = study(part, names, given, run)
     if BASE in names:
         print(f"{args.out}: {figures.draw_rewards(Path(args.out), found, BASE)}")
+
+
+def _listed(text, option):
+    """The names in a comma-separated list. Raises UserError where one stands there twice."""
+    names = [name.strip() for name in text.split(",")]
+    twice = [name for name in names if names.count(name) > 1]
+    require(not twice, f"--{option} {text}: {twice and twice[0]} stands there twice")
+    return names
 
 
 def start():

@@ -19,7 +19,7 @@ OPTIONS = {"filter": "none", "seed": 1, "prompts_per_step": 48, "samples_per_pro
 OPTIONS |= {"minibatch": 48, "steps": 4}
 
 
-def write_cell(folder, options, greedy, steps=4):
+def write_cell(folder, options, greedy):
     """What train_ppo.py leaves of a run."""
     folder.mkdir(parents=True)
     rates = {
@@ -31,7 +31,8 @@ def write_cell(folder, options, greedy, steps=4):
     (folder / "result.json").write_text(json.dumps({"problems": 500, "rates": rates}))
     row = {"kept": 0.4, "reward_all": 0.1, "score_all": 0.5, "kl_k1": 0.2, "seconds_sample": 30.0}
     rows = [
-        {"step": s, "validation": 0.5 if s % 2 == 0 else None} | row for s in range(1, steps + 1)
+        {"step": s, "validation": 0.5 if s % 2 == 0 else None} | row
+        for s in range(1, options["steps"] + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
@@ -74,6 +75,7 @@ def test_a_cell_says_its_rates_and_its_curves(tmp_path):
     [
         ("metrics.jsonl", '{"epoch": 1}\n'),
         ("metrics.jsonl", "{"),
+        ("metrics.jsonl", '{"step": 1, "kept": 0.4}\n'),
         ("result.json", '{"rates": {"before": {}}}'),
         ("result.json", "[]"),
         ("args.json", "no"),
@@ -86,6 +88,12 @@ def test_a_folder_of_another_version_is_one_line(tmp_path, name, text):
     with pytest.raises(UserError, match="none-1: not a run of this version") as error:
         read_cell(cell)
     assert "\n" not in str(error.value)
+
+
+def test_every_pass_over_the_samples_is_an_update(tmp_path):
+    cell = three(tmp_path)[0]
+    write_cell(cell.folder, cell.options | {"ppo_epochs": 3}, 0.5)
+    assert read_cell(cell)["curves"]["updates"] == [6, 12, 18, 24]
 
 
 def test_a_run_with_other_arguments_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from test_cells import write_cell
 
 @pytest.fixture
 def args(tmp_path):
-    return Args(filters="none,best_random", seeds=3, out=str(tmp_path), jobs=2)
+    return Args(filters="none,best_random", seeds=3, steps=4, out=str(tmp_path), jobs=2)
 
 
 NAMES = ["none", "best_random"]
@@ -33,12 +33,12 @@ NAMES = ["none", "best_random"]
 def test_single_gets_n_times_the_prompts_and_others_the_same(args):
     cells = {cell.filter: cell.options for cell in cells_of(args, ["single", "none", "top"])}
     drawn = {o["prompts_per_step"] * o["samples_per_prompt"] * o["steps"] for o in cells.values()}
-    assert drawn == {48 * 5 * 30}
+    assert drawn == {48 * 5 * 4}
     assert cells["single"]["prompts_per_step"] == 240
 
 
 def test_matched_updates_give_more_steps_to_those_that_keep_less(args):
-    args.match = "updates"
+    args.match, args.steps = "updates", 30
     cells = {c.filter: c.options for c in cells_of(args, ["none", "best_random", "best_of_n"])}
     assert [cells[n]["steps"] for n in cells] == [30, 75, 150]
 
@@ -153,7 +153,7 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_made(args, runn
     main(args)
     asked = len(runner.asked)
     args.steps = 7
-    with pytest.raises(UserError, match="a study with other arguments .steps 30 there, 7 here"):
+    with pytest.raises(UserError, match="a study with other arguments .steps 4 there, 7 here"):
         main(args)
     assert len(runner.asked) == asked
 
@@ -170,6 +170,10 @@ def test_cells_of_another_version_are_refused_before_hours_of_training(args, run
 @pytest.mark.parametrize(
     "change, words, said",
     [
+        ({"filters": "none, none"}, (), "--filters none, none: none stands there twice"),
+        ({"reward": "model,model"}, (), "--reward model,model: model stands there twice"),
+        ({}, ("--prompts", "p.jsonl"), "-- --prompts: the table is of pass rates on test problems"),
+        ({}, ("--plan",), "-- --plan: the study itself sets this option"),
         ({"filters": "none,luck"}, (), "--filters luck: unknown, expected one of"),
         ({"reward": "model,luck"}, (), "--reward luck: unknown, expected one of"),
         ({}, ("--steps", "3"), "-- --steps: the study itself sets this option"),
@@ -177,7 +181,7 @@ def test_cells_of_another_version_are_refused_before_hours_of_training(args, run
         (
             {"samples_per_prompt": 1},
             (),
-            "--filters best_random --samples_per_prompt 1: needs",
+            "--filters best_random, N = 1: needs",
         ),
     ],
 )
@@ -188,6 +192,30 @@ def test_wrong_options_are_one_line_before_anything_is_made(args, runner, change
         main(args, words)
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
     assert not runner.asked
+
+
+def test_one_seed_has_no_verdict_and_tables_are_json(args, runner, tmp_path):
+    args.seeds, args.filters = 1, "none, best_random"
+    main(args)
+    table = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
+    assert table["filters"][1]["selected_greedy"] == [0.1, None, None]
+    assert "one seed: no interval" in (tmp_path / "table.md").read_text()
+
+
+def test_unequal_updates_are_not_called_equal(args, runner, tmp_path):
+    args.match = "updates"
+    main(args)
+    rows = json.loads((tmp_path / "table.json").read_text())["filters"]
+    unequal, equal = rows, [row | {"updates": 8} for row in rows]
+    assert "matched by updates as far as filters keep a fixed number" in markdown(args, unequal, 1)
+    assert "matched by updates." in markdown(args, equal, 1)
+
+
+def test_a_damaged_reliability_file_is_one_line(args, runner, tmp_path):
+    main(args)
+    (tmp_path / "reliability/reliability.json").write_text("{")
+    with pytest.raises(UserError, match="reliability.json: damaged, delete it"):
+        main(args)
 
 
 def test_words_are_options_and_flags():
