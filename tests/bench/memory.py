@@ -100,7 +100,7 @@ def arguments(folder, run_dir, changes, scale):
 def phases(mark):
     """Run the script's functions inside `mark(phase)`."""
     import train_ppo
-    from pfppo import batch, fsdp, loading, reward
+    from pfppo import batch, fsdp, loading
 
     def marked(phase, function):
         def inside(*args, **kwargs):
@@ -118,7 +118,7 @@ def phases(mark):
     for owner, name, phase in (
         (loading, "load_policies", "load"),
         (loading, "load_scalars", "load"),
-        (reward, "model_rewards", "rewards"),
+        (train_ppo, "model_rewards", "rewards"),
         (batch, "over_microbatches", "log-probs"),
         (train_ppo, "backward", "update"),
         (train_ppo, "step_optimizer", "update"),
