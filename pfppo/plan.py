@@ -33,7 +33,6 @@ class Plan:
     exceptions: list  # the reference's exception classes: they are the test's own
     refused: frozenset  # methods of plain data that no class of the reference has
     checks: bool  # does the test define check(candidate)?
-    script: list | None = None  # its first calls, once rehearsed (rehearsal.py)
 
 
 def _bytes(source):

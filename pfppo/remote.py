@@ -17,8 +17,6 @@ import time
 from pfppo.plan import BUILTIN_ERRORS
 from pfppo.wire import CHUNK, MAX_MESSAGE, Link
 
-AHEAD = 1 << 15  # characters: what goes ahead must fit the socket's buffer, or both would wait
-
 
 class Over(BaseException):
     """Ends a check: (outcome, detail). A test that swallows it has not passed either."""
@@ -114,8 +112,6 @@ class TesterLink(Link):
         self.idle = (0.0, self.start)  # CPU seconds when last seen to move, and when that was
         self.received = self.calls = 0
         self.asking = threading.RLock()
-        self.script = collections.deque()  # requests that are known to come, and do they wait?
-        self.ahead = 0  # how many of them have been sent already
         sock.settimeout(min(timeout, 0.25))
 
     def _unpack(self, tagged):
@@ -163,7 +159,9 @@ class TesterLink(Link):
         if self.over:
             raise self.over
         self.calls += operation != "load"
-        self.request(self.message(operation, target, self.arguments(args, kwargs)))
+        self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
+        # operation NEWLINE [target, args, kwargs]
+        self.send(f"{operation}\n{self.dumps([target, list(args), kwargs])}")
         while True:
             try:
                 kind, _, body = self.receive().partition("\n")
@@ -191,33 +189,6 @@ class TesterLink(Link):
             except EOFError:
                 self.end("memory", "the answer is too large")
             raise error
-
-    def arguments(self, args, kwargs):
-        """What ends a request: arguments in packed form."""
-        return self.dumps([list(args), kwargs])[1:]
-
-    def message(self, operation, target, arguments):
-        """A request: `operation NEWLINE [target, args, kwargs]`."""
-        text = f'{{"y": {target._number}}}' if type(target) is Remote else self.dumps(target)
-        return f"{operation}\n[{text}, {arguments}"
-
-    def request(self, message):
-        """Send a request, and with it those that the script says will follow; or nothing, if it
-        went ahead with an earlier one."""
-        self.idle = self.idle[0], time.monotonic()  # it had nothing to do until now
-        if self.script and message != self.script.popleft()[0]:
-            self.end("diverged", "")
-        if self.ahead:
-            self.ahead -= 1
-            return
-        batch, size = [message], len(message)
-        for following, wait in self.script:
-            size += len(following)
-            if wait or size > AHEAD:
-                break
-            batch.append(following)
-        self.ahead = len(batch) - 1
-        self.send(*batch)
 
     def call_back(self, number, args, kwargs):
         """The candidate calls a function that the test passed to it."""

@@ -8,7 +8,7 @@ Three roles for each worker. The *tester* (tester.py, a clean process) runs the 
 proxies in place of the program's names (remote.py): answers come back as plain data of exact types,
 and the verdict is the tester's alone. This file is the caller's side: what a check and a verdict
 are, and the pool of testers that gives work out and replaces what dies. It judges nothing itself.
-Calls that a test makes whatever the answers are sent to the candidate together (rehearsal.py).
+A call is sent when the one before it has been answered: a candidate never sees what comes later.
 Names: the entry point and the reference's classes are the candidate's; every other name that the
 reference defines (helpers of the prompt, imports) runs here, from the reference.
 
@@ -16,12 +16,11 @@ Limits: `timeout` is CPU seconds, so a busy machine fails no honest program; a c
 for a second after `timeout` wall seconds, or takes ten times that, is ended as well. What the
 machine grants is in `Sandbox.mode`; what each layer contains, and what not, in isolation.py.
 
-Not contained: answers that are right for the tests' arguments alone (hard-coded), or computed from
-those of the test's later calls; objects whose methods answer what the test hopes to hear, where the
-test calls methods on what it got back; a message to the next candidate in the inode numbers of the
-working directory. What fails: a program that needs other processes; a test that passes objects of
-its own classes or arrays, or that uses operators, `==` (identity here) or `isinstance` on objects
-of the program's.
+Not contained: answers that are right for the tests' arguments alone (hard-coded); objects whose
+methods answer what the test hopes to hear, where the test calls methods on what it got back; a
+message to the next candidate in the inode numbers of the working directory. What fails: a program
+that needs other processes; a test that passes objects of its own classes or arrays, or that uses
+operators, `==` (identity here) or `isinstance` on objects of the program's.
 """
 
 import atexit

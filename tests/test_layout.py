@@ -12,7 +12,6 @@ FLOORS = (
     ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
     ("noise", "figures"),
     ("jail", "remote", "messages", "weights", "peers", "cells"),
-    ("rehearsal",),
     ("tester",),
     ("sandbox",),
     ("reward", "benchmarks"),

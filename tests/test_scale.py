@@ -204,6 +204,7 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(tiny, tmp_path, r
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_a_run_killed_twice_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(kills.CHANGED, "steps", 9)
     kills.whole_run(tiny, tmp_path / "whole", 0)

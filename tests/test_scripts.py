@@ -645,6 +645,7 @@ def test_resume_without_a_name_goes_on_with_the_last_run(tiny, tmp_path, monkeyp
     ]
 
 
+@pytest.mark.slow
 def test_a_filter_that_draws_from_elsewhere_is_the_same_on_all_ranks(tiny, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(
