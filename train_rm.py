@@ -12,115 +12,111 @@ directory becomes the checkpoint: it loads as `AutoModelForSequenceClassificatio
 and holds `reward_model.json` (normaliser, template and vocabulary hashes) and `pairs.jsonl`.
 """
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
-from pfppo import data, export, fsdp, lab, peers, rundir
-from pfppo.batch import collate, owned
-from pfppo.config import Count, Positive, Seed, Share, launch, require
-from pfppo.examine import Examiner
-from pfppo.fsdp import gather_lists
-from pfppo.loading import fetch, new_scalar
+from pfppo import data, fsdp, lab, loading, run
+from pfppo.answers import Examiner
+from pfppo.config import Count, Positive, Seed, Share, require
+from pfppo.files import append_jsonl, write_json
 from pfppo.model import check_positions, empty_classifier, read_causal_lm
+from pfppo.problems import prompt_text
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
-from pfppo.sampler import check_cache, stop_ids
-from pfppo.sandbox import Sandbox
+from pfppo.rollout import collate, rows_per_rank
 
 import torch
 from tqdm import tqdm
 
 
 @dataclass
-class Args:
-    policy: str = "lab"  # SFT policy: a folder, or "lab" (made on first use)
+class Args(run.Machine):  # and options that change no number: pfppo/run/options.py
+    # What there is
+    policy: str = "lab"  # SFT policy: a folder, a Hub id, or "lab" (made on first use)
     pairs: str = ""  # JSONL with prompt, chosen, rejected, text or messages; empty: from --prompts
     prompts: str = "lab"  # JSONL in HumanEval form, or "lab": what pairs are built from
     run_dir: str = ""  # where the checkpoint goes; empty: runs/reward_model, -2, ...
+    prompt_style: Literal["plain", "chat", "deepseek"] = "plain"  # as code, or as a dialogue
+    max_prompt_tokens: Count = 1024  # longest prompt
+    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # samples, order of pairs, new head
+    # Pairs from samples
     samples_per_prompt: Count = 5  # N samples per prompt when pairs are built
     max_new_tokens: Count = 64  # longest response that is sampled
-    max_prompt_tokens: Count = 1024  # longest prompt
     temperature: Positive = 1.0  # of the samples
-    prompt_style: Literal["plain", "chat", "deepseek"] = "plain"  # as code, or as a dialogue
+    timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    # Training
     lr: Positive = 5e-4  # AdamW; the paper's 6.7B model: 1e-5
     epochs: Count = 2  # the paper: 1
     batch: Count = 16  # pairs per optimizer step
     microbatch: Count = 16  # pairs per forward and rank
     grad_norm: Positive = 1.0  # global norm that gradients are clipped to
     held_out: Share = 0.1  # share of the prompts whose pairs measure accuracy
-    timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
-    workers: Count = 2  # sandbox processes per rank
-    require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
-    param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
-    gradient_checkpointing: bool = False  # blocks run again in backward; memory only
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    gradient_checkpointing: bool = False  # blocks run again in backward: less memory, more time
 
 
-def pairs_from_samples(args, tokenizer, ranks):
+def pairs_by_tests(args, tokens, ranks):
     """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows)."""
-    problems, prompts = data.load_rendered(
-        args.prompts, tokenizer, args.prompt_style, args.max_prompt_tokens
-    )
-    untested = [problem.task_id for problem in problems if not problem.test]
+    asked = data.read_problems(args.prompts, tokens)
+    untested = [problem.task_id for problem in asked.problems if not problem.test]
     require(not untested, f"--prompts {args.prompts}: task {untested[:1]} has no test")
-    check_cache(args.policy)
-    stop = stop_ids(args.policy, tokenizer)
-    longest = max(map(len, prompts)) + args.max_new_tokens
-    check_positions(args.policy, "policy", longest, "the longest prompt with --max_new_tokens")
-    how = {"require_isolation": args.require_isolation}
-    with Sandbox(args.workers, args.timeout, **how) as sandbox:
-        examiner = Examiner(tokenizer, stop, sandbox, ranks, args.seed, args.max_new_tokens)
+    longest = max(map(len, asked.prompts)) + args.max_new_tokens
+    check_positions(args.policy, "policy", longest)
+    with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
-        model = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
-        N = args.samples_per_prompt
-        groups = examiner(model, problems, prompts, "pairs", args.temperature, N, bars=True)
-    pairs, texts = [], []
-    for problem, prompt, group in zip(problems, prompts, groups, strict=True):
+        lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        how = (args.temperature, args.samples_per_prompt)
+        groups = examiner.answers(lm, asked, "pairs", *how, bars=True)
+    pairs, texts, rows = [], [], []
+    for problem, prompt, group in zip(asked.problems, asked.prompts, groups, strict=True):
+        rows += [(prompt, answer.ids) for answer in group]
         found = farthest_pair([a.ids for a in group], [a.passed for a in group])
         if found:
             chosen, rejected = (group[i] for i in found)
             pairs.append((prompt, chosen.ids, rejected.ids))
-            texts.append((data.text_of(problem, args.prompt_style), chosen.text, rejected.text))
-    marks = [answer.passed for group in groups for answer in group]
+            texts.append((prompt_text(problem, args.prompt_style), chosen.text, rejected.text))
+    passed = sum(answer.passed for group in groups for answer in group) / len(rows)
     ranks.say(
-        f"pairs: {len(pairs)} of {len(problems)} prompts have a passing and a failing sample; "
-        f"the SFT policy passes {sum(marks) / len(marks):.3f} of {len(marks)} samples"
+        f"pairs: {len(pairs)} of {len(asked)} prompts have a passing and a failing sample; "
+        f"the SFT policy passes {passed:.3f} of {len(rows)} samples"
     )
-    rows = [(p, answer.ids) for p, group in zip(prompts, groups, strict=True) for answer in group]
     return pairs, texts, rows
 
 
-def read_pairs(args, tokenizer):
+def pairs_of_file(args, tokens):
     """Pairs of a file. The normaliser then comes from all its responses, chosen and rejected."""
-    how = tokenizer, args.prompt_style, args.max_prompt_tokens
-    pairs, triples = data.load_pairs(args.pairs, *how)
-    longest = max(len(ids) + max(map(len, responses)) for ids, *responses in pairs)
-    check_positions(args.policy, "policy", longest, f"the longest row of --pairs {args.pairs}")
-    return pairs, triples, [(p, ids) for p, *responses in pairs for ids in responses]
+    pairs, texts = data.read_pairs(args.pairs, tokens)
+    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
+    what = f"the longest row of --pairs {args.pairs}"
+    check_positions(args.policy, "policy", longest, what)
+    return pairs, texts, rows_of(pairs)
 
 
-def scores_of(model, rows, pad_id, args, ranks):
-    """Raw scores of (prompt ids, response ids) rows, spread over ranks: [len(rows)] on each."""
-    mine = [rows[i] for i in owned(len(rows), ranks.rank, ranks.world)]
-    size = 2 * args.microbatch
-    scores = []
-    with torch.no_grad():
-        for start in range(0, math.ceil(len(rows) / ranks.world), size):  # equal on all ranks
-            prompts, responses = zip(*(mine[start : start + size] or rows[:1]), strict=True)
-            batch = collate(prompts, responses, pad_id, ranks.device)
-            scores += model(batch.ids, batch.ends).flatten().tolist()
-    return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
+def rows_of(pairs):
+    return [(prompt, ids) for prompt, *responses in pairs for ids in responses]
 
 
-def accuracy_of(model, pairs, pad_id, args, ranks):
-    """Share of the pairs whose chosen response scores higher; NaN without pairs."""
-    rows = [(prompt, ids) for prompt, *responses in pairs for ids in responses]
-    scores = scores_of(model, rows, pad_id, args, ranks).view(-1, 2)
-    return (scores[:, 0] > scores[:, 1]).double().mean().item()
+def split_by_prompt(pairs, share, seed):
+    """(training, held out): a prompt's pairs are all held out, or all trained on."""
+    of_prompt = defaultdict(list)
+    for pair in pairs:
+        of_prompt[tuple(pair[0])].append(pair)
+    groups, generator = list(of_prompt.values()), torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(groups), generator=generator).tolist()
+    cut = round(len(groups) * share)
+    return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
+
+
+@torch.no_grad()
+def raw_scores(model, rows, pad_id, microbatch, ranks):
+    """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks."""
+    mine, scores = rows[ranks.rank :: ranks.world], []
+    for start in range(0, math.ceil(len(rows) / ranks.world), 2 * microbatch):  # equal on all ranks
+        some = mine[start : start + 2 * microbatch] or rows[:1]
+        batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
+        scores += model(batch.ids, batch.ends).flatten().tolist()
+    return torch.tensor(fsdp.gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
 
 
 def make_for_lab(folder, ranks):
@@ -129,59 +125,37 @@ def make_for_lab(folder, ranks):
 
 
 def main(args, ranks=None):
-    ranks = ranks or fsdp.init_ranks(args.device)  # train_ppo.py has joined its ranks already
-    require(
-        args.pairs or args.samples_per_prompt > 1,
-        f"--samples_per_prompt {args.samples_per_prompt}: a pair needs at least 2",
-    )
-    share, left = divmod(args.batch, ranks.world)
-    require(left == 0, f"--batch {args.batch}: does not divide over {ranks.world} ranks")
-    microbatch = min(share, args.microbatch)
-    require(
-        share % microbatch == 0,
-        f"--microbatch {microbatch}: does not divide the {share} pairs per rank and step",
-    )
+    # train_ppo.py has joined its ranks already
+    ranks = ranks or fsdp.init_ranks(args.device, minutes=args.collective_timeout)
+    N, size = args.samples_per_prompt, args.batch
+    require(args.pairs or N > 1, f"--samples_per_prompt {N}: a pair needs at least 2")
+    share, microbatch = rows_per_rank(size, "batch", args.microbatch, ranks.world)
     args.prompts = "" if args.pairs else args.prompts
-    used = lab.resolve(args, prompts="rm")
-    fetch(args, ("policy",), ranks)
-    run = Path(fsdp.from_main(args.run_dir or str(rundir.unused("runs/reward_model")), ranks))
-    rundir.check_writable(run, "run_dir")
-    empty = not run.exists() or not any(run.iterdir())
-    require(empty, f"--run_dir {run}: is not empty, choose another name")
-    lab.make(ranks, args, used)
+    lab.resolve(args, prompts="rm.jsonl")
+    loading.fetch(args, ("policy",), ranks)
+    folder = run.claim(args, ranks, "runs/reward_model")
+    lab.make(args, ranks)
 
-    # Data: pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
-    tokenizer = data.load_tokenizer(args.policy)
-    data.check_style(tokenizer, args.prompt_style, args.policy)
-    pad_id = data.pad_id_of(tokenizer)
+    # Pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
+    tokens = data.Tokens.of(args)
     if args.pairs:
-        pairs, texts, rows = read_pairs(args, tokenizer)
+        pairs, texts, rows = pairs_of_file(args, tokens)
     else:
-        pairs, texts, rows = pairs_from_samples(args, tokenizer, ranks)
-    of_prompt = defaultdict(list)  # a prompt's pairs are all held out, or all trained on
-    for pair in pairs:
-        of_prompt[tuple(pair[0])].append(pair)
-    groups, generator = list(of_prompt.values()), torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(groups), generator=generator).tolist()
-    cut = round(len(groups) * args.held_out)
-    held_out, training = (sum((groups[i] for i in p), []) for p in (order[:cut], order[cut:]))
-    per_epoch = len(training) // args.batch
-    require(
-        per_epoch > 0,
-        f"--batch {args.batch}: more than the {len(training)} pairs there are for training",
-    )
+        pairs, texts, rows = pairs_by_tests(args, tokens, ranks)
+    training, held_out = split_by_prompt(pairs, args.held_out, args.seed)
+    per_epoch = len(training) // size
+    few = f"--batch {size}: more than the {len(training)} pairs there are for training"
+    require(per_epoch > 0, few)
 
     # Model: the SFT policy's backbone, a new scalar head
-    model = new_scalar(args.policy, args.seed, ranks, args.param_dtype)
+    model = loading.new_scalar(args, ranks)
     if args.gradient_checkpointing:
         fsdp.recompute_blocks(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-    )
+    optimizer = fsdp.adamw(model, args.lr)
     steps = per_epoch * args.epochs
     ranks.say(
         f"reward model: {len(training)} pairs for training, {len(held_out)} held out, "
-        f"{steps} steps of {args.batch} -> {share} per rank -> microbatches of {microbatch}"
+        f"{steps} steps of {size} -> {share} per rank -> microbatches of {microbatch}"
     )
 
     bar = tqdm(range(steps), "reward model", mininterval=1, disable=not ranks.is_main)
@@ -189,55 +163,49 @@ def main(args, ranks=None):
         epoch, part = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         shuffled = torch.randperm(len(training), generator=generator).tolist()
-        mine = shuffled[part * args.batch : (part + 1) * args.batch][ranks.rank :: ranks.world]
+        mine = shuffled[part * size : (part + 1) * size][ranks.rank :: ranks.world]
         warm = min(1.0, (step + 1) / math.ceil(0.03 * steps))
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = args.lr * warm * cosine
         sums = torch.zeros(2, device=ranks.device)
         for start in range(0, share, microbatch):
             some = [training[i] for i in mine[start : start + microbatch]]
             prompts, chosen, rejected = zip(*some, strict=True)
-            batch = collate(prompts * 2, chosen + rejected, pad_id, ranks.device)
-            # [2 * microbatch]: chosen, then rejected
-            scores = model(batch.ids, batch.ends)[:, 0, 0]
+            batch = collate(prompts * 2, chosen + rejected, tokens.pad, ranks.device)
+            scores = model(batch.ids, batch.ends)[:, 0, 0]  # [2 * microbatch]: chosen, rejected
             loss, metrics = bradley_terry_loss(*scores.chunk(2))
-            (loss * ranks.world / args.batch).backward()
+            (loss * ranks.world / size).backward()  # FSDP averages over ranks, the loss is a sum
             sums += torch.stack([metrics["loss"], metrics["accuracy"]])
-        fsdp.clip_gradients(model, args.grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss, accuracy = (fsdp.sum_over_ranks(sums) / args.batch).tolist()
+        fsdp.step(model, optimizer, args.lr * warm * cosine, args.grad_norm)
+        loss, accuracy = (fsdp.sum_over_ranks(sums) / size).tolist()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
 
     # Normaliser, accuracy, checkpoint
-    raw = scores_of(model, rows, pad_id, args, ranks)
-    require(raw.std() > 0, f"--run_dir {run}: the model scores all {len(rows)} responses alike")
-    template = data.template_hash(tokenizer, args.prompt_style)
-    card = RewardCard(
-        raw.mean().item(), raw.std().item(), template, data.vocabulary_hash(tokenizer)
-    )
-    accuracies = [accuracy_of(model, part, pad_id, args, ranks) for part in (training, held_out)]
+    how = tokens.pad, args.microbatch, ranks
+    raw = raw_scores(model, rows, *how)
+    alike = f"--run_dir {folder}: the model scores all {len(rows)} responses alike"
+    require(raw.std() > 0, alike)
+    card = RewardCard(raw.mean().item(), raw.std().item(), *tokens.hashes())
+    accuracies = []
+    for part in (training, held_out):
+        chosen, rejected = raw_scores(model, rows_of(part), *how).view(-1, 2).T
+        accuracies.append((chosen > rejected).double().mean().item())
 
-    def write_pairs(folder):
-        rundir.write_json(folder / "args.json", asdict(args))
-        with open(folder / "pairs.jsonl", "w") as file:
-            for text in texts:
-                row = dict(zip(("prompt", "chosen", "rejected"), text, strict=True))
-                file.write(json.dumps(row) + "\n")
+    def write_pairs(temporary):
+        write_json(temporary / "args.json", asdict(args))
+        names = ("prompt", "chosen", "rejected")
+        append_jsonl(temporary / "pairs.jsonl", [dict(zip(names, t, strict=True)) for t in texts])
 
     config = model.classifier.config
-    config.pad_token_id = data.classifier_pad_id(tokenizer, stop_ids(args.policy, tokenizer))
-    twin = empty_classifier(config)
-    export.write(model.classifier, run, twin, tokenizer, ranks, [card.save, write_pairs])
-    unseen = (
-        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs" if held_out else "none held out"
-    )
+    config.pad_token_id = tokens.classifier_pad
+    unsharded, extra = empty_classifier(config), [card.save, write_pairs]
+    run.write(model.classifier, folder, unsharded, tokens.tokenizer, ranks, extra)
+    unseen = f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs"
     ranks.say(
-        f"reward model in {run}: pair accuracy {accuracies[0]:.3f} in training, {unseen}; "
-        f"normaliser mean {card.mean:.3f}, standard deviation {card.std:.3f} "
-        f"over {len(rows)} responses"
+        f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, "
+        f"{unseen if held_out else 'none held out'}; normaliser mean {card.mean:.3f}, "
+        f"standard deviation {card.std:.3f} over {len(rows)} responses"
     )
 
 
 if __name__ == "__main__":
-    launch(peers.together(main), Args)
+    run.launch(main, Args)

@@ -1,18 +1,20 @@
 """A dataclass is the command line: one field, one option; the field's comment is its `--help`.
 
     @dataclass
-    class Args:
+    class Args(Machine):  # the options of a base class are taken as well
+        # 1. Sample
         steps: int = 40  # PPO steps
 
     args = parse(Args)  # takes --steps 40
 
-Both `--a_b` and `--a-b` are taken. Kinds of fields: int, float, str, bool (`--flag`, `--no_flag`),
-`Literal` (a list of choices), and numbers with a range: `Count`, `Positive`, `Share`, ... below.
-Everything that a user can get wrong ends as one line on standard error and exit status 2
-(`UserError`, printed by `launch`, on rank 0 only; `fsdp.agreed` brings it there from the others).
-Under torchrun the line stands above torchrun's own report, and torchrun itself exits with 1.
+A comment on a line of its own heads a group in `--help`. Both `--a_b` and `--a-b` are taken. Kinds
+of fields: int, float, str, bool (`--flag`, `--no_flag`), `Literal` (a list of choices), and numbers
+with a range: `Count`, `Positive`, `Share`, ... below. Everything that a user can get wrong ends as
+one line on standard error and exit status 2 (`UserError`, printed by `launch`, on rank 0 only;
+`fsdp.agreed` brings it there from the others). Under torchrun the line stands above torchrun's own
+report, and torchrun itself exits with 1.
 
-Not covered: configuration files, nested groups, sub-commands.
+Not covered: configuration files, sub-commands.
 """
 
 import argparse
@@ -21,12 +23,10 @@ import errno
 import importlib
 import importlib.util
 import inspect
-import io
 import os
 import re
 import sys
 import textwrap
-import tokenize
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -76,18 +76,21 @@ def reason(error):
     return textwrap.shorten(text, 240, placeholder=" ...")
 
 
-def comments(cls):
-    """{field name: comment} read from the class's source: on the field's line or just above it."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    texts = {t.start[0]: t.string.strip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found, above = {}, []
-    for number, line in enumerate(source.splitlines(), 1):
-        field = re.match(r"\s+(\w+)\s*:", line)
-        text = [texts[number]] if number in texts else []
-        if field:
-            found[field.group(1)] = " ".join([*above, *text])
-        above = [] if field or not text else [*above, *text]
+def described(cls):
+    """{field name: (group, comment)} in the order of the source, own fields before inherited ones.
+
+    A class's group is its docstring's first line, until a comment on a line of its own heads one.
+    """
+    found = {}
+    for kind in cls.__mro__[:-1]:
+        lines = inspect.getsource(kind).splitlines()
+        has_own_doc = kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+        group = kind.__doc__.strip().splitlines()[0] if has_own_doc else "options"
+        for line in lines:
+            if heading := re.match(r"    # (.*)", line):
+                group = heading[1]
+            elif field := re.match(r"    (\w+): .*?  # (.*)", line):
+                found.setdefault(field[1], (group, field[2]))
     return found
 
 
@@ -118,35 +121,32 @@ def parse(cls, argv=None):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    helps = comments(cls)
-    for field in dataclasses.fields(cls):
+    fields, groups = {field.name: field for field in dataclasses.fields(cls)}, {}
+    for name, (title, comment) in described(cls).items():
+        field, group = fields[name], groups.get(title)
+        if group is None:
+            group = groups[title] = parser.add_argument_group(title)
         default = "" if field.default in ("", None) else f" [{field.default}]"
-        text = (helps[field.name] + default).replace("%", "%%")
-        option = {"default": field.default, "help": text}
+        option = {"default": field.default, "help": (comment + default).replace("%", "%%")}
         if field.type is bool:
-            parser.add_argument(
-                f"--{field.name}", f"--no_{field.name}", action=_Flag, nargs=0, **option
-            )
+            option["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(field.type) is typing.Literal:
-            parser.add_argument(f"--{field.name}", choices=typing.get_args(field.type), **option)
+            option["choices"] = typing.get_args(field.type)
         else:
             kind, *limits = typing.get_args(field.type) or [field.type]
-            read = kind if kind is str else _number(kind, field.name, limits)
-            parser.add_argument(f"--{field.name}", type=read, metavar=kind.__name__, **option)
+            option["type"] = kind if kind is str else _number(kind, name, limits)
+            option["metavar"] = kind.__name__
+        group.add_argument(f"--{name}", **option)
     argv = sys.argv[1:] if argv is None else argv
     return cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
-
-
-class _Flag(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no_"))
 
 
 def _underscored(word):
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+    name = "--" + name[2:].replace("-", "_")
+    return name.replace("--no_", "--no-", 1) + equals + value
 
 
 def load_function(spec, option):

@@ -1,24 +1,24 @@
-"""Prompts and pairs: JSONL in, token ids out. One function renders prompts for RM, PPO and eval.
+"""Text and token ids: one reading of a tokenizer for RM, PPO and evaluation; the order of prompts.
 
-A prompts file has one object per line with at least `prompt`. With `entry_point` and `test` as well
-(HumanEval's form) samples can be executed, so that actual scores are known; without, scores are
-missing. A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer
-is executed as a whole program, not as what continues the prompt. A pairs file has `prompt, chosen,
-rejected` as text or as messages, see messages.py.
+A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer is
+executed as a whole program, not as what continues the prompt. A response is no part of a template:
+its ids are those that the policy would have written, with EOS.
 
 What a step sees is a function of (seed, step): epochs are permutations, and the part of an epoch
 that does not fill a step is left out. So there is no data cursor to save but the step itself, and a
 step never holds a prompt twice.
 
-Not covered: streaming, several files, packing of several rows into one.
+Not covered: streaming, packing of several rows into one, prompts that change while a run goes on.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 
-from pfppo.benchmarks import Problem, instruction_of, read_jsonl
 from pfppo.config import UserError, reason, require, require_folder
-from pfppo.messages import only_text, read_pair, read_turns
+from pfppo.model import check_cache, check_positions, stop_ids
+from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
+from pfppo.reward import BY_TESTS
 
 import torch
 from tokenizers import Tokenizer
@@ -62,54 +62,91 @@ def _rules(tokenizer):
     return [whole[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")]
 
 
-def pad_id_of(tokenizer):
-    """What fills rows up: masks come from lengths, so EOS serves where there is no pad token."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+@dataclass(frozen=True)
+class Tokens:
+    """What token ids mean to the policy of a command line."""
 
+    tokenizer: object  # of transformers
+    stop: list[int]  # end-of-sequence ids
+    style: str  # --prompt_style
+    limit: int  # --max_prompt_tokens
 
-def classifier_pad_id(tokenizer, stop):
-    """The pad id for an exported reward model. transformers' classifiers read the score before the
-    padding that they find at the end, so it must not be one of the `stop` ids: the last token that
-    is no padding is the response's EOS. None: there is no such id; they then take single rows."""
-    found = (tokenizer.pad_token_id, tokenizer.bos_token_id)
-    return next((i for i in found if i is not None and i not in stop), None)
-
-
-def load_prompts(path):
-    """Prompts as a list of Problem; fields other than `prompt` may be empty. Raises UserError."""
-    problems, seen = [], {}
-    names = [name for name in Problem.__dataclass_fields__ if name != "messages"]
-    for line, row in read_jsonl(path):
-        where, turns = f"{path}, line {line}", []
-        if isinstance(row.get("prompt"), list):
-            turns = read_turns(row["prompt"], f"{where}: field 'prompt'", "user")
-            row = row | {"prompt": ""}
-        values = {"task_id": f"line {line}"} | row
-        for name in names:
-            value = values.setdefault(name, "") if name != "prompt" else values.get(name)
-            found = "nothing" if name not in row else type(value).__name__
-            require(
-                isinstance(value, str),
-                f"{where}: field '{name}': expected a string, found {found}",
-            )
-        filled = turns or values["prompt"].strip()
-        require(filled, f"{where}: field 'prompt' is empty, expected some text")
+    @classmethod
+    def of(cls, args):
+        """Those of --policy. Raises UserError where it cannot sample, or lacks a template."""
+        tokenizer = load_tokenizer(args.policy)
         require(
-            bool(values["test"]) == bool(values["entry_point"]),
-            f"{where}: expected both or neither of the fields 'test' and 'entry_point'",
+            args.prompt_style != "chat" or tokenizer.chat_template,
+            f"--prompt_style chat: the tokenizer of --policy {args.policy} has no chat template",
         )
-        first = seen.setdefault(values["task_id"], line)
-        require(first == line, f"{where}: task_id {values['task_id']!r} stands in line {first} too")
-        problems.append(Problem(**{name: values[name] for name in names}, messages=turns))
-    return problems
+        check_cache(args.policy)
+        stop = stop_ids(args.policy, tokenizer)
+        return cls(tokenizer, stop, args.prompt_style, args.max_prompt_tokens)
+
+    @property
+    def pad(self):
+        """What fills rows up. Masks come from lengths, so EOS serves where there is no pad."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return eos if pad is None else pad
+
+    @property
+    def classifier_pad(self):
+        """The pad id for an exported reward model. transformers' classifiers read the score before
+        the padding that they find at the end, so it must not be one of the `stop` ids: the last
+        token that is no padding is the response's EOS. None: there is no such id; they then take
+        single rows."""
+        found = (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id)
+        return next((i for i in found if i is not None and i not in self.stop), None)
+
+    def prompt(self, prompt, where):
+        """`render`, 1 to `limit` tokens long. Raises UserError beginning with `where`."""
+        try:
+            ids = render(prompt, self.tokenizer, self.style)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        require(
+            0 < len(ids) <= self.limit,
+            f"{where}: prompt of {len(ids)} tokens, expected 1 to {self.limit} "
+            "(--max_prompt_tokens)",
+        )
+        return ids
+
+    def prompts(self, problems, source, texts=None):
+        """Token ids of every problem's prompt; `texts` instead, one for each, where given."""
+        texts = texts or [prompt_text(problem, self.style) for problem in problems]
+        return [
+            self.prompt(text, f"{source}, task {problem.task_id}")
+            for problem, text in zip(problems, texts, strict=True)
+        ]
+
+    def response(self, text):
+        """A response's ids with EOS at the end, as a policy that has finished would give it."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def decode(self, responses):
+        """Texts of responses (lists of ids) without their special tokens."""
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(ids, **how) for ids in responses]
+
+    def hashes(self, tokenizer=None):
+        """(template, vocabulary): 12 hex digits each that change when prompts are rendered
+        differently, or any token has another id; of another tokenizer where one is given."""
+        tokenizer = tokenizer or self.tokenizer
+        template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        return tuple(
+            hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+            for value in (template, vocabulary)
+        )
 
 
 def render(prompt, tokenizer, style):
     """A prompt's token ids: as it stands ("plain", "few_shot"), through the tokenizer's chat
     template ("chat"), or in DeepSeek-Coder's ("deepseek").
 
-    prompt: text, or a dialogue as in messages.py. Text is a user's turn in "chat"; a dialogue of
-    more than one user's turn can only be rendered there. Raises UserError.
+    prompt: text, or a dialogue as in problems/messages.py. Text is a user's turn in "chat"; a
+    dialogue of more than one user's turn can only be rendered there. Raises UserError.
     """
     if style == "chat":
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -127,96 +164,75 @@ def render(prompt, tokenizer, style):
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def render_within(prompt, tokenizer, style, limit, where):
-    """`render`, with at most `limit` tokens. Raises UserError beginning with `where`."""
-    try:
-        ids = render(prompt, tokenizer, style)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    require(
-        0 < len(ids) <= limit,
-        f"{where}: prompt of {len(ids)} tokens, expected 1 to {limit} (--max_prompt_tokens)",
-    )
-    return ids
+@dataclass(frozen=True)
+class ProblemSet:
+    """Problems and their prompts as token ids."""
+
+    problems: list  # problems.Problem
+    prompts: list[list[int]]
+
+    def __len__(self):
+        return len(self.problems)
 
 
-def check_style(tokenizer, style, policy):
-    """Raise UserError if the style needs a chat template and the tokenizer has none."""
-    require(
-        style != "chat" or tokenizer.chat_template,
-        f"--prompt_style chat: the tokenizer of --policy {policy} has no chat template",
-    )
-
-
-def text_of(problem, style):
-    """What a problem asks: its dialogue; code to continue; an instruction in "chat", "deepseek"."""
-    if problem.messages:
-        return problem.messages
-    return instruction_of(problem) if style in ("chat", "deepseek") else problem.prompt
-
-
-def render_all(problems, tokenizer, style, limit, source, texts=None):
-    """Token ids of every problem's prompt; `texts` instead, one for each, where they are given.
-
-    Raises UserError on the first that is longer than `limit` tokens or cannot be rendered.
-    """
-    texts = texts or [text_of(problem, style) for problem in problems]
-    return [
-        render_within(text, tokenizer, style, limit, f"{source}, task {problem.task_id}")
-        for problem, text in zip(problems, texts, strict=True)
-    ]
-
-
-def load_rendered(path, tokenizer, style, limit):
-    """(problems, token ids of their prompts) of a JSONL file; ([], []) where path is ""."""
+def read_problems(path, tokens):
+    """ProblemSet of a JSONL file; an empty one where path is "". Raises UserError."""
     problems = load_prompts(path) if path else []
-    return problems, render_all(problems, tokenizer, style, limit, path)
+    return ProblemSet(problems, tokens.prompts(problems, path))
 
 
-def load_pairs(path, tokenizer, style, limit):
-    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them.
+def read_pairs(path, tokens):
+    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
+    pairs, said = [], load_pairs(path)
+    for line, (prompt, *responses) in said:
+        ids = tokens.prompt(prompt, f"{path}, line {line}")
+        pairs.append((ids, *map(tokens.response, responses)))
+    return pairs, [triple for _, triple in said]
 
-    A response is no part of the template: it reads as the policy would have written it, with EOS.
-    Raises UserError naming file, line and field.
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a PPO run reads besides weights."""
+
+    tokens: Tokens
+    train: ProblemSet
+    validation: ProblemSet
+    test: ProblemSet
+
+    @property
+    def longest(self):
+        """Tokens of the longest prompt."""
+        return max(map(len, self.train.prompts + self.validation.prompts + self.test.prompts))
+
+
+def read_inputs(args):
+    """Inputs of train_ppo.py, checked before anything long begins. Raises UserError."""
+    tokens = Tokens.of(args)
+    names = ("prompts", "validation", "test")
+    inputs = Inputs(tokens, *(read_problems(getattr(args, name), tokens) for name in names))
+    P, count = args.prompts_per_step, len(inputs.train)
+    more = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
+    require(P <= count, more)
+    tested = {"validation": inputs.validation, "test": inputs.test}
+    tested |= {"prompts": inputs.train} if args.reward in BY_TESTS else {}
+    for name, asked in tested.items():
+        lacking = [problem.task_id for problem in asked.problems if not problem.test][:1]
+        path = getattr(args, name)
+        require(not lacking, f"--{name} {path}: {lacking} has no 'test' and 'entry_point'")
+    for name in ("policy", "reward_model"):
+        if getattr(args, name):
+            check_positions(getattr(args, name), name, inputs.longest + args.max_new_tokens)
+    return inputs
+
+
+def step_prompts(count, prompts_per_step, step, seed, round=0):
+    """Indices [P] of the prompts of a step (0, 1, ...), all different.
+
+    Further rounds of a step (0, 1, ... below the steps of an epoch) have other prompts.
     """
-    triples, pairs = [], []
-    for line, row in read_jsonl(path):
-        where = f"{path}, line {line}"
-        prompt, *responses = triple = read_pair(row, where)
-        ids = render_within(prompt, tokenizer, style, limit, where)
-        pairs.append((ids, *(response_ids(text, tokenizer) for text in responses)))
-        triples.append(triple)
-    return pairs, triples
-
-
-def response_ids(text, tokenizer):
-    """A response's token ids with EOS at the end, as a policy that has finished would give it."""
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
-def decode(ids, tokenizer):
-    """Text of a response without its special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def template_hash(tokenizer, style):
-    """12 hex digits that change when prompts are rendered differently."""
-    return _hash([style, tokenizer.chat_template if style == "chat" else None])
-
-
-def vocabulary_hash(tokenizer):
-    """12 hex digits that change when any token has another id."""
-    return _hash(sorted(tokenizer.get_vocab().items()))
-
-
-def _hash(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-
-
-def step_prompts(count, prompts_per_step, step, seed):
-    """Indices [P] of the prompts of a step (0, 1, ...), all different."""
     per_epoch = count // prompts_per_step
     epoch, part = divmod(step, per_epoch)
+    part = (part + round) % per_epoch
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
     return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()

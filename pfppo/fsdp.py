@@ -3,11 +3,11 @@
 One to many ranks run the same lines, started by torchrun or, as a single rank, by plain python.
 
 Models start without weights (structure without memory), are sharded block by block, and are filled
-slice by slice (weights.py). Parameters and optimizer states stay fp32 (master
-weights); on GPU forward and backward run in bf16 with fp32 reductions.
+slice by slice (loading.py). Parameters and optimizer states stay fp32 (master weights); on GPU
+forward and backward run in bf16 with fp32 reductions.
 
 Sampling would gather every block at every token. So the policy is gathered once for the whole phase
-into a plain twin without hooks (`gathered`), and the twin is emptied afterwards.
+into a plain copy without hooks (`gathered`), which is emptied afterwards.
 
 FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
 loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
@@ -16,12 +16,15 @@ Not covered: tensor and pipeline parallelism.
 """
 
 import contextlib
+import ctypes
 import datetime
 import functools
+import math
 import os
+import signal
+import sys
 from dataclasses import dataclass
 
-from pfppo import peers
 from pfppo.config import UserError, require
 
 import torch
@@ -31,7 +34,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-TIMEOUT = datetime.timedelta(minutes=30)  # rank 0 makes the lab while the others wait
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,23 @@ class Ranks:
             print(text, flush=True)
 
 
-def init_ranks(device="auto", shard_group_size=0):
+def _die_with_agent():
+    """Be killed when the torchrun process that started this one dies: no orphan goes on training.
+    Linux only, else nothing."""
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the call, which then comes too late
+        os._exit(1)
+
+
+def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
     """Join the process group that torchrun describes, or be a world of one. Raises UserError.
 
     shard_group_size: weights are sharded within groups of this many neighbouring ranks (a node's)
-    and replicated across groups; 0: over all ranks.
+    and replicated across groups; 0: over all ranks. minutes: that a collective may wait for a rank;
+    rank 0 makes the lab while the others wait.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,12 +83,13 @@ def init_ranks(device="auto", shard_group_size=0):
     )
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store, rank, world = dist.HashStore(), 0, 1
+    patience = datetime.timedelta(minutes=minutes)
     if "RANK" in os.environ:
-        peers.die_with_agent()
-        store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        _die_with_agent()
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
         # After a restart torchrun's store still has the addresses of the workers before.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     where, local = torch.device(device), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         where = torch.device("cuda", local)
@@ -87,7 +103,6 @@ def init_ranks(device="auto", shard_group_size=0):
     if size < world:
         shape, names = (world // size, size), ("replicate", "shard")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    peers.watch()
     return Ranks(rank, local, world, where, mesh)
 
 
@@ -111,7 +126,7 @@ def compute_dtype(param_dtype, ranks):
 
 
 def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=False):
-    """Shard a model without weights and fill it from `source` (weights.py): Slices or Whole.
+    """Shard a model without weights and fill it from `source` (loading.py): Slices or Whole.
 
     The plan has two kinds of units: every transformer block, and the root with what is used once,
     before and after them: embedding, last norm, head (tied weights stay tied there). offload: the
@@ -162,27 +177,27 @@ def recompute_blocks(model):
 
 
 @contextlib.contextmanager
-def gathered(sharded, twin):
-    """Fill `twin`, a copy on the meta device, with the whole weights of `sharded` for a phase.
+def gathered(sharded, unsharded):
+    """Fill `unsharded`, a copy on the meta device, with the whole weights of `sharded` for a phase.
 
-    They are cast to the twin's dtype.
+    They are cast to the copy's dtype.
 
     All ranks must enter together; inside there are no collectives, so they may do different amounts
-    of work. The twin shares nothing with the optimizer: updating inside has no effect on it.
+    of work. The copy shares nothing with the optimizer: updating inside has no effect on it.
     """
     whole = {}
     for name, parameter in sharded.named_parameters():
         mesh = parameter.device_mesh
         tensor = parameter.detach().full_tensor()
         # Copied at one rank, where `full_tensor` is the optimizer's own tensor.
-        whole[name] = tensor.to(mesh.device_type, twin.dtype, copy=mesh.size() == 1)
-    twin.load_state_dict(whole, strict=False, assign=True)
-    _set_buffers(twin, dict(sharded.named_buffers()))
-    twin.tie_weights()
+        whole[name] = tensor.to(mesh.device_type, unsharded.dtype, copy=mesh.size() == 1)
+    unsharded.load_state_dict(whole, strict=False, assign=True)
+    _set_buffers(unsharded, dict(sharded.named_buffers()))
+    unsharded.tie_weights()
     try:
-        yield twin
+        yield unsharded
     finally:
-        twin.to("meta")
+        unsharded.to("meta")
 
 
 def full_state(sharded):
@@ -243,7 +258,35 @@ def from_main(value, ranks):
     return box[0]
 
 
-def clip_gradients(model, limit):
-    """Scale the gradients to a global norm of at most `limit`; returns the norm before, a float."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return norm.full_tensor().item()
+def on_main(ranks, work, *args):
+    """work(*args), done by rank 0, on all ranks; so is a UserError or an OSError. A collective."""
+    value, failure = None, None
+    if ranks.is_main:
+        try:
+            value = work(*args)
+        except (UserError, OSError) as error:
+            failure = error
+    value, failure = from_main((value, failure), ranks)
+    if failure is not None:
+        raise failure
+    return value
+
+
+def adamw(model, lr):
+    """AdamW over a sharded model; made after sharding, so that its states are sharded too."""
+    return torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+
+
+def step(model, optimizer, lr, limit):
+    """Clip the gradients to a global norm of at most `limit`, update, clear.
+
+    A gradient that is not finite skips the update. Returns the norm before clipping, a float.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).full_tensor().item()
+    optimizer.param_groups[0]["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -2,11 +2,28 @@
 
 The reference is the SFT policy, frozen. The critic starts from the reward model, head included, or
 where there is none from the policy's backbone with a new head.
+
+A model is made without weights (`model.without_weights`: parameters on the meta device, buffers
+real, since rotary frequencies and the like stand in no checkpoint), sharded, and filled from
+
+    Slices    every rank reads the rows that it owns from the safetensors, one parameter at a time
+    Whole     rank 0 has the whole model in memory and scatters it, one parameter at a time
+
+`Slices` is taken where every parameter stands in the files under its own name and in its own shape.
+Some families of transformers are stored under other names or in other pieces (GPT-NeoX's head,
+experts of mixtures); and missing or mismatched weights are told best by transformers itself. These
+are read whole, on rank 0.
+
+Not covered: pickled checkpoints, quantised ones.
 """
 
-from pfppo.config import UserError, is_hub_id, reason
-from pfppo.data import load_tokenizer, template_hash, vocabulary_hash
-from pfppo.fsdp import agreed, compute_dtype, shard
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pfppo import fsdp
+from pfppo.config import UserError, is_hub_id, reason, require
+from pfppo.data import load_tokenizer
 from pfppo.model import (
     Policy,
     ScalarModel,
@@ -22,10 +39,16 @@ from pfppo.model import (
     read_generation_config,
 )
 from pfppo.reward import RewardCard, check_agreement, load_card
-from pfppo.weights import source_of
 
+import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of a model on the Hub that nothing here reads: other formats of the same weights.
 UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
 
@@ -40,7 +63,7 @@ def fetch(args, names, ranks):
         if not is_hub_id(path):
             continue
         for turn in (ranks.local == 0, ranks.local != 0):
-            with agreed(ranks):
+            with fsdp.agreed(ranks):
                 try:
                     if turn:
                         setattr(args, name, snapshot_download(path, ignore_patterns=UNREAD))
@@ -51,84 +74,193 @@ def fetch(args, names, ranks):
                     ) from error
 
 
-def _source(empty, path, option, read, ranks, new=None):
-    """`source_of`, with the whole model read on rank 0 only, and failures told on all ranks."""
+def stored_tensors(folder, option):
+    """{name: file} of all tensors in a folder's safetensors, whose headers are read.
 
-    def read_whole():
-        return read() if ranks.is_main else None
+    Raises UserError naming the file that is missing, cut short or damaged.
+    """
+    folder = Path(folder)
+    names = [SINGLE]
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(index.values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"--{option} {folder / INDEX}: damaged: {reason(error)}") from error
+    found = {}
+    for path in (folder / name for name in names):
+        require(path.is_file(), f"--{option} {folder}: there is no file {path.name}")
+        try:
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except Exception as error:  # safetensors has an exception of its own
+            raise UserError(
+                f"--{option} {path}: damaged or cut short, {path.stat().st_size} bytes: "
+                f"{reason(error)}"
+            ) from error
+    return found
 
-    with agreed(ranks):
-        return source_of(empty, path, option, read_whole, new)
+
+def _stored_names(model, tensors, new):
+    """{parameter: its name in the files}, or None where some are not there as they are.
+
+    model: Policy or ScalarModel, around one model of transformers.
+    """
+    ((wrapper, inner),) = model.named_children()
+    if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(inner)):
+        return None
+    prefix, names = f"{inner.base_model_prefix}.", {}
+    for name, parameter in inner.named_parameters():
+        if f"{wrapper}.{name}" in new:
+            continue
+        other = name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
+        stored = next((key for key in (name, other) if key in tensors), None)
+        if stored is None:
+            return None
+        with safe_open(tensors[stored], "pt") as file:
+            if file.get_slice(stored).get_shape() != list(parameter.shape):
+                return None
+        names[f"{wrapper}.{name}"] = stored
+    return names
 
 
-def load_policies(path, ranks, param_dtype, offload_ref=False, offload_optimizer=False):
-    """(policy, reference, twin): trainable, frozen, and the empty copy that sampling fills."""
-    config = causal_lm_config(path)
-    empty = Policy(empty_causal_lm(config))
-    source = _source(empty, path, "policy", lambda: Policy(read_causal_lm(path)), ranks)
-    policy = shard(empty, source, ranks, param_dtype, True, offload_optimizer)
-    empty = Policy(empty_causal_lm(config))
-    reference = shard(empty, source, ranks, param_dtype, False, offload_ref)
-    twin = empty_causal_lm(config, compute_dtype(param_dtype, ranks))
+class Slices:
+    """Rows of the files, read by the rank that owns them; `new` are whole tensors that every rank
+    has."""
+
+    def __init__(self, tensors, names, new):
+        self.tensors, self.names, self.new = tensors, names, new
+
+    def local(self, name, parameter):
+        """This rank's part of a DTensor parameter, on the CPU."""
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        if name in self.new:
+            return self.new[name][part]
+        if 0 in shape:  # more ranks than rows
+            return torch.empty(shape)
+        stored = self.names[name]
+        # Opened anew for each parameter: the pages that were read are let go with the file.
+        with safe_open(self.tensors[stored], "pt") as file:
+            return file.get_slice(stored)[part]
+
+
+class Whole:
+    """A model that rank 0 has and the others wait for (model None)."""
+
+    def __init__(self, model):
+        self.parameters = dict(model.named_parameters()) if model is not None else {}
+
+    def local(self, name, parameter):
+        """This rank's part of a DTensor parameter, on its device. A collective."""
+        value = self.parameters.get(name)
+        value = torch.empty(parameter.shape) if value is None else value.detach().float()
+        value = value.to(parameter.device_mesh.device_type)
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=0).to_local()
+
+
+def source_of(model, path, option, read_whole, ranks, new=None):
+    """Where the weights of an empty Policy or ScalarModel come from: Slices, or Whole.
+
+    read_whole() -> the same with its weights, called on rank 0; new: {parameter: whole tensor} that
+    is not looked for in the files. Raises UserError on files that are cut short. A collective.
+    """
+    new = new or {}
+    with fsdp.agreed(ranks):
+        if (Path(path) / INDEX).is_file() or (Path(path) / SINGLE).is_file():
+            tensors = stored_tensors(path, option)
+            names = _stored_names(model, tensors, new)
+            if names is not None:
+                return Slices(tensors, names, new)
+        return Whole(read_whole() if ranks.is_main else None)
+
+
+@dataclass
+class Models:
+    """What a PPO run trains and asks, sharded."""
+
+    policy: Policy
+    reference: Policy  # the SFT policy, frozen
+    critic: ScalarModel
+    reward_model: ScalarModel | None
+    unsharded: object  # the policy's structure, without weights but in `gathered`
+    normalised: bool  # the reward model's folder says mean and standard deviation
+
+    def gathered(self, policy):
+        """A context that gives the whole of `policy` (or of `reference`) as a plain causal LM."""
+        return fsdp.gathered(policy.lm, self.unsharded)
+
+    def normalise(self, known, examiner, train):
+        """Give reward model and critic their normaliser, [mean, sd]: that of the RM's card, or one
+        `known` from a checkpoint, or measured over samples of the SFT policy. Returns it."""
+        if not self.normalised:
+            known = known or examiner.spread(self, train)
+            for scalar in (self.reward_model, self.critic):
+                scalar.mean, scalar.std = known
+        return [self.critic.mean, self.critic.std]
+
+
+def load_models(args, tokens, ranks):
+    """Models of --policy and --reward_model. Raises UserError if they do not fit."""
+    path, config = args.policy, causal_lm_config(args.policy)
+    empty = [Policy(empty_causal_lm(config)) for _ in range(2)]
+    source = source_of(empty[0], path, "policy", lambda: Policy(read_causal_lm(path)), ranks)
+    policy = fsdp.shard(empty[0], source, ranks, args.param_dtype, True, args.offload_optimizer)
+    reference = fsdp.shard(empty[1], source, ranks, args.param_dtype, False, args.offload_ref)
+    unsharded = empty_causal_lm(config, fsdp.compute_dtype(args.param_dtype, ranks))
     # What is exported stops where the SFT policy stops.
-    twin.generation_config = read_generation_config(path) or twin.generation_config
-    return policy, reference, twin
+    unsharded.generation_config = read_generation_config(path) or unsharded.generation_config
+    if args.reward_model:
+        known = load_card(args.reward_model) is not None
+        reward_model, critic = load_scalars(args, tokens, ranks, (False, True))
+    else:
+        known, reward_model, critic = True, None, new_scalar(args, ranks)
+    for model in (policy, critic) if args.gradient_checkpointing else ():
+        fsdp.recompute_blocks(model)
+    return Models(policy, reference, critic, reward_model, unsharded, known)
 
 
-def load_scalars(args, tokenizer, ranks, critic=True):
-    """(reward model, critic, whether the normaliser is known), both from --reward_model.
+def load_scalars(args, tokens, ranks, trainable):
+    """ScalarModels of --reward_model, one for each of `trainable`: is it a critic, or the RM?
 
     An RM from elsewhere has no card: vocabulary and chat template are those of its tokenizer, its
-    normaliser is 0 and 1 until somebody measures it. Without --reward_model: (None, critic on the
-    policy's backbone with a new head, True). Raises UserError if RM and policy do not fit.
+    normaliser is 0 and 1 until somebody measures it. Raises UserError where policy and RM differ.
     """
-    path, style = args.reward_model, args.prompt_style
-    offloads = {
-        trainable: getattr(args, name, False)
-        for trainable, name in ((False, "offload_reward"), (True, "offload_optimizer"))
-    }
-    if not path and not critic:
-        return None, None, True
-    if not path:
-        return (
-            None,
-            new_scalar(args.policy, args.seed, ranks, args.param_dtype, offloads[True]),
-            True,
-        )
-    template, vocabulary = template_hash(tokenizer, style), vocabulary_hash(tokenizer)
+    path = args.reward_model
     config, card = classifier_config(path), load_card(path)
-    known = card is not None
-    if not known:
+    if card is None:
         theirs = load_tokenizer(path, "reward_model")
-        card = RewardCard(0.0, 1.0, template_hash(theirs, style), vocabulary_hash(theirs))
+        card = RewardCard(0.0, 1.0, *tokens.hashes(theirs))
         if config.pad_token_id == theirs.eos_token_id:
             ranks.say(
                 f"--reward_model {path}: it pads with its end-of-sequence token, so transformers "
                 "would read the score one token before it; here it is read there"
             )
-    check_agreement(card, template, vocabulary, path, args.policy)
-    scalars, source = [], None
-    for trainable in (False, True) if critic else (False,):
-        empty = ScalarModel(empty_classifier(config), card.mean, card.std)
-        source = source or _source(
-            empty, path, "reward_model", lambda: ScalarModel(read_classifier(path)), ranks
-        )
-        scalars.append(
-            shard(empty, source, ranks, args.param_dtype, trainable, offloads[trainable])
-        )
-    return scalars[0], scalars[-1], known
+    check_agreement(card, *tokens.hashes(), path, args.policy)
+    scalars = [ScalarModel(empty_classifier(config), card.mean, card.std) for _ in trainable]
+
+    def read():
+        return ScalarModel(read_classifier(path))
+
+    source = source_of(scalars[0], path, "reward_model", read, ranks)
+    for scalar, trained in zip(scalars, trainable, strict=True):
+        offload = getattr(args, "offload_optimizer" if trained else "offload_reward", False)
+        fsdp.shard(scalar, source, ranks, args.param_dtype, trained, offload)
+    return scalars
 
 
-def new_scalar(path, seed, ranks, param_dtype, offload=False):
-    """A trainable scalar model on the policy's backbone with a new head: RM before training."""
+def new_scalar(args, ranks):
+    """A trainable ScalarModel on --policy's backbone with a new head: an RM before training."""
+    path, seed = args.policy, args.seed
     empty = ScalarModel(empty_classifier(read_config(path, "policy")))
     new = {f"classifier.{name}": value for name, value in new_head(empty.classifier, seed).items()}
-    source = _source(
-        empty,
-        path,
-        "policy",
-        lambda: ScalarModel(classifier_from_causal_lm(path, seed)),
-        ranks,
-        new,
-    )
-    return shard(empty, source, ranks, param_dtype, True, offload)
+
+    def read():
+        return ScalarModel(classifier_from_causal_lm(path, seed))
+
+    source = source_of(empty, path, "policy", read, ranks, new)
+    offload = getattr(args, "offload_optimizer", False)
+    return fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)

@@ -1,6 +1,6 @@
 """What is measured: every metric of `metrics.jsonl` is named, defined and summed over ranks here.
 
-Over all P x N samples of the step (`of_samples`), "kept" means weight > 0:
+Over all P x N samples of the step (`Meter.samples`), "kept" means weight > 0:
     reward_all, reward_kept        mean normalised reward; of kept samples weighted by the filter
     score_all, score_kept, score_dropped    share that passes its tests, likewise
     kept                           share of samples with weight > 0
@@ -8,13 +8,13 @@ Over all P x N samples of the step (`of_samples`), "kept" means weight > 0:
 Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
     r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
                                    (reliability.py), all samples and those kept, by their weights
-Over kept samples, before the update (`Meter.mean`):
+Over kept samples, before the update (`Meter.kept`):
     kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
     entropy                        nats per token
     explained_variance             of returns by old values
-Over the optimizer steps of the step (`Meter.share`): policy_loss, value_loss, approx_kl (k3 of the
-update, nats per token) and clip_fraction, both weighted as the loss weighs tokens; grad_norm_actor,
-grad_norm_critic.
+Over the optimizer steps of the step (`Meter.losses`, `gradient`): policy_loss,
+value_loss, approx_kl (k3 of the update, nats per token) and clip_fraction, both weighted as the
+loss weighs tokens; grad_norm_actor, grad_norm_critic.
     ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1
 Of the run: kl_coef (beta of this step), validation (greedy pass@1), empty_steps (nothing was kept)
 and skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of
@@ -28,8 +28,8 @@ import math
 import resource
 import time
 
-from pfppo.benchmarks import pass_at_k_interval
-from pfppo.fsdp import sum_over_ranks
+from pfppo import ppo
+from pfppo.fsdp import gather_rows, sum_over_ranks
 from pfppo.reliability import binned_r2
 
 import numpy as np
@@ -46,21 +46,6 @@ def mean(values, weights=None):
     return (values.nan_to_num() * weights).sum().item() / total if total else None
 
 
-def of_samples(rewards, weights, scores, lengths, finished):
-    """Metrics of all samples of a step. All [P, N], of all ranks."""
-    dropped = (weights == 0).to(scores.dtype)
-    return {
-        "reward_all": mean(rewards),
-        "reward_kept": mean(rewards, weights),
-        "score_all": mean(scores),
-        "score_kept": mean(scores, weights),
-        "score_dropped": mean(scores, dropped),
-        "kept": 1 - mean(dropped),
-        "response_length": mean(lengths.float()),
-        "truncated": 1 - mean(finished.float()),
-    }
-
-
 def rolling_r2(steps):
     """R^2 of the reward, from the lines of `samples.jsonl` of several steps: [[record]]. Samples
     without tests are left out."""
@@ -73,47 +58,85 @@ def rolling_r2(steps):
 
 
 class Meter:
-    """Collects sums on one rank; `result` adds them up over ranks and divides."""
+    """What one step measures. Sums are this rank's, until `row` adds them up over ranks."""
 
-    def __init__(self):
-        self.sums, self.shares = {}, set()
+    def __init__(self, ranks):
+        self.ranks, self.at = ranks, time.perf_counter()
+        self.laps = {}  # seconds
+        self.values = {}  # equal on all ranks
+        self.sums = {}  # name: [total, count], to be divided
+        self.updates = self.skipped = 0
+
+    def lap(self, name):
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        self.laps[f"seconds_{name}"], self.at = now - self.at, now
 
     def add(self, name, total, count):
-        """A sum and what it is divided by."""
         pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
         self.sums[name] = self.sums.get(name, 0) + pair
 
-    def mean(self, name, values, weights):
-        """A mean over rows or tokens of all ranks."""
-        self.add(name, (values * weights).sum(), weights.sum())
-
-    def share(self, name, part):
-        """This rank's part of a number that is already divided by a global denominator."""
-        self.shares.add(name)
-        self.add(name, part, torch.zeros(()))
-
-    def result(self, updates):
-        """{name: float}; shares are averaged over the optimizer steps, a mean of nothing is NaN. A
-        collective."""
-        if not self.sums:
-            return {}
-        totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
-        return {
-            name: total / (updates if name in self.shares else count or math.nan)
-            for name, (total, count) in zip(self.sums, totals, strict=True)
+    def samples(self, answers, rewards, weights):
+        """All samples of the step. answers: this rank's; rewards, weights [P, N]: of all ranks."""
+        N, lengths = rewards.shape[1], answers.rows.lengths.cpu()
+        scores, lengths, finished = (
+            gather_rows(x.float().view(-1, N), self.ranks)
+            for x in (answers.scores, lengths, answers.finished)
+        )
+        dropped = (weights == 0).to(scores.dtype)
+        self.values |= {
+            "reward_all": mean(rewards),
+            "reward_kept": mean(rewards, weights),
+            "score_all": mean(scores),
+            "score_kept": mean(scores, weights),
+            "score_dropped": mean(scores, dropped),
+            "kept": 1 - mean(dropped),
+            "response_length": mean(lengths),
+            "truncated": 1 - mean(finished),
         }
+        tokens = self.values["response_length"] * rewards.numel()
+        self.values["tokens_per_second"] = tokens / self.laps["seconds_sample"]
 
+    def kept(self, kept):
+        """The survivors with all their old numbers. A collective."""
+        for rows in kept.minibatches():
+            alive, kl = (rows.weights > 0).float(), ppo.kl_k1(rows.old_logp, rows.ref_logp)
+            k3 = ppo.kl_k3(rows.old_logp, rows.ref_logp)
+            self.add("kl_k1", ((kl * rows.mask).sum(1) * alive).sum(), alive.sum())
+            self.add("kl_k3", ((k3 * rows.mask).sum(1) * alive).sum(), alive.sum())
+            tokens = rows.mask * alive[:, None]
+            self.add("entropy", (rows.entropy * tokens).sum(), tokens.sum())
+        weights = kept.mask * kept.weights[:, None]
+        explained = ppo.explained_variance(kept.old_values, kept.returns, weights, sum_over_ranks)
+        self.values["explained_variance"] = explained.item()
 
-class Clock:
-    """Seconds between calls of `lap`."""
+    def losses(self, sums):
+        """What the losses of one optimizer step say: parts of numbers divided by a global
+        denominator already, but for the ratio."""
+        sums = dict(sums)
+        ratio = sums.pop("ratio_sum"), sums.pop("tokens")
+        if not self.updates:
+            self.add("ratio_first_minibatch", *ratio)
+        self.updates += 1
+        for name, part in sums.items():
+            self.add(name, part, torch.tensor(1.0 / self.ranks.world))
 
-    def __init__(self):
-        self.laps, self.at = {}, time.perf_counter()
+    def gradient(self, name, norm):
+        """A gradient's norm, equal on all ranks; one that is not finite skipped an update."""
+        one = torch.tensor(1.0 / self.ranks.world)
+        self.add(f"grad_norm_{name}", norm * one, one)
+        self.skipped += not math.isfinite(norm)
 
-    def lap(self, name):
-        now = time.perf_counter()
-        self.laps[f"seconds_{name}"] = now - self.at
-        self.at = now
+    def row(self, state):
+        """{name: value} of the step; counts what the state of the run counts. A collective."""
+        state.empty_steps += not self.updates
+        state.skipped_updates += self.skipped
+        if self.sums:
+            totals = sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+            for name, (total, count) in zip(self.sums, totals, strict=True):
+                self.values[name] = total / count if count else math.nan
+        counted = {name: getattr(state, name) for name in ("empty_steps", "skipped_updates")}
+        return {"step": state.step, "kl_coef": state.kl_coef, **self.values, **counted}
 
 
 SECONDS = (
@@ -159,40 +182,22 @@ def line(metrics, steps):
     return text if metrics["kept"] else text + "  nothing kept: no update"
 
 
-def sample_records(step, group_size, problems, texts, rewards, scores, weights):
-    """The lines of `samples.jsonl` for B rows, as one list per prompt."""
+def sample_records(step, group_size, answers, weights):
+    """The lines of `samples.jsonl` for B answers with weights [B], as one list per prompt."""
     records = [
         {
             "step": step,
             "task_id": problem.task_id,
             "sample": i % group_size,
             "prompt": problem.question,
-            "response": texts[i],
-            "reward": rewards[i].item(),
-            "score": None if scores[i].isnan() else scores[i].item(),
+            "response": answers.texts[i],
+            "reward": answers.rewards[i].item(),
+            "score": None if answers.scores[i].isnan() else answers.scores[i].item(),
             "weight": weights[i].item(),
         }
-        for i, problem in enumerate(problems)
+        for i, problem in enumerate(answers.problems)
     ]
     return [records[i : i + group_size] for i in range(0, len(records), group_size)]
-
-
-def pass_rate(passed):
-    """[0 or 1] of one answer per problem -> mean with its 95 % bootstrap interval over problems."""
-    value, low, high = pass_at_k_interval([(1, int(p)) for p in passed], 1)
-    return {"pass@1": value, "low": low, "high": high}
-
-
-def table(rates, count):
-    """{row: {column: pass_rate}} as the last lines of a run."""
-    columns = list(next(iter(rates.values())))
-    width = max(len(name) for name in rates)
-    title = f"pass@1 on {count} test problems, with 95 % intervals"
-    lines = ["", title, f"{'':{width}}  " + "  ".join(f"{column:22}" for column in columns)]
-    for name, row in rates.items():
-        cells = ("{pass@1:.3f} [{low:.3f}, {high:.3f}]".format(**row[c]) for c in columns)
-        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:22}" for cell in cells))
-    return "\n".join([*lines, ""])
 
 
 def peak_gib():

@@ -12,16 +12,17 @@ does not change a number.
 Not covered: encoder-decoder models, heads with a bias that depends on the position, several labels.
 """
 
+import contextlib
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
-from pfppo.weights import without_weights
 
 import torch
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -147,6 +148,47 @@ def check_positions(path, option, longest, what="the longest prompt with --max_n
         f"--{option} {path}: {what} is {longest} tokens long, expected at most {positions}, the "
         "max_position_embeddings of its config.json",
     )
+
+
+def check_cache(path, option="policy"):
+    """UserError where a model does not keep plain keys and values: encoder-decoders, recurrent and
+    hybrid ones. A sliding window is a mask here, over keys that all stay."""
+    config = read_config(path, option)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    stateful = odd or getattr(kind, "_is_stateful", False)
+    found = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
+    require(
+        not config.is_encoder_decoder and not stateful,
+        f"--{option} {path}: {config.model_type} is {found}, expected a decoder with plain "
+        "keys and values in its cache, as sampling here needs them",
+    )
+
+
+def stop_ids(path, tokenizer):
+    """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
+    config = read_generation_config(path) or read_config(path, "policy")
+    found = config.eos_token_id
+    found = found if isinstance(found, list) else [found]
+    return sorted({i for i in [*found, tokenizer.eos_token_id] if i is not None})
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Modules built inside have their parameters on the meta device; buffers are real."""
+    original = nn.Module.register_parameter
+
+    def register(module, name, parameter):
+        if parameter is not None and not parameter.is_meta:  # a tied one comes a second time
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original
 
 
 def empty_causal_lm(config, dtype=torch.float32):

@@ -1,8 +1,9 @@
 """PPO's mathematics: token rewards, KL estimators, GAE, whitening, clipped losses. Pure functions.
 
-Everything is aligned to responses: column j of a [B, T] tensor belongs to the j-th response token.
-`mask` [B, T] is 1 on response tokens (see batch.py). Sums over a batch that is spread over ranks
-go through `reduce`, a function that sums a tensor over all ranks; by default there is one rank.
+`advantages` is step 5 of the algorithm and `losses` step 6, put together of the functions above
+them. Everything is aligned to responses: column j of a [B, T] tensor belongs to the j-th response
+token, and `mask` [B, T] is 1 on response tokens (rollout.py). Sums over a batch that is spread over
+ranks go through `reduce`, a function that sums a tensor over all ranks; by default there is one.
 
 Losses are sums divided by a *global* denominator, so microbatches, padding and the number of ranks
 leave the gradient unchanged. The mean over a minibatch is
@@ -62,6 +63,7 @@ def gae(token_rewards, values, mask, gamma=1.0, lam=0.95):
 
 def weighted_mean(x, weights, reduce=_same):
     """sum(x * weights) / sum(weights) over all ranks; 0 where the weights sum to 0. Scalar."""
+    x, weights = x[weights > 0], weights[weights > 0]  # so that padding cannot change a bit
     sums = reduce(torch.stack([(x * weights).sum(), weights.sum()]).double())
     return (sums[0] / sums[1]).to(x.dtype) if sums[1] > 0 else torch.zeros_like(x.sum())
 
@@ -76,8 +78,22 @@ def whiten(x, weights, reduce=_same, eps=1e-8):
     return (x - mean) * (variance + eps).rsqrt() * (weights > 0)
 
 
+def advantages(rows, beta, gamma=1.0, lam=0.95, reduce=_same):
+    """Step 5. (advantages, returns), both [B, T], of a Rollout with rewards, weights, old_logp,
+    ref_logp and old_values.
+
+    Advantages are whitened over all that is kept in this step, on all ranks: over its response
+    tokens, each with the filter's weight of its row. Returns are not.
+    """
+    kl = kl_k1(rows.old_logp, rows.ref_logp)
+    rewards = token_rewards(rows.rewards, kl, rows.mask, beta)
+    adv, returns = gae(rewards, rows.old_values, rows.mask, gamma, lam)
+    return whiten(adv, rows.mask * rows.weights[:, None], reduce), returns
+
+
 def loss_coefficients(mask, weights, aggregation="sequence_mean"):
-    """Coefficients c [B, T] of the losses from the filter's weights [B].
+    """(coefficients c [B, T] of the losses, their denominator's part of this rank). The filter's
+    weights [B] enter here, and with them both losses.
 
     sequence_mean: c = weight / length on the mask, so every response counts alike.
     token_mean:    c = weight on the mask, so every token counts alike.
@@ -86,7 +102,8 @@ def loss_coefficients(mask, weights, aggregation="sequence_mean"):
         weights = weights / mask.sum(1).clamp(min=1)
     elif aggregation != "token_mean":
         raise ValueError(f"expected sequence_mean or token_mean, found {aggregation!r}")
-    return mask * weights[:, None]
+    coefficients = mask * weights[:, None]
+    return coefficients, coefficients.sum()
 
 
 def policy_loss(logp, old_logp, adv, coefficients, clip=0.2):
@@ -120,6 +137,15 @@ def value_loss(values, old_values, returns, coefficients, clip=0.2):
     squared = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     loss = 0.5 * (squared * coefficients).sum()
     return loss, {"value_loss": loss.detach()}
+
+
+def losses(name, output, rows, clip=0.2, value_clip=0.2):
+    """Step 6. (loss, metrics) of one model's output for a Rollout with old numbers, advantages and
+    coefficients: of the "actor" (log-probs, entropy), of the "critic" values, all [B, T]."""
+    if name == "actor":
+        logp, _ = output
+        return policy_loss(logp, rows.old_logp, rows.adv, rows.coefficients, clip)
+    return value_loss(output, rows.old_values, rows.returns, rows.coefficients, value_clip)
 
 
 def explained_variance(values, returns, weights, reduce=_same):

@@ -12,28 +12,42 @@ Beside an RM stands `reward_model.json`: mean and standard deviation of its raw 
 of the SFT policy (rewards are used normalised), and the hashes of prompt template and vocabulary
 that it was trained with.
 
-The reward slot: `--reward model` (the RM), `tests` (the execution oracle: +1 passed, -1 failed),
-`combined` (their sum), `noisy:middle`, `noisy:tails`, `noisy:uniform` (the actual score with errors
-in known places, noise.py), or a user's own `score(prompts, responses, problems) -> [B]` by
-`module:function` or `file.py:function`.
+The reward slot is `REWARDS`, or a user's own `score(prompts, responses, problems) -> [B]` by
+`module:function` or `file.py:function`. Its `noisy:*` rows are laboratories of a reward model that
+is wrong in known places. A response has a latent reward z that ranks perfectly: its sign is the
+actual score's, its size |n| says how clear the case is, n standard normal. What PPO sees is z, or
+-z where the reward model errs, which it does with probability
+
+    uniform    e
+    middle     e a exp(-z^2)            often where z is near 0
+    tails      e b (1 - exp(-z^2))      often where |z| is large
+
+a = sqrt 3 and b = 1 / (1 - 1 / sqrt 3), so that all three err on a share e = 0.2 of the responses.
+Equal responses to a prompt have equal rewards, and another seed is another reward model. (Noise
+that is *added* to z would carry lukewarm cases into the extremes of what is seen.)
 """
 
+import functools
+import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
-from pfppo.noise import PLACES, noisy_rewards
+from pfppo.files import write_json
 
 import torch
 from torch.nn.functional import logsigmoid
 
 CARD = "reward_model.json"
-REWARDS = ("model", "tests", "combined", *(f"noisy:{place}" for place in PLACES))
-BY_TESTS = REWARDS[1:]  # those that need problems with tests
-BY_MODEL = ("model", "combined")  # those that need a reward model
+ERRORS = 0.2  # share of the responses whose noisy reward has the wrong sign
+PLACES = {  # error rates at latent rewards z, relative to their mean
+    "uniform": torch.ones_like,
+    "middle": lambda z: 3**0.5 * torch.exp(-(z**2)),  # E exp(-z^2) = 1 / sqrt 3
+    "tails": lambda z: (1 - torch.exp(-(z**2))) / (1 - 3**-0.5),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ class RewardCard:
     vocabulary: str  # data.vocabulary_hash
 
     def save(self, folder):
-        (Path(folder) / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(Path(folder) / CARD, asdict(self))
 
 
 def load_card(folder):
@@ -114,79 +128,129 @@ def farthest_pair(responses, passed):
 
 @dataclass
 class Answers:
-    """What a reward may look at: B rows, one rank's."""
+    """What a reward may look at: B samples, one rank's. `rewards` is what it said of them."""
 
-    prompts: list[str]
-    responses: list[str]
-    problems: list  # benchmarks.Problem
+    problems: list  # problems.Problem
+    texts: list[str]
     scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
-    ask_model: Callable[[], torch.Tensor] | None = None  # the RM's normalised rewards [B]
+    finished: torch.Tensor | None = None  # [B] ends with EOS
+    rows: object = None  # rollout.Rollout
+    rewards: torch.Tensor | None = None  # [B]
+    seed: int = 0  # of noisy rewards
+    reward_model: object = None  # model.ScalarModel, for `by_model`
+    microbatch: int = 0
+    clip: float = math.inf
+
+    @functools.cached_property
+    def by_model(self):
+        """[B] the RM's normalised rewards, when first asked for. A collective."""
+        return model_rewards(self.reward_model, self.rows, self.microbatch, self.clip)
 
 
-def load_reward(spec, seed=0):
-    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU. seed: of the noise,
-    where there is some.
+def by_model(answers):
+    """The reward model."""
+    return answers.by_model
 
-    Raises UserError where it is unknown; the function does where rewards are not finite.
+
+def by_tests(answers):
+    """The execution oracle: +1 passed, -1 failed."""
+    return 2 * answers.scores - 1
+
+
+def combined(answers):
+    """Reward model plus oracle, which have about the same spread."""
+    return answers.by_model + 2 * answers.scores - 1
+
+
+def noisy(answers, place):
+    """The actual score with errors where `place` says."""
+    asked = zip(answers.problems, answers.texts, strict=True)
+    drawn = [_draw(answers.seed, problem.question, text) for problem, text in asked]
+    size, luck = (torch.tensor(column) for column in zip(*drawn, strict=True))
+    latent = torch.where(answers.scores > 0.5, size, -size)
+    return torch.where(luck < ERRORS * PLACES[place](latent), -latent, latent)
+
+
+def _draw(seed, prompt, response):
+    """(|n|, a number in [0, 1)) that belong to this prompt and response."""
+    key = hashlib.blake2b(f"{seed}\0{prompt}\0{response}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    return tuple(draw((), generator=generator).abs().item() for draw in (torch.randn, torch.rand))
+
+
+REWARDS = {
+    "model": by_model,
+    "tests": by_tests,
+    "combined": combined,
+    "noisy:middle": partial(noisy, place="middle"),
+    "noisy:tails": partial(noisy, place="tails"),
+    "noisy:uniform": partial(noisy, place="uniform"),
+}
+BY_MODEL = ("model", "combined")  # those that need a reward model
+BY_TESTS = tuple(REWARDS)[1:]  # those that need problems with tests
+
+
+def load_reward(spec, reward_model="somewhere"):
+    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU.
+
+    Raises UserError where it is unknown, or needs a reward model and there is none (""); so does
+    the function, where a reward fails or is not finite.
     """
-    if spec == "model":
-        return lambda answers: answers.ask_model()
-    if spec == "tests":
-        return lambda answers: 2 * answers.scores - 1
-    if spec == "combined":  # normalised reward and oracle, of about the same spread
-        return lambda answers: answers.ask_model() + 2 * answers.scores - 1
     if spec in REWARDS:
-        place = spec.partition(":")[2]
-        return lambda answers: noisy_rewards(
-            place, answers.scores, answers.prompts, answers.responses, seed
-        )
+        needs = spec in BY_MODEL and not reward_model
+        require(not needs, f"--reward {spec}: needs a --reward_model, found none")
+        return lambda answers: checked(spec, REWARDS[spec], answers)
     expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
     require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
     score = load_function(spec, "reward")
+    return lambda answers: checked(spec, partial(_own, score), answers)
 
-    def own(answers):
-        """A user's reward, checked."""
-        try:
-            seen = answers.prompts, answers.responses, answers.problems
-            rewards = score(*map(list, seen))  # lists of its own: it may sort or edit them
-            rewards = torch.as_tensor(rewards, dtype=torch.float32).detach().cpu()
-        except (Exception, SystemExit) as error:
-            raise UserError(f"--reward {spec}: {reason(error)}") from error
-        count, shape = len(answers.responses), tuple(rewards.shape)
-        found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
-        require(not found, f"--reward {spec}: expected {count} finite numbers, found {found}")
-        return rewards
 
-    return own
+def _own(score, answers):
+    prompts = [problem.question for problem in answers.problems]
+    # Lists of its own: it may sort or edit them.
+    return score(prompts, list(answers.texts), list(answers.problems))
+
+
+def checked(spec, score, answers):
+    """[B] = score(answers), or a UserError that says why not."""
+    try:
+        rewards = torch.as_tensor(score(answers), dtype=torch.float32).detach().cpu()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {spec}: {reason(error)}") from error
+    count, shape = len(answers.texts), tuple(rewards.shape)
+    found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
+    require(not found, f"--reward {spec}: expected {count} finite numbers, found {found}")
+    return rewards
 
 
 def try_reward(spec, reward, problems):
     """Call a user's reward once, with reference solutions: better it fails at the start."""
-    if spec in REWARDS:
-        return
-    texts = [[getattr(p, name) for p in problems] for name in ("question", "canonical_solution")]
-    reward(Answers(*texts, problems, torch.ones(len(problems))))
+    if spec not in REWARDS:
+        texts = [problem.canonical_solution for problem in problems]
+        reward(Answers(problems, texts, torch.ones(len(problems))))
 
 
 @torch.no_grad()
-def model_rewards(reward_model, rollout, microbatch, limit=float("inf")):
-    """The RM's normalised score at the last response token of each row, clipped to +-limit.
+def model_rewards(reward_model, rows, microbatch, clip=math.inf):
+    """The RM's normalised score at the last response token of each row, clipped to +-clip.
 
     [B], fp32, on the CPU. A collective: all ranks need equally many microbatches. Equal rows get
     equal rewards: the last bits of a matrix product depend on a row's place in the batch, and a
     tie is for the filter's generator to break.
     """
-    parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rollout.microbatches(microbatch)]
-    rewards = torch.cat(parts).clamp(-limit, limit).float().cpu()
-    ends, first = (rollout.prompt_lengths + rollout.lengths).tolist(), {}
-    for i, (row, end) in enumerate(zip(rollout.ids.tolist(), ends, strict=True)):
+    parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rows.microbatches(microbatch)]
+    rewards = torch.cat(parts).clamp(-clip, clip).float().cpu()
+    ends, first = (rows.prompt_lengths + rows.lengths).tolist(), {}
+    for i, (row, end) in enumerate(zip(rows.ids.tolist(), ends, strict=True)):
         rewards[i] = rewards[first.setdefault(tuple(row[:end]), i)]
     return rewards
 
 
-def raw_spread(reward_model, rollout, microbatch, path):
-    """(mean, standard deviation) of an RM's rewards of rows. Raises UserError if there is none."""
-    raw = model_rewards(reward_model, rollout, microbatch)
+def spread_of(raw, path):
+    """(mean, standard deviation) of an RM's raw scores. Raises UserError where there is none."""
     what = f"--reward_model {path}: rewards of {len(raw)} samples have no spread"
     require(len(raw) > 1 and 0 < raw.std() < math.inf, what)
     return raw.mean().item(), raw.std().item()

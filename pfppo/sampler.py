@@ -1,9 +1,9 @@
 """KV-cached sampling, written by hand over any decoder of transformers with a plain cache.
 
-1. Prefill: each prompt runs once, left-padded, however many samples it gets.
-2. The prompts' keys and values are copied once per sample into preallocated room.
-3. Decode: one token per live row and step; only the last position's logits are made.
-4. Rows that have finished leave the batch: live rows from the tail move into their place.
+1. `prefill`: each prompt runs once, left-padded, however many samples it gets; its keys and values
+   are copied once per sample into preallocated room.
+2. `decode_one`: one token per live row and step; only the last position's logits are made.
+3. `Live.compact`: rows that have finished leave; live rows from the tail move into their place.
 
 The randomness is an argument: `uniforms` [rows, max_new_tokens], one number per token. A token is
 drawn by inverse CDF, the first whose cumulative probability exceeds u. So what a row gets does not
@@ -11,21 +11,17 @@ depend on the sampling batch, on its neighbours or on the number of ranks (up to
 matrix product).
 
 Temperature divides the logits; 0 is greedy. Top-k and top-p are for evaluation only: PPO's ratio
-would be wrong under them. Nothing is read from the model's generation config except by
-`stop_ids`.
+would be wrong under them. Nothing is read from the model's generation config but the stop ids
+(`model.stop_ids`).
 
-Not covered: encoder-decoder, recurrent and hybrid models (refused: `check_cache`), speculative
-decoding, CUDA graphs.
+Not covered: encoder-decoder, recurrent and hybrid models (refused: `model.check_cache`),
+speculative decoding, CUDA graphs.
 """
 
 import hashlib
 from dataclasses import dataclass
 
-from pfppo.config import require
-from pfppo.model import read_config, read_generation_config
-
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.cache_utils import Cache, DynamicLayer
 
 ROOM = 0.05  # share of dead rows at which the batch is compacted
@@ -38,8 +34,6 @@ class Samples:
     ids: list[list[int]]  # EOS included where there is one
     logp: list[list[float]]  # of each token, under the sampling temperature (1 if greedy)
     finished: list[bool]  # ends with EOS
-    decode_steps: int  # forward passes after the prefills
-    row_steps: int  # rows that went through them
 
 
 class RoomLayer(DynamicLayer):
@@ -80,30 +74,6 @@ class RoomLayer(DynamicLayer):
         self.rows = rows
 
 
-def check_cache(path, option="policy"):
-    """UserError where a model does not keep plain keys and values: encoder-decoders, recurrent and
-    hybrid ones. A sliding window is a mask here, over keys that all stay."""
-    config = read_config(path, option)
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    stateful = odd or getattr(kind, "_is_stateful", False)
-    found = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
-    require(
-        not config.is_encoder_decoder and not stateful,
-        f"--{option} {path}: {config.model_type} is {found}, expected a decoder with plain "
-        "keys and values in its cache, as sampling here needs them",
-    )
-
-
-def stop_ids(path, tokenizer):
-    """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
-    config = read_generation_config(path) or read_config(path, "policy")
-    found = config.eos_token_id
-    found = found if isinstance(found, list) else [found]
-    return sorted({i for i in [*found, tokenizer.eos_token_id] if i is not None})
-
-
 def draw_uniforms(seed, step, rows, width):
     """[len(rows), width] numbers in [0, 1); `rows` are (prompt index, sample index) pairs."""
     drawn = torch.empty(len(rows), width)
@@ -140,20 +110,47 @@ def sample(
             f"expected uniforms for {len(prompts)} x {samples_per_prompt} rows, "
             f"found {len(uniforms)}"
         )
-    done = Samples([], [], [], 0, 0)
+    done = Samples([], [], [])
     size = max(1, batch // samples_per_prompt)  # prompts in a batch
     for start in range(0, len(prompts), size):
         part = prompts[start : start + size]
         first = start * samples_per_prompt
         rows = uniforms[first : first + len(part) * samples_per_prompt]
-        _sample_batch(
-            model, part, rows, samples_per_prompt, stop, (temperature, top_k, top_p), done, progress
-        )
+        how = (temperature, top_k, top_p)
+        _sample_batch(model, part, rows, samples_per_prompt, stop, how, done, progress)
     return done
 
 
-def _prefill(model, prompts, device):
-    """Run the prompts, left-padded. Returns last logits [P, V], cache, mask [P, L], lengths [P]."""
+@dataclass
+class Live:
+    """The rows of a batch that decode. `order` says which row of the batch each one is."""
+
+    layers: list[RoomLayer]
+    order: torch.Tensor  # [live]
+    alive: torch.Tensor  # [live] bool; dead rows wait to be moved
+    positions: torch.Tensor  # [live] of the next token
+    mask: torch.Tensor  # [live, L + room] 0 on the left of short prompts
+
+    def compact(self, tokens):
+        """Move live rows of the tail over dead ones, if enough are dead. Returns tokens [live]."""
+        remaining = int(self.alive.sum())
+        if len(self.order) - remaining <= ROOM * len(self.order):
+            return tokens
+        targets = (~self.alive[:remaining]).nonzero().squeeze(1)
+        sources = self.alive[remaining:].nonzero().squeeze(1) + remaining
+        for layer in self.layers:
+            layer.move(sources, targets, remaining)
+        for tensor in (self.order, self.positions, self.mask, tokens):
+            tensor[targets] = tensor[sources]
+        self.order, self.positions = self.order[:remaining], self.positions[:remaining]
+        self.mask, self.alive = self.mask[:remaining], torch.ones_like(self.alive[:remaining])
+        return tokens[:remaining]
+
+
+def prefill(model, prompts, repeats, room):
+    """Run the prompts, left-padded, with `room` for new tokens. Returns their last logits [B, V]
+    and Live, both with `repeats` rows for each prompt."""
+    device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -166,72 +163,62 @@ def _prefill(model, prompts, device):
         use_cache=True,
         logits_to_keep=1,
     )
-    return out.logits[:, -1], out.past_key_values, mask, lengths
+    rows = len(prompts) * repeats
+    live = Live(
+        layers=[RoomLayer(layer, repeats, room) for layer in out.past_key_values.layers],
+        order=torch.arange(rows, device=device),
+        alive=torch.ones(rows, dtype=torch.bool, device=device),
+        positions=lengths.repeat_interleave(repeats),
+        mask=torch.cat([mask.repeat_interleave(repeats, 0), mask.new_ones(rows, room)], 1).long(),
+    )
+    return out.logits[:, -1].repeat_interleave(repeats, dim=0), live
+
+
+def decode_one(model, live, tokens):
+    """Append tokens [live] to their rows. Returns the logits [live, V] behind them."""
+    seen = live.layers[0].get_seq_length() + 1
+    logits = model(
+        input_ids=tokens[:, None],
+        attention_mask=live.mask[:, :seen],
+        position_ids=live.positions[:, None],
+        past_key_values=Cache(layers=live.layers),
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    live.positions = live.positions + 1
+    return logits
 
 
 def _sample_batch(model, prompts, uniforms, repeats, stop, how, done, progress):
     """Prefill, then decode until every row has stopped; appends to `done` in order."""
-    device = next(model.parameters()).device
-    logits, prefilled, mask, lengths = _prefill(model, prompts, device)
-    width = uniforms.shape[1]
-    uniforms = uniforms.to(device)
-    rows = len(prompts) * repeats
-    layers = [RoomLayer(layer, repeats, width) for layer in prefilled.layers]
-    cache = Cache(layers=layers)
-    del prefilled
-    # Everything below is kept for live rows only; `order` says which row of the batch each one is.
-    order = torch.arange(rows, device=device)
-    logits = logits.repeat_interleave(repeats, dim=0)  # [live, V]
-    mask = torch.cat([mask.repeat_interleave(repeats, 0), mask.new_ones(rows, width)], 1).long()
-    positions = lengths.repeat_interleave(repeats)  # [live], of the next token
-    prompt_width = mask.shape[1] - width
+    rows, width = uniforms.shape
+    logits, live = prefill(model, prompts, repeats, width)
+    device = logits.device
+    uniforms, stop = uniforms.to(device), torch.tensor(stop, device=device)
     ids = torch.zeros(rows, width, dtype=torch.long, device=device)
     logp = torch.zeros(rows, width, device=device)
-    counts = torch.full((rows,), width, device=device)  # tokens of each row
+    lengths = torch.full((rows,), width, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    stop = torch.tensor(stop, device=device)
-    alive = torch.ones(rows, dtype=torch.bool, device=device)  # [live]; dead rows wait to be moved
 
     remaining = rows
     for t in range(width):
-        tokens, token_logp = draw_tokens(logits, uniforms[order, t], *how)
-        live = order[alive]
-        ids[live, t], logp[live, t] = tokens[alive], token_logp[alive]
-        ended = alive & torch.isin(tokens, stop)
-        counts[order[ended]] = t + 1
-        finished[order[ended]] = True
-        alive = alive & ~ended
-        left, remaining = remaining, int(alive.sum())
-        progress(left - remaining)
+        tokens, token_logp = draw_tokens(logits, uniforms[live.order, t], *how)
+        going = live.order[live.alive]
+        ids[going, t], logp[going, t] = tokens[live.alive], token_logp[live.alive]
+        ended = live.alive & torch.isin(tokens, stop)
+        lengths[live.order[ended]] = t + 1
+        finished[live.order[ended]] = True
+        live.alive = live.alive & ~ended
+        before, remaining = remaining, int(live.alive.sum())
+        progress(before - remaining)
         if remaining == 0 or t + 1 == width:
             break
-        if len(order) - remaining > ROOM * len(order):
-            targets = (~alive[:remaining]).nonzero().squeeze(1)
-            sources = alive[remaining:].nonzero().squeeze(1) + remaining
-            for layer in layers:
-                layer.move(sources, targets, remaining)
-            for tensor in (order, tokens, positions, mask):
-                tensor[targets] = tensor[sources]
-            order, tokens, positions, mask = (
-                tensor[:remaining] for tensor in (order, tokens, positions, mask)
-            )
-            alive = torch.ones(remaining, dtype=torch.bool, device=device)
-        done.decode_steps += 1
-        done.row_steps += len(order)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask[:, : prompt_width + t + 1],
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        positions = positions + 1
+        logits = decode_one(model, live, live.compact(tokens))
 
     progress(remaining)  # those that were cut off
-    for row, row_logp, count in zip(ids.tolist(), logp.tolist(), counts.tolist(), strict=True):
-        done.ids.append(row[:count])
-        done.logp.append(row_logp[:count])
+    for row, row_logp, length in zip(ids.tolist(), logp.tolist(), lengths.tolist(), strict=True):
+        done.ids.append(row[:length])
+        done.logp.append(row_logp[:length])
     done.finished += finished.tolist()
 
 

@@ -116,7 +116,7 @@ def policy_of(lm, ranks):
     """A causal LM as a sharded policy."""
     from pfppo.fsdp import shard
     from pfppo.model import Policy, empty_causal_lm
-    from pfppo.weights import Whole
+    from pfppo.loading import Whole
 
     return shard(Policy(empty_causal_lm(lm.config)), Whole(Policy(lm)), ranks)
 
@@ -125,7 +125,7 @@ def scalar_of(classifier, ranks):
     """A classifier as a sharded scalar model."""
     from pfppo.fsdp import shard
     from pfppo.model import ScalarModel, empty_classifier
-    from pfppo.weights import Whole
+    from pfppo.loading import Whole
 
     empty = ScalarModel(empty_classifier(classifier.config))
     return shard(empty, Whole(ScalarModel(classifier)), ranks)

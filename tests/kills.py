@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from pfppo import checkpoint, export  # noqa: E402
+from pfppo.run import checkpoint, export  # noqa: E402
 
 import torch  # noqa: E402
 from running import make_tiny, numbers, read, started  # noqa: E402

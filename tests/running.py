@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import train_rm
-from pfppo import lab, world
+from pfppo.lab import default as lab, world
 from pfppo.config import parse
 from pfppo.metrics import SECONDS
 

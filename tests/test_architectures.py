@@ -9,7 +9,8 @@ import json
 import shutil
 
 import train_ppo
-from pfppo import batch, data, export, fsdp, loading, sampler
+from pfppo import batch, data, fsdp, loading, sampler
+from pfppo.run import export
 from pfppo.metrics import SECONDS
 
 import pytest

@@ -9,20 +9,9 @@ import json
 import math
 from pathlib import Path
 
-from pfppo.benchmarks import (
-    Problem,
-    assemble,
-    check_of,
-    few_shot_prompts,
-    instruction_of,
-    load_problems,
-    pass_at_k,
-    pass_at_k_interval,
-    read_jsonl,
-    reference_check,
-)
+from pfppo.problems.benchmarks import Problem, assemble, check_of, few_shot_prompts, instruction_of, load_problems, pass_at_k, pass_at_k_interval, read_jsonl, reference_check
 from pfppo.config import UserError
-from pfppo.sandbox import Sandbox
+from pfppo.sandbox.pool import Sandbox
 
 import numpy as np
 import pytest

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from pfppo import cells
-from pfppo.cells import Cell, Torchrun, read_cell, run_cells
+from pfppo.lab import cells
+from pfppo.lab.cells import Cell, Torchrun, read_cell, run_cells
 from pfppo.config import UserError
 
 import pytest

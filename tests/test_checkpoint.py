@@ -11,12 +11,12 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-from pfppo import checkpoint, export
+from pfppo.run import checkpoint, export
 from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.fsdp import full_state, init_ranks
 from pfppo.model import empty_causal_lm
-from pfppo.rundir import append_jsonl
+from pfppo.run.folder import append_jsonl
 
 import pytest
 import torch

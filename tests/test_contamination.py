@@ -4,9 +4,9 @@ import json
 import random
 import time
 
-from pfppo.benchmarks import Problem
+from pfppo.problems.benchmarks import Problem
 from pfppo.config import UserError
-from pfppo.contamination import grams, overlaps, report
+from pfppo.problems.contamination import grams, overlaps, report
 
 import pytest
 

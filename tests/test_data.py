@@ -2,7 +2,7 @@
 
 import json
 
-from pfppo.benchmarks import assemble
+from pfppo.problems.benchmarks import assemble
 from pfppo.config import UserError
 from pfppo.data import (
     check_style,

@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 
 from pfppo import evaluation
-from pfppo.benchmarks import Problem
+from pfppo.problems.benchmarks import Problem
 from pfppo.config import UserError
-from pfppo.sandbox import Sandbox, Verdict
+from pfppo.sandbox.pool import Sandbox, Verdict
 
 import pytest
 

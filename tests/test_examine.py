@@ -2,10 +2,10 @@
 
 import math
 
-from pfppo.benchmarks import Problem
+from pfppo.problems.benchmarks import Problem
 from pfppo.examine import Examiner, execute, scores_of
-from pfppo.sandbox import Sandbox, Verdict
-from pfppo.world import draw_problems
+from pfppo.sandbox.pool import Sandbox, Verdict
+from pfppo.lab.world import draw_problems
 
 import pytest
 from conftest import EOS, tiny_lm, tiny_tokenizer

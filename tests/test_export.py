@@ -2,7 +2,7 @@
 
 import contextlib
 
-from pfppo import export
+from pfppo.run import export
 from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.data import template_hash, vocabulary_hash

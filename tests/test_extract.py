@@ -3,8 +3,8 @@
 import itertools
 import time
 
-from pfppo.benchmarks import Problem, assemble
-from pfppo.extract import extract_code
+from pfppo.problems.benchmarks import Problem, assemble
+from pfppo.problems.extract import extract_code
 
 import pytest
 

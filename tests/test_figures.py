@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from pfppo import figures
+from pfppo.lab import figures
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
 import dataclasses
 
 from pfppo.config import UserError
-from pfppo.footprint import Living, NotRehearsed, Rehearsal
+from pfppo.run.footprint import Living, NotRehearsed, Rehearsal
 from pfppo.fsdp import recompute_blocks
 from pfppo.model import Policy, ScalarModel
 from train_ppo import Args

@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 
-from pfppo import isolation
+from pfppo.sandbox import isolation
 from pfppo.config import UserError
-from pfppo.sandbox import Check, Sandbox
+from pfppo.sandbox.pool import Check, Sandbox
 
 import pytest
 from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows

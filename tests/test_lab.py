@@ -3,8 +3,8 @@
 import json
 from types import SimpleNamespace
 
-from pfppo import lab, world
-from pfppo.benchmarks import load_problems
+from pfppo.lab import default as lab, world
+from pfppo.problems.benchmarks import load_problems
 from pfppo.config import UserError
 from pfppo.data import decode
 from pfppo.model import Policy

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import train_ppo
-from pfppo import memory
+from pfppo.run import memory
 from pfppo.config import UserError
 from pfppo.fsdp import Ranks
-from pfppo.memory import Planner, require_fits
+from pfppo.run.memory import Planner, require_fits
 from train_ppo import Args
 
 import pytest

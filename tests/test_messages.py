@@ -1,7 +1,7 @@
 """Dialogues and pairs of files: what is taken, and what is said of what is not."""
 
 from pfppo.config import UserError
-from pfppo.messages import only_text, read_pair, read_turns
+from pfppo.problems.messages import only_text, read_pair, read_turns
 
 import pytest
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from pfppo import peers
+from pfppo.run import peers
 from pfppo.config import UserError
 
 import pytest

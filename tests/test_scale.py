@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import train_ppo
-from pfppo import checkpoint, export
+from pfppo.run import checkpoint, export
 from pfppo.config import UserError
 from pfppo.metrics import SECONDS
 from pfppo.reward import load_card

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import eval_code  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
-from pfppo import checkpoint, data, lab, rundir  # noqa: E402
+from pfppo.run import checkpoint, folder as rundir  # noqa: E402
+from pfppo import data  # noqa: E402
+from pfppo.lab import default as lab  # noqa: E402
 from pfppo.config import UserError  # noqa: E402
 from pfppo.filters import FILTERS  # noqa: E402
 from pfppo.metrics import NAMES  # noqa: E402

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 import train_ppo
-from pfppo import loading, selfcheck
-from pfppo.benchmarks import Problem
+from pfppo import loading
+from pfppo.run import selfcheck
+from pfppo.problems.benchmarks import Problem
 from pfppo.data import render_all, template_hash, vocabulary_hash
 from pfppo.examine import Examiner
 from pfppo.fsdp import init_ranks, recompute_blocks

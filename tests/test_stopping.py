@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from pfppo.fsdp import init_ranks
-from pfppo.stopping import Stop
+from pfppo.run.stopping import Stop
 
 import pytest
 import torch.distributed as dist

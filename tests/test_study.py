@@ -3,19 +3,9 @@
 import json
 import math
 
-from pfppo import study
+from pfppo.lab import study
 from pfppo.config import UserError
-from pfppo.study import (
-    Args,
-    cells_of,
-    interval,
-    main,
-    markdown,
-    measure,
-    parse_words,
-    rank_correlation,
-    summarize,
-)
+from pfppo.lab.study import Args, cells_of, interval, main, markdown, measure, parse_words, rank_correlation, summarize
 
 import numpy as np
 import pytest

@@ -6,19 +6,8 @@ Programs are run here by plain `exec`: all of them are our own.
 import random
 from collections import Counter
 
-from pfppo import world
-from pfppo.world import (
-    DOMAINS,
-    SPLITS,
-    Task,
-    body,
-    draw_corpus,
-    draw_problem,
-    draw_problems,
-    draw_prompt,
-    draw_response,
-    draw_task,
-)
+from pfppo.lab import world
+from pfppo.lab.world import DOMAINS, SPLITS, Task, body, draw_corpus, draw_problem, draw_problems, draw_prompt, draw_response, draw_task
 
 import pytest
 

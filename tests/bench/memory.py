@@ -228,7 +228,7 @@ def peaks_on_gpu(run):
 def child(folder, name, scale):
     """One setting in this process: prints {"measured": ..., "told": ...} as rank 0."""
     import train_ppo
-    from pfppo import memory
+    from pfppo.run import memory
 
     import torch
 

@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pfppo import memory  # noqa: E402
+from pfppo.run import memory  # noqa: E402
 from train_ppo import Args  # noqa: E402
 
 import torch  # noqa: E402

@@ -23,7 +23,7 @@ import random
 import zlib
 from dataclasses import dataclass
 
-from pfppo.benchmarks import Problem
+from pfppo.problems.benchmarks import Problem
 
 
 @dataclass(frozen=True)

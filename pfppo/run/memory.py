@@ -27,10 +27,10 @@ Responses are counted at their full length.
 import os
 from dataclasses import dataclass
 
-from pfppo import batch, filters, lab
+from pfppo import filters, rollout
 from pfppo.config import require
-from pfppo.footprint import NotRehearsed, Rehearsal
 from pfppo.fsdp import agreed, compute_dtype
+from pfppo.run.footprint import NotRehearsed, Rehearsal
 
 import torch
 
@@ -67,7 +67,7 @@ class Planner:
         self.args, self.world, self.size = args, world, dtype.itemsize
         N = args.samples_per_prompt
         kept = filters.kept_per_prompt(filters.load_filter(args.filter, N), N)
-        self.sizes = batch.check_sizes(args, kept, world)
+        self.sizes = rollout.check_sizes(args, kept, world)
         self.shards = args.shard_group_size or world
         require(
             world % self.shards == 0,
@@ -238,7 +238,6 @@ def show(args):
     """`--plan`: print what a run on --world_size ranks would need. No ranks, no weights."""
     if int(os.environ.get("RANK", 0)):
         return
-    lab.resolve(args)
     world = args.world_size or int(os.environ.get("WORLD_SIZE", 1))
     cpu = args.device == "cpu" or (args.device == "auto" and not args.device_memory and _no_gpu())
     dtype = {"auto": "float32" if cpu else "bfloat16"}.get(args.param_dtype, args.param_dtype)

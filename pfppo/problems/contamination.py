@@ -23,8 +23,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from pfppo.benchmarks import read_jsonl
-from pfppo.rundir import write_json
+from pfppo.files import read_jsonl, write_json
 
 from tqdm import tqdm
 
@@ -78,7 +77,7 @@ def strings(value):
             yield from strings(part)
 
 
-def report(path, problems, out, limit, shown=10):
+def report_overlap(path, problems, out, limit, shown=10):
     """Print how much of each problem stands in the JSONL file `path`, write it to `out`.
 
     Returns the exit status: 1 if a problem overlaps by more than `limit`. Raises UserError.

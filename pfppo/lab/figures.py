@@ -4,27 +4,15 @@
     optimization.png   the reward model's reward against the actual score while training goes on
     r2.png             R^2 before training against pass@1 after it, one point per filter
     rewards.png        differences to PPO-M under several rewards
-    reliability.png    mean actual score per bin of reward, one line per repetition (paper, Fig. 1)
 
-The numbers behind them are in `table.json`, `metrics.jsonl` and `reliability.json`.
+The numbers behind them are in `table.json` and `metrics.jsonl`.
 """
+
+from pfppo.reliability import HINT, pyplot
 
 import numpy as np
 
 SMOOTH = 5  # steps
-HINT = "no figures: pip install matplotlib, and run the same command again"
-
-
-def _plot():
-    """matplotlib's pyplot without a screen, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def _band(curves, x, y):
@@ -43,7 +31,7 @@ def draw_study(folder, curves, rows, correlation):
 
     Returns one line about what was written.
     """
-    plot = _plot()
+    plot = pyplot()
     if plot is None:
         return HINT
     figure, axes = plot.subplots(2, 2, figsize=(11, 8), layout="constrained")
@@ -89,7 +77,7 @@ def draw_rewards(folder, tables, base):
 
     Returns one line about what was written.
     """
-    plot = _plot()
+    plot = pyplot()
     if plot is None:
         return HINT
     figure, axis = plot.subplots(figsize=(7, 4.5), layout="constrained")
@@ -113,20 +101,3 @@ def draw_rewards(folder, tables, base):
     figure.savefig(folder / "rewards.png", dpi=120)
     plot.close("all")
     return "rewards.png"
-
-
-def draw_reliability(path, lines):
-    """The paper's Fig. 1. lines: [(mean rewards [bins], mean scores [bins])], one per repetition.
-
-    Returns one line about what was written.
-    """
-    plot = _plot()
-    if plot is None:
-        return HINT
-    figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
-    for reward, score in lines:
-        axis.plot(reward, score, marker=".", alpha=0.6, color="tab:blue")
-    axis.set(xlabel="mean reward of the bin", ylabel="mean actual score of the bin")
-    figure.savefig(path, dpi=120)
-    plot.close("all")
-    return f"{path.name}, {len(lines)} repetitions"

@@ -14,20 +14,14 @@ Not covered: the extra inputs in EvalPlus's own MbppPlus.jsonl, which need a con
 task (its base asserts are used; the Hugging Face file of MBPP+ has all inputs in `test`).
 """
 
-import ast
-import functools
-import gzip
 import json
 import re
-import warnings
-import zlib
 from dataclasses import dataclass, field
 
-from pfppo.config import UserError, require
-from pfppo.extract import definition_of, extract_code, lines_of, program_of
-from pfppo.sandbox import Check
-
-import numpy as np
+from pfppo.config import require
+from pfppo.files import KINDS, read_jsonl
+from pfppo.problems.extract import lines_of
+from pfppo.problems.messages import read_turns
 
 # What LeetCode gives every submission; builtins come last because math has a `pow` of its own.
 PREAMBLE = """\
@@ -35,8 +29,6 @@ import bisect, collections, copy, functools, heapq, itertools, math, operator, r
 from bisect import *; from collections import *; from functools import *; from heapq import *
 from itertools import *; from math import *; from typing import *; from builtins import *
 """
-KINDS = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list"}
-KINDS |= {dict: "an object", type(None): "null"}
 MBPP_TEST = range(11, 511)  # task ids of the MBPP paper's test split
 MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # its three examples
 # The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
@@ -64,39 +56,6 @@ class Problem:
     def question(self):
         """The prompt, or the last turn of the dialogue: what people and rewards are told."""
         return self.messages[-1]["content"] if self.messages else self.prompt
-
-
-def read_jsonl(path):
-    """[(line number, object)] of a JSONL file, gzipped or not; blank lines are skipped.
-
-    One JSON array of objects is read too (Google's sanitized-mbpp.json); its numbers count entries.
-    UserError: unreadable, not UTF-8, not JSON, not an object, no rows.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text") from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    rows, number = [], 1
-    try:
-        if re.match(r"\s*\[\s*\{", text):
-            rows = list(enumerate(json.loads(text), 1))
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append((number, json.loads(line)))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-    for number, row in rows:
-        found = f"expected an object {{...}}, found {KINDS[type(row)]}"
-        require(isinstance(row, dict), f"{path}, line {number}: {found}")
-    require(rows, f"{path}: no rows (expected one JSON object per line)")
-    return rows
 
 
 class _Row(dict):
@@ -256,57 +215,37 @@ def _leetcode(row):
 FORMS = {"humaneval": _humaneval, "mbpp": _mbpp, "leetcode": _leetcode}
 
 
-def assemble(problem, response):
-    """The Check of a model's response: its code, the problem's tests, the reference."""
-    return check_of(problem, extract_code(response, problem))
+def load_prompts(path):
+    """Prompts as a list of Problem; fields other than `prompt` may be empty. Raises UserError."""
+    problems, seen = [], {}
+    names = [name for name in Problem.__dataclass_fields__ if name != "messages"]
+    for line, row in read_jsonl(path):
+        where, turns = f"{path}, line {line}", []
+        if isinstance(row.get("prompt"), list):
+            turns = read_turns(row["prompt"], f"{where}: field 'prompt'", "user")
+            row = row | {"prompt": ""}
+        values = {"task_id": f"line {line}"} | row
+        for name in names:
+            value = values.setdefault(name, "") if name != "prompt" else values.get(name)
+            found = "nothing" if name not in row else type(value).__name__
+            require(
+                isinstance(value, str),
+                f"{where}: field '{name}': expected a string, found {found}",
+            )
+        filled = turns or values["prompt"].strip()
+        require(filled, f"{where}: field 'prompt' is empty, expected some text")
+        require(
+            bool(values["test"]) == bool(values["entry_point"]),
+            f"{where}: expected both or neither of the fields 'test' and 'entry_point'",
+        )
+        first = seen.setdefault(values["task_id"], line)
+        require(first == line, f"{where}: task_id {values['task_id']!r} stands in line {first} too")
+        problems.append(Problem(**{name: values[name] for name in names}, messages=turns))
+    return problems
 
 
-def check_of(problem, program):
-    """The Check of a whole program, unchanged: `prompt + completion`, or a sample's `solution`
-    (with `problem.setup` before it, where the benchmark has one)."""
-    return Check(program, problem.test, problem.entry_point, _reference(problem))
-
-
-def reference_check(problem):
-    """The problem's own solution as the candidate. UserError where the benchmark has none."""
-    code = problem.canonical_solution
-    require(code.strip(), f"{problem.task_id} has no reference solution")
-    return check_of(problem, program_of(problem, code, bool(definition_of(problem).search(code))))
-
-
-@functools.lru_cache(maxsize=4096)
-def _reference(problem):
-    """Trusted source of the names that the tests use; "" if the file's own is not Python."""
-    code = problem.canonical_solution
-    if not code.strip():  # the names of the prompt and of the setup still serve the tests
-        code = "pass\n" if problem.prompt.endswith(" ") else "    pass\n"
-    program = program_of(problem, code, bool(definition_of(problem).search(code)))
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    return program
-
-
-def pass_at_k(n, c, k):
-    """Unbiased chance that one of k samples passes, from c passes among n: 1 - C(n-c, k) / C(n, k).
-
-    arXiv 2107.03374, eq. 1, as a stable product. UserError unless 1 <= k <= n and 0 <= c <= n.
-    """
-    require(1 <= k <= n, f"pass@{k} needs at least {max(k, 1)} samples of each problem, found {n}")
-    require(0 <= c <= n, f"{c} of {n} samples passed: expected 0 to {n}")
-    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
-
-
-def pass_at_k_interval(counts, k, resamples=1000, seed=0):
-    """(mean, low, high) of pass@k over problems [(n, c), ...]: 95 % bootstrap over problems.
-
-    The interval speaks of the choice of problems, not of sampling; equal problems give width 0.
-    """
-    values = np.array([pass_at_k(n, c, k) for n, c in counts])
-    require(len(values), "pass@k of no problems")
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+def prompt_text(problem, style):
+    """What a problem asks: its dialogue; code to continue; an instruction in "chat", "deepseek"."""
+    if problem.messages:
+        return problem.messages
+    return instruction_of(problem) if style in ("chat", "deepseek") else problem.prompt

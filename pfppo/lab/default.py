@@ -18,10 +18,11 @@ import random
 import shutil
 from pathlib import Path
 
-from pfppo import peers, world
-from pfppo.batch import collate
-from pfppo.data import load_prompts
+from pfppo.lab import world
 from pfppo.model import Policy, read_config
+from pfppo.problems import load_prompts
+from pfppo.rollout import collate
+from pfppo.run import check_shared
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,44 +37,47 @@ SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
 EOS, PAD = "<eos>", "<pad>"
 
 
-def resolve(args, prompts="train"):
-    """Put paths where arguments say "lab"; returns the names of those arguments.
+PATHS = {"policy": "policy", "reward_model": "reward_model", "validation": "validation.jsonl"}
+PATHS |= {"prompts": "train.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
 
-    "auto" problems are the lab's with its prompts, and none with others. `prompts` says which
-    problems --prompts means.
-    """
+
+def resolve(args, **paths):
+    """Put paths where arguments say "lab"; "auto" problems are the lab's with its prompts, and none
+    with others. paths: others than in PATHS."""
     for name in ("validation", "test"):
         if getattr(args, name, "") == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
-    paths = {"policy": "policy", "reward_model": "reward_model", "prompts": f"{prompts}.jsonl"}
-    paths |= {"validation": "validation.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
-    used = [name for name in paths if getattr(args, name, "") == "lab"]
-    for name in used:
-        setattr(args, name, str(FOLDER / paths[name]))
-    return used
+    for name, path in (PATHS | paths).items():
+        if getattr(args, name, "") == "lab":
+            setattr(args, name, str(FOLDER / path))
 
 
-def make(ranks, args, used):
-    """Make what is missing of problems and policy, on rank 0 while the others wait.
+def make(args, ranks, make_reward_model=None):
+    """Make what is missing of the lab that `args` name, on rank 0 while the others wait; its reward
+    model, by make_reward_model(folder, ranks), on all ranks.
 
-    used: which of `args` mean the lab (`resolve`). Files and folders that the others name are read
-    before: a mistake is better told now than after minutes of making. Raises UserError.
+    Files and folders that are not the lab's are read before: a mistake is better told now than
+    after minutes of making. Raises UserError.
     """
+    named = {name: getattr(args, name, "") for name in PATHS}
+    used = [name for name, path in named.items() if Path(path).is_relative_to(FOLDER)]
     if not used:
         return
     for name in ("policy", "reward_model"):
-        if name not in used and getattr(args, name, ""):
-            read_config(getattr(args, name), name)
+        if name not in used and named[name]:
+            read_config(named[name], name)
     for name in ("prompts", "validation", "test"):
-        if name not in used and getattr(args, name, ""):
-            load_prompts(getattr(args, name))
-    peers.check_shared(FOLDER, f"the lab's folder {FOLDER}")
+        if name not in used and named[name]:
+            load_prompts(named[name])
+    check_shared(FOLDER, f"the lab's folder {FOLDER}")
     if ranks.is_main:
         FOLDER.mkdir(parents=True, exist_ok=True)
         make_problems()
         if {"policy", "reward_model"} & set(used) and not (FOLDER / "policy").exists():
             make_policy(ranks.device)
     torch.distributed.barrier()
+    if "reward_model" in used and not (FOLDER / "reward_model").exists():
+        make_reward_model(str(FOLDER / "reward_model"), ranks)
 
 
 def make_problems():

@@ -39,13 +39,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pfppo import figures, lab
-from pfppo.cells import Cell, Torchrun, read_cell, run_cells
 from pfppo.config import Count, UserError, launch, reason, require
 from pfppo.filters import FILTERS, kept_per_prompt, load_filter
+from pfppo.lab import default as lab
+from pfppo.lab import figures
+from pfppo.lab.cells import Cell, Torchrun, read_cell, run_cells
 from pfppo.reliability import spearman
 from pfppo.reward import load_reward
-from pfppo.rundir import check_writable, write_json
+from pfppo.run.folder import check_writable, write_json
 
 import numpy as np
 

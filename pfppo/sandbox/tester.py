@@ -25,9 +25,9 @@ import time
 import types
 import warnings
 
-from pfppo.isolation import PR_SET_DUMPABLE, libc
-from pfppo.plan import BUILTIN_ERRORS, imports_of, plan_of
-from pfppo.remote import Over, Remote, TesterLink
+from pfppo.sandbox.isolation import PR_SET_DUMPABLE, libc
+from pfppo.sandbox.remote import Over, Remote, TesterLink
+from pfppo.sandbox.texts import BUILTIN_ERRORS, imports_of, plan_of
 
 
 class Jail:
@@ -39,7 +39,7 @@ class Jail:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             ours.settimeout(60)
             sent = {**options, "without": self.without, "preload": preload}
-            self.process = start_python("pfppo.jail", sent, stdin=theirs, stdout=subprocess.DEVNULL)
+            self.process = start_python("jail", sent, stdin=theirs, stdout=subprocess.DEVNULL)
             theirs.close()
             self.control = ours
             hello = json.loads(ours.recv(1 << 16) or '{"error": "it died"}')
@@ -258,12 +258,15 @@ def _write(descriptor, value):
 
 
 def start_python(module, options, **descriptors):
-    """A process that runs `module.main(options)`: a clean interpreter with nothing of this one's
-    environment. All of the module's own imports happen before `main`: then the path is gone."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
+    this one's environment. An empty package stands for pfppo.sandbox, whose own `__init__` would
+    load the rooms of this side into a candidate's process. All of the module's imports happen
+    before `main`: then the path is gone."""
     code = (
-        "import json, sys; sys.path.append(sys.argv[1]);"
-        f"from {module} import main; del sys.path[-1]; main(json.loads(sys.argv[2]))"
+        "import json, sys, types; name = 'pfppo.sandbox'; package = types.ModuleType(name);"
+        "package.__path__ = [sys.argv[1]]; sys.modules[name] = package;"
+        f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
+        "main(json.loads(sys.argv[2]))"
     )
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
     environment = {
@@ -274,7 +277,7 @@ def start_python(module, options, **descriptors):
         "OPENBLAS_NUM_THREADS": "1",
         **kept,
     }
-    command = [sys.executable, "-P", "-c", code, root, json.dumps(options)]
+    command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
     return subprocess.Popen(
         command, env=environment, cwd="/", start_new_session=True, **descriptors
     )

@@ -14,13 +14,13 @@ import shutil
 import warnings
 from pathlib import Path
 
-from pfppo import checkpoint
 from pfppo.config import UserError, reason, require
 from pfppo.data import load_tokenizer
-from pfppo.fsdp import from_main, full_state
+from pfppo.files import write_json
+from pfppo.fsdp import full_state, on_main
 from pfppo.model import causal_lm_config, empty_causal_lm, read_classifier, read_generation_config
 from pfppo.reward import RewardCard, load_card
-from pfppo.rundir import BEST, write_json
+from pfppo.run import checkpoint
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -28,37 +28,31 @@ import torch.distributed.checkpoint as dcp
 LARGEST = "5GB"  # of a file
 
 
-def write_best(sharded, run, config_source, tokenizer, ranks, state):
-    """`write` to policy/, with a note of which step that was and how good. A collective."""
+def write_best(models, folder, tokens, ranks, best):
+    """`write` the policy, with a note of which step that was and how good. A collective."""
 
-    def note(folder):
-        write_json(folder / BEST, {name: state[name] for name in ("best", "best_step")})
+    def note(temporary):
+        write_json(temporary / checkpoint.BEST, best)
 
-    write(sharded, run / "policy", config_source, tokenizer, ranks, [note])
+    write(models.policy.lm, folder, models.unsharded, tokens.tokenizer, ranks, [note])
 
 
-def write(sharded, folder, config_source, tokenizer, ranks, extra=()):
+def write(sharded, folder, unsharded, tokenizer, ranks, extra=()):
     """Write a sharded model in Hugging Face form, whole or not at all. A collective.
 
-    config_source: the unsharded twin inside the wrapper, for `save_pretrained` and its config;
-    extra: functions called with the temporary folder on rank 0, to write more files into it.
-    Raises UserError where it cannot be written.
+    unsharded: its structure, for `save_pretrained` and its config; extra: functions called with the
+    temporary folder on rank 0, to write more files into it. Raises UserError where it cannot be
+    written.
     """
-    weights, failure = full_state(sharded), None
-    if ranks.is_main:
-        try:
-            _write(Path(folder), config_source, weights, tokenizer, extra)
-        except UserError as error:
-            failure = str(error)
-    failure = from_main(failure, ranks)
-    require(failure is None, failure)
+    weights = full_state(sharded)
+    on_main(ranks, _write, Path(folder), unsharded, weights, tokenizer, extra)
 
 
-def _write(folder, config_source, weights, tokenizer, extra):
+def _write(folder, unsharded, weights, tokenizer, extra):
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        _save(config_source, temporary, weights, tokenizer)
+        _save(unsharded, temporary, weights, tokenizer)
         for more in extra:
             more(temporary)
         previous = folder.with_name(folder.name + ".old")
@@ -72,9 +66,9 @@ def _write(folder, config_source, weights, tokenizer, extra):
         raise UserError(f"{folder}: cannot be written: {reason(error)}") from error
 
 
-def _save(config_source, folder, weights, tokenizer):
-    config_source = copy.deepcopy(config_source).float()  # the config names the weights' type
-    config_source.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST)
+def _save(unsharded, folder, weights, tokenizer):
+    unsharded = copy.deepcopy(unsharded).float()  # the config names the weights' type
+    unsharded.save_pretrained(folder, state_dict=weights, max_shard_size=LARGEST)
     tokenizer.save_pretrained(folder)
 
 
@@ -94,23 +88,22 @@ def from_run(run, folder):
     step = found[0]
     args = json.loads((step.parents[1] / "args.json").read_text())
     state = json.loads((step / "state.json").read_text())
-    path, judge = args["policy"], args["reward_model"]
+    path, rm = args["policy"], args["reward_model"]
     tokenizer, config = load_tokenizer(path), causal_lm_config(path)
     lm = empty_causal_lm(config)
     lm.generation_config = read_generation_config(path) or lm.generation_config
     extra = []
-    if judge:
-        card = load_card(judge)
-        tokenizer_of_judge = load_tokenizer(judge, "reward_model")
-        model = read_classifier(judge)
+    if rm:
+        card, model = load_card(rm), read_classifier(rm)
+        tokenizer_of_rm = load_tokenizer(rm, "reward_model")
 
-        def save_judge(temporary):
-            _save(model, temporary / "reward_model", model.state_dict(), tokenizer_of_judge)
+        def save_rm(temporary):
+            _save(model, temporary / "reward_model", model.state_dict(), tokenizer_of_rm)
             (card or RewardCard(*state["normaliser"], "", "")).save(temporary / "reward_model")
 
-        extra = [save_judge]
+        extra = [save_rm]
     _write(folder, lm, policy_of(step), tokenizer, extra)
-    also = f", its reward model in {folder / 'reward_model'}" if judge else ""
+    also = f", its reward model in {folder / 'reward_model'}" if rm else ""
     print(f"{folder}: the policy after step {state['step']}{also}")
 
 

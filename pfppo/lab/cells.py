@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pfppo import isolation
 from pfppo.config import UserError, reason, require
+from pfppo.sandbox import isolation
 
 import numpy as np
 from tqdm import tqdm

@@ -14,8 +14,8 @@ import itertools
 import threading
 import time
 
-from pfppo.plan import BUILTIN_ERRORS
-from pfppo.wire import CHUNK, MAX_MESSAGE, Link
+from pfppo.sandbox.texts import BUILTIN_ERRORS
+from pfppo.sandbox.wire import CHUNK, MAX_MESSAGE, Link
 
 
 class Over(BaseException):

@@ -23,8 +23,8 @@ import sys
 import time
 import types
 
-from pfppo.isolation import PR_SET_PDEATHSIG, Isolation, LayerError, call
-from pfppo.wire import Link, json_dumps
+from pfppo.sandbox.isolation import PR_SET_PDEATHSIG, Isolation, LayerError, call
+from pfppo.sandbox.wire import Link, json_dumps
 
 # ---- the candidate -------------------------------------------------------------------------------
 

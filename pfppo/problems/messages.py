@@ -18,6 +18,7 @@ Not covered: tools and other roles, images, ShareGPT's names (`from`, `value`).
 """
 
 from pfppo.config import require
+from pfppo.files import read_jsonl
 
 FORM = "a string or a list of messages"
 ROLES = ("user", "assistant")
@@ -133,3 +134,8 @@ def _prompt(value, shared, place):
     found = f"found {_short(value)} in it and {_short(asked[-1])} in them"
     require(agree, f"{place}: expected what chosen and rejected start with, {found}")
     return shared
+
+
+def load_pairs(path):
+    """[(line, (prompt, chosen, rejected))] of a JSONL file. Raises UserError."""
+    return [(line, read_pair(row, f"{path}, line {line}")) for line, row in read_jsonl(path)]

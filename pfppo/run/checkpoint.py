@@ -22,8 +22,8 @@ import os
 import shutil
 
 from pfppo.config import UserError, reason
-from pfppo.fsdp import agreed, from_main
-from pfppo.rundir import BEST, cut_jsonl, write_json
+from pfppo.files import rewrite_jsonl, whole_lines, write_json
+from pfppo.fsdp import on_main
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 SHARDED = "sharded"
+BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
 
 
 def _state(trained):
@@ -54,23 +55,24 @@ class Saver:
         # The thread talks to its peers while training does: it needs a group of its own.
         self.group = dist.new_group(backend="gloo")
 
-    def start(self, step, trained, state):
+    def start(self, trained, state):
         """Begin to write checkpoints/step_N; what is written is the state of this moment.
 
-        trained: {name: (sharded model, optimizer)}; state: a JSON-serialisable dict, equal on all
-        ranks.
+        trained: {name: (sharded model, optimizer)}; state: a JSON-serialisable dict with "step",
+        equal on all ranks.
         """
         self.finish()
+        step = state["step"]
         temporary = self._temporary(step)
         try:
-            _on_main(lambda: _clear(temporary), self.ranks)
+            on_main(self.ranks, _clear, temporary)
             future = dcp.async_save(
                 _state(trained), checkpoint_id=temporary / SHARDED, process_group=self.group
             )
         except (OSError, dcp.api.CheckpointException) as error:
             self._fail(step, error)
         self.newest = step
-        self.pending = step, json.dumps({"step": step, **state}), future
+        self.pending = step, dict(state), future
 
     def poll(self):
         """Complete the checkpoint if all ranks have written their slices."""
@@ -89,7 +91,7 @@ class Saver:
         target, temporary = folder / f"step_{step}", self._temporary(step)
 
         def complete_it():
-            _seal(temporary, json.loads(state))
+            _seal(temporary, state)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _sync(folder)
@@ -98,7 +100,7 @@ class Saver:
 
         try:
             future.result()
-            _on_main(complete_it, self.ranks)
+            on_main(self.ranks, complete_it)
         except (OSError, dcp.api.CheckpointException) as error:
             self._fail(step, error)
 
@@ -113,19 +115,6 @@ class Saver:
             f"{self.run / 'checkpoints'}/step_{step}: cannot save with {left} MiB left on the disk "
             f"({_reason(error)}); last complete one: {last}"
         ) from error
-
-
-def _on_main(work, ranks):
-    """Run `work` on rank 0; an OSError there is raised on all ranks. A collective."""
-    failure = None
-    if ranks.is_main:
-        try:
-            work()
-        except OSError as error:
-            failure = error
-    failure = from_main(failure, ranks)
-    if failure is not None:
-        raise failure
 
 
 def _clear(folder):
@@ -182,17 +171,9 @@ def load(run, trained, ranks):
     Any number of ranks may have written it. Damaged checkpoints are named, skipped and removed, and
     the JSONL files cut back. Raises UserError where its slices cannot be read.
     """
-    box = [None, []]
-    if ranks.is_main:
-        whole, damaged = complete(run)
-        newer = [path for path in damaged if not whole or _number(path) > _number(whole[0])]
-        box = [whole[0] if whole else None, newer]
-    dist.broadcast_object_list(box, 0)
-    newest, damaged = box
+    newest, damaged = on_main(ranks, _newest, run)
     for path in damaged:
         ranks.say(f"{path}: incomplete, falling back to {newest or 'the start of the run'}")
-        if ranks.is_main:
-            shutil.rmtree(path)
     state = json.loads((newest / "state.json").read_text()) if newest else None
     if newest:
         loaded = _state(trained)
@@ -204,26 +185,32 @@ def load(run, trained, ranks):
                 "from the one before"
             ) from error
         for name, (model, optimizer) in trained.items():
-            set_state_dict(
-                model,
-                optimizer,
-                model_state_dict=loaded[name]["model"],
-                optim_state_dict=loaded[name]["optimizer"],
-            )
-    later = {}
-    with agreed(ranks):
-        if ranks.is_main:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                cut_jsonl(run / name, state["step"] if state else 0)
-            policy, previous = run / "policy", run / "policy.old"
-            if previous.exists() and not policy.exists():  # killed between the renames of `export`
-                previous.rename(policy)
-            if (policy / BEST).exists():
-                later = json.loads((policy / BEST).read_text())
-    later = from_main(later, ranks)
+            part = loaded[name]
+            weights = {"model_state_dict": part["model"], "optim_state_dict": part["optimizer"]}
+            set_state_dict(model, optimizer, **weights)
+    later = on_main(ranks, _cut_back, run, state["step"] if state else 0)
     if state and later.get("best_step", 0) > state["step"]:
         state |= later  # exported after the checkpoint was saved, and still the best there was
     return state
+
+
+def _newest(run):
+    """(newest complete checkpoint or None, newer ones that are damaged, which are removed)."""
+    whole, damaged = complete(run)
+    newer = [path for path in damaged if not whole or _number(path) > _number(whole[0])]
+    for path in newer:
+        shutil.rmtree(path)
+    return whole[0] if whole else None, newer
+
+
+def _cut_back(run, step):
+    """Drop what the files have of later steps. Returns what policy/ says of itself."""
+    for path in (run / "metrics.jsonl", run / "samples.jsonl"):
+        rewrite_jsonl(path, [row for row in whole_lines(path) if row["step"] <= step])
+    policy, previous = run / "policy", run / "policy.old"
+    if previous.exists() and not policy.exists():  # killed between the renames of `export`
+        previous.rename(policy)
+    return json.loads((policy / BEST).read_text()) if (policy / BEST).exists() else {}
 
 
 def _number(path):

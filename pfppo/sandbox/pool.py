@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pfppo.config import UserError
-from pfppo.tester import patience, start_python
+from pfppo.sandbox.tester import patience, start_python
 
 OUTCOMES = (
     "passed",
@@ -77,7 +77,7 @@ class Worker:
 
     def __init__(self, options):
         self.process = start_python(
-            "pfppo.tester", options, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            "tester", options, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         os.set_blocking(self.process.stdin.fileno(), False)
         self.given = collections.deque()  # indices of checks, in the order they were sent

@@ -1,0 +1,212 @@
+"""Rows of prompt and response: ids, lengths, masks; what is kept of them; minibatches.
+
+Legend of shapes, used in all files:
+
+    P prompts per step    N samples per prompt    B rows    T response tokens (columns)
+    L prompt + response tokens    V vocabulary    D width    W ranks
+
+One row, prompt of 3 tokens, response of 4 whose last is the end-of-sequence token E:
+
+    position            0   1   2   3   4   5   6   7   8
+    ids [B, L]          p0  p1  p2  y0  y1  y2  E   pad pad
+    states [B, T]               s0  s1  s2  s3              the state *before* token j
+    ends [B, 1]                                 E           where the RM's score stands
+
+    column j            0   1   2   3   4   5
+    responses [B, T]    y0  y1  y2  E   pad pad
+    mask [B, T]         1   1   1   1   0   0               of log-probs, values, losses
+
+Masks come from lengths, never from `ids == pad`, so pad may equal EOS. A truncated response has no
+EOS; tokens are never edited.
+
+Ranks. Rank r of W owns the prompts r, r + W, r + 2W, ... of a step and all N samples of each, so a
+group never straddles ranks. With W = 2, P = 4, N = 3, a filter that keeps x, and minibatches of 4
+rows, cut from the kept samples of all ranks in the order of the prompts:
+
+    prompt       0     1     2     3        minibatch 0      minibatch 1
+    weights     x.x   xx.   xxx   x..       prompts 0, 1     prompts 2, 3
+    rank 0      012         345             rows 0, 2        rows 3, 4, 5
+    rank 1            012         345       rows 0, 1        rows 3, 0*, 0*
+
+Collectives must match, so where ranks have unequally many rows of a minibatch, the shorter ones are
+padded with their row 0 at weight 0 (0*). It costs a forward and a backward pass, and changes no
+number: whatever is summed over rows is multiplied by their weights.
+"""
+
+from dataclasses import dataclass, fields
+
+from pfppo.config import require
+
+import torch
+from torch.nn.functional import pad
+
+
+@dataclass
+class Rollout:
+    """B rows on one rank. Tensors that are not there yet are None."""
+
+    ids: torch.Tensor  # [B, L] int64, padded on the right
+    prompt_lengths: torch.Tensor  # [B]
+    lengths: torch.Tensor  # [B] response tokens, EOS included
+    rewards: torch.Tensor | None = None  # [B] normalised reward, before KL
+    weights: torch.Tensor | None = None  # [B] from the filter
+    old_logp: torch.Tensor | None = None  # [B, T]
+    entropy: torch.Tensor | None = None  # [B, T]
+    ref_logp: torch.Tensor | None = None  # [B, T]
+    old_values: torch.Tensor | None = None  # [B, T]
+    adv: torch.Tensor | None = None  # [B, T]
+    returns: torch.Tensor | None = None  # [B, T]
+    coefficients: torch.Tensor | None = None  # [B, T] of the losses, ppo.loss_coefficients
+    parts: tuple[int, ...] | None = None  # rows of each minibatch; None: all are one
+
+    def __len__(self):
+        return len(self.ids)
+
+    @property
+    def width(self):
+        """T: columns of the response-aligned tensors."""
+        return int(self.lengths.max()) if len(self) else 0
+
+    @property
+    def mask(self):
+        """[B, T] float: 1 where column j < length."""
+        columns = torch.arange(self.width, device=self.lengths.device)
+        return (columns < self.lengths[:, None]).float()
+
+    @property
+    def states(self):
+        """[B, T] positions in `ids` of the states before each response token."""
+        columns = torch.arange(self.width, device=self.lengths.device)
+        return self.prompt_lengths[:, None] - 1 + columns
+
+    @property
+    def responses(self):
+        """[B, T] response tokens; off the mask whatever stands there."""
+        return self.ids.gather(1, (self.states + 1).clamp(max=self.ids.shape[1] - 1))
+
+    @property
+    def ends(self):
+        """[B, 1] positions in `ids` of the last response tokens."""
+        return (self.prompt_lengths + self.lengths - 1)[:, None]
+
+    def select(self, rows):
+        """The given rows, cut to their own longest row and longest response.
+
+        rows: int64 indices [K]; a row may stand there twice.
+        """
+        rows = rows.to(self.ids.device)
+        lengths = self.lengths[rows]
+        ends = int((self.prompt_lengths[rows] + lengths).max()) if len(rows) else 0
+        width = int(lengths.max()) if len(rows) else 0
+        chosen = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                value = value[rows]
+                if value.ndim == 2:
+                    value = value[:, : ends if field.name == "ids" else width]
+                chosen[field.name] = value
+        return Rollout(**chosen)
+
+    def kept(self, weights, minibatch, ranks):
+        """This rank's survivors of the filter, one minibatch behind the other: see the picture.
+
+        weights [P, N], the filter's for all ranks. The kept samples of all ranks, in the order of
+        the prompts, are cut into runs of `minibatch`, or where that does not divide into runs as
+        equal as possible: so minibatches do not depend on the number of ranks. The prompts were
+        shuffled when they were drawn. Nothing kept on any rank: no rows, no minibatch.
+        """
+        W, N = ranks.world, weights.shape[1]
+        groups, samples = weights.nonzero(as_tuple=True)  # [K] whose prompt, and which sample
+        if not len(groups):
+            return self.select(groups)
+        runs = max(1, round(len(groups) / minibatch))
+        owners, places = groups % W, groups // W * N + samples  # whose row it is, and which
+        rows, parts = [], []
+        for owner, place in zip(owners.tensor_split(runs), places.tensor_split(runs), strict=True):
+            mine, size = place[owner == ranks.rank], int(owner.bincount().max())
+            rows.append(pad(mine, (0, size - len(mine)), value=-1))  # -1: padded with row 0
+            parts.append(size)
+        rows = torch.cat(rows)
+        real, rows = rows >= 0, rows.clamp(min=0)
+        chosen = self.select(rows)
+        chosen.weights = (weights[ranks.rank :: W].flatten()[rows] * real).to(self.ids.device)
+        chosen.parts = tuple(parts)
+        return chosen
+
+    def minibatches(self, order=None):
+        """The minibatches, one for each optimizer step; order: indices of them, default as cut."""
+        cut = torch.arange(len(self)).split(self.parts or [len(self)])
+        return [self.select(cut[i]) for i in (range(len(cut)) if order is None else order)]
+
+    def microbatches(self, size):
+        """Slices of at most `size` rows, each within a minibatch."""
+        rows = torch.arange(len(self)).split(self.parts or [len(self)])
+        return [self.select(part) for minibatch in rows for part in minibatch.split(size)]
+
+    def evaluate(self, forward, model, args):
+        """forward(model, rows, args) -> [b, t] (or several), for all rows, without gradient.
+
+        It sees args.microbatch rows at a time, the same together as the losses later: so the first
+        ratio is exactly 1. Returns [B, T] (or several).
+        """
+        with torch.no_grad():
+            found = [forward(model, mb, args) for mb in self.microbatches(args.microbatch)]
+        one = isinstance(found[0], torch.Tensor)
+        columns = [found] if one else zip(*found, strict=True)
+        whole = [
+            torch.cat([pad(part, (0, self.width - part.shape[1])) for part in column])
+            for column in columns
+        ]
+        return whole[0] if one else whole
+
+
+def collate(prompts, responses, pad_id, device="cpu"):
+    """Lists of token ids (prompts and responses, B each) -> Rollout."""
+    longest = max(len(p) + len(y) for p, y in zip(prompts, responses, strict=True))
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    for row, prompt, response in zip(ids, prompts, responses, strict=True):
+        row[: len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    prompt_lengths, lengths = (
+        torch.tensor([len(tokens) for tokens in part]).to(device) for part in (prompts, responses)
+    )
+    return Rollout(ids=ids.to(device), prompt_lengths=prompt_lengths, lengths=lengths)
+
+
+def rows_per_rank(rows, option, microbatch, world):
+    """(rows of a minibatch per rank, of a microbatch). Raises UserError where they do not divide.
+
+    option: what the minibatch is called on the command line.
+    """
+    share, left = divmod(rows, world)
+    require(left == 0, f"--{option} {rows}: does not divide over {world} ranks")
+    size = min(share, microbatch)
+    what = f"does not divide the {share} rows per rank of --{option} {rows}"
+    require(share % size == 0, f"--microbatch {microbatch}: {what}")
+    return share, size
+
+
+def check_sizes(args, kept_per_prompt, world):
+    """One line: prompts x N -> sampled -> kept -> minibatch -> microbatch -> optimizer steps.
+
+    kept_per_prompt is None where the filter's number varies. Raises UserError where sizes do not
+    divide, naming both numbers.
+    """
+    P, N = args.prompts_per_step, args.samples_per_prompt
+    require(P % world == 0, f"--prompts_per_step {P}: does not divide over {world} ranks")
+    share, size = rows_per_rank(args.minibatch, "minibatch", args.microbatch, world)
+    kept = f"what {args.filter} keeps, a number that varies"
+    updates = "optimizer steps of about"
+    if kept_per_prompt is not None:
+        total = P * kept_per_prompt
+        require(
+            total % args.minibatch == 0,
+            f"--minibatch {args.minibatch}: does not divide the {total} samples that "
+            f"--filter {args.filter} keeps of {P} prompts x {N} samples",
+        )
+        kept = f"{total} kept by {args.filter}"
+        updates = f"{total // args.minibatch * args.ppo_epochs} optimizer steps of"
+    return (
+        f"sizes: {P} prompts x {N} samples -> {P * N} sampled -> {kept} -> {updates} "
+        f"{args.minibatch} rows -> {share} per rank -> microbatches of {size}"
+    )

@@ -1,0 +1,34 @@
+"""Before, during and after a run: its options, folder, checkpoints, end; memory; export; selfcheck.
+
+What stands here is all that the rest of pfppo uses of this folder.
+"""
+
+from pfppo import config
+from pfppo.run.export import from_run, write
+from pfppo.run.folder import check_shared, claim, open_folder
+from pfppo.run.memory import require_fits, show
+from pfppo.run.options import LongRun, Machine
+from pfppo.run.selfcheck import selfcheck
+from pfppo.run.session import Session
+
+import torch.distributed as dist
+
+
+def answer(args):
+    """What --export and --plan ask: a checkpoint for transformers, or the memory of a run."""
+    if args.export:
+        return from_run(args.run_dir, args.export)
+    return show(args)
+
+
+def launch(main, cls):
+    """`config.launch`, for a script with ranks."""
+
+    def whole(args):
+        main(args)
+        # A regular end ends the process group: its threads can abort an interpreter that leaves
+        # before them.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    config.launch(whole, cls)

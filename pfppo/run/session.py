@@ -1,0 +1,124 @@
+"""`Session`: what surrounds the loop of train_ppo.py and is no part of the algorithm.
+
+Its folder and its checkpoints, the choice of the best policy by validation, the lines of its logs,
+and its end, regular or by SIGTERM. It never calls the script: the order of steps is the script's.
+"""
+
+import os
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+from pfppo import fsdp, metrics
+from pfppo.files import append_jsonl, whole_lines
+from pfppo.run import checkpoint, export
+from pfppo.run.folder import claim, open_folder
+from pfppo.run.stopping import Stop
+
+
+@dataclass
+class State:
+    """What a checkpoint holds besides weights and optimizers, equal on all ranks."""
+
+    step: int  # how many are done
+    kl_coef: float  # beta of the next one
+    best: float | None = None  # the highest pass rate on validation
+    best_step: int = 0  # and the step of the policy that had it
+    empty_steps: int = 0  # in which nothing was kept
+    skipped_updates: int = 0  # whose gradient was not finite
+    normaliser: list = field(default_factory=list)  # mean and sd of raw rewards
+
+
+class Session:
+    """One run of train_ppo.py. Methods are collectives unless they say otherwise."""
+
+    def __init__(self, args, ranks):
+        """Claim --run_dir; raises UserError where it is another run's. Nothing is written yet."""
+        self.args, self.ranks = args, ranks
+        self.stop = Stop(ranks, args.grace_seconds)
+        # torchrun has started this process again after a failure (`--max-restarts`)
+        args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        label = args.filter if args.filter.isidentifier() else "own_filter"
+        self.folder = claim(args, ranks, f"runs/{label}")
+
+    def load(self, trained):
+        """The State of the newest complete checkpoint, models and optimizers put into it; or that
+        of step 0. trained: {name: (sharded model, optimizer)}."""
+        fresh = State(0, self.args.kl_coef)
+        if self.args.selfcheck:  # which leaves everything as it is
+            return fresh
+        known = checkpoint.load(self.folder, trained, self.ranks)
+        return State(**known) if known else fresh
+
+    def open(self, state):
+        """Make the folder. From here on SIGTERM saves before it ends the run."""
+        open_folder(self.folder, self.args, self.ranks)
+        if self.args.resume and state.step == 0:
+            self.ranks.say(f"{self.folder}: no checkpoint to go on from, starting at step 1")
+        self.saver = checkpoint.Saver(self.folder, self.ranks, self.args.keep, state.step)
+        recent = {}
+        for record in whole_lines(self.folder / "samples.jsonl"):
+            recent.setdefault(record["step"], []).append(record)
+        self.recent = deque(recent.values(), metrics.R2_STEPS)
+        self.stop.holding = True
+
+    def offer(self, value, models, tokens, state):
+        """Export the policy if `value`, its pass rate on validation, is the best so far, or if none
+        is known. Returns value."""
+        if value is None or state.best is None or value > state.best:
+            state.best, state.best_step = value, state.step
+            best = {"best": value, "best_step": state.step}
+            export.write_best(models, self.folder / "policy", tokens, self.ranks, best)
+        if state.step == 0:
+            shown = "-" if value is None else f"{value:.3f}"
+            self.ranks.say(f"validation before training: {shown}")
+        return value
+
+    def check_stop(self, *_):
+        """Raise Stopped if this rank has been asked to end. No collective: see `may_give_up`."""
+        self.stop.check()
+
+    def may_give_up(self):
+        """A context of a phase that changes nothing: `check_stop` in it ends it early."""
+        return self.stop.giving_up()
+
+    def stops(self):
+        """Whether any rank has been asked to end."""
+        return self.stop.agreed()
+
+    def save(self, trained, state):
+        """A checkpoint every --save_every steps and after the last, written beside the next."""
+        self.saver.poll()  # what was begun some steps ago may be complete now
+        if state.step % self.args.save_every == 0 or state.step == self.args.steps:
+            self.saver.start(trained, asdict(state))
+
+    def log(self, row, answers, weights):
+        """Append the step to metrics.jsonl and samples.jsonl, and print its line. weights [B]."""
+        N = self.args.samples_per_prompt
+        records = metrics.sample_records(row["step"], N, answers, weights)
+        self.recent.append(sum(fsdp.gather_lists(records, self.ranks), []))
+        row = metrics.complete(row | metrics.rolling_r2(self.recent))
+        if self.ranks.is_main:
+            append_jsonl(self.folder / "metrics.jsonl", [row])
+            append_jsonl(self.folder / "samples.jsonl", self.recent[-1])
+        self.ranks.say(metrics.line(row, self.args.steps))
+
+    def close(self, trained, state):
+        """Save what is not saved yet. Returns whether the run was told to end."""
+        stopped = self.stops()
+        if stopped and self.saver.newest != state.step:
+            self.saver.start(trained, asdict(state))
+        self.saver.finish()
+        if stopped := stopped or self.stops():
+            self.stop.close()
+            saved = f"SIGTERM, saved after step {state.step}; go on with --resume"
+            self.ranks.say(f"{self.folder}: {saved}")
+        else:
+            self.stop.release()
+        return stopped
+
+    def leave(self, chosen):
+        """Say what there is; `chosen` says how policy/ was. No collective."""
+        self.stop.close()
+        files = f"policy/ ({chosen}), metrics.jsonl, samples.jsonl, checkpoints/"
+        self.ranks.say(f"{self.folder}: {files}")
+        self.ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")
