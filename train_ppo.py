@@ -25,6 +25,7 @@ from pfppo import data, filters, fsdp, lab, loading, ppo, reward, rollout, run
 from pfppo.answers import Examiner
 from pfppo.config import Count, NonNegative, Positive, Seed, Share
 from pfppo.metrics import Meter
+from pfppo.rollout import seeded
 from pfppo.sampler import draw_uniforms, sample
 
 import torch
@@ -199,8 +200,7 @@ def main(args, ranks=None):
 
         # 3. FILTER. Rank 0 sees all rewards [P, N], and all ranks get the same weights [P, N].
         rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        weights = fsdp.on_main(ranks, weigh, rewards, generator)
+        weights = fsdp.on_main(ranks, weigh, rewards, seeded("filter", args.seed, step))
         answers.rows.rewards = answers.rewards.to(ranks.device)
         kept = answers.rows.kept(weights, args.minibatch, ranks)  # this rank's survivors
 
@@ -220,10 +220,8 @@ def main(args, ranks=None):
         if session.stops():
             break  # the last moment at which nothing has changed
         warm = min(1.0, (step + 1) / max(1, math.ceil(args.warmup * args.steps)))
-        for epoch in range(args.ppo_epochs if len(kept) else 0):
-            order = torch.randperm(len(kept.parts), generator=generator)
-            order = fsdp.from_main(order, ranks).tolist()
-            for rows in kept.minibatches(order if epoch else None):
+        for epoch in range(args.ppo_epochs):
+            for rows in kept.minibatches(seeded("minibatches", args.seed, step, epoch)):
                 meter.losses(backward(trained, rows, args, ranks))
                 for name, (model, optimizer) in trained.items():
                     norm = fsdp.step(model, optimizer, rates[name] * warm, args.grad_norm)

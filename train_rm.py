@@ -24,7 +24,7 @@ from pfppo.files import append_jsonl, write_json
 from pfppo.model import check_positions, empty_classifier, read_causal_lm
 from pfppo.problems import prompt_text
 from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
-from pfppo.rollout import collate, rows_per_rank
+from pfppo.rollout import collate, rows_per_rank, seeded
 
 import torch
 from tqdm import tqdm
@@ -102,8 +102,8 @@ def split_by_prompt(pairs, share, seed):
     of_prompt = defaultdict(list)
     for pair in pairs:
         of_prompt[tuple(pair[0])].append(pair)
-    groups, generator = list(of_prompt.values()), torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(groups), generator=generator).tolist()
+    groups = list(of_prompt.values())
+    order = torch.randperm(len(groups), generator=seeded("held out", seed)).tolist()
     cut = round(len(groups) * share)
     return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
 
@@ -161,8 +161,7 @@ def main(args, ranks=None):
     bar = tqdm(range(steps), "reward model", mininterval=1, disable=not ranks.is_main)
     for step in bar:
         epoch, part = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(len(training), generator=generator).tolist()
+        shuffled = torch.randperm(len(training), generator=seeded("pairs", args.seed, epoch))
         mine = shuffled[part * size : (part + 1) * size][ranks.rank :: ranks.world]
         warm = min(1.0, (step + 1) / math.ceil(0.03 * steps))
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -19,6 +19,7 @@ from pfppo.config import UserError, reason, require, require_folder
 from pfppo.model import check_cache, check_positions, stop_ids
 from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
 from pfppo.reward import BY_TESTS
+from pfppo.rollout import seeded
 
 import torch
 from tokenizers import Tokenizer
@@ -233,6 +234,5 @@ def step_prompts(count, prompts_per_step, step, seed, round=0):
     per_epoch = count // prompts_per_step
     epoch, part = divmod(step, per_epoch)
     part = (part + round) % per_epoch
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=seeded("prompts", seed, epoch))
     return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()

@@ -99,13 +99,12 @@ class Meter:
 
     def kept(self, kept):
         """The survivors with all their old numbers. A collective."""
-        for rows in kept.minibatches():
-            alive, kl = (rows.weights > 0).float(), ppo.kl_k1(rows.old_logp, rows.ref_logp)
-            k3 = ppo.kl_k3(rows.old_logp, rows.ref_logp)
-            self.add("kl_k1", ((kl * rows.mask).sum(1) * alive).sum(), alive.sum())
-            self.add("kl_k3", ((k3 * rows.mask).sum(1) * alive).sum(), alive.sum())
-            tokens = rows.mask * alive[:, None]
-            self.add("entropy", (rows.entropy * tokens).sum(), tokens.sum())
+        alive = (kept.weights > 0).double()  # 0 where a row is padded
+        tokens = kept.mask * alive[:, None]
+        self.add("entropy", (kept.entropy * tokens).sum(), tokens.sum())
+        for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
+            kl = estimator(kept.old_logp, kept.ref_logp)
+            self.add(name, (kl * tokens).sum(), alive.sum())
         weights = kept.mask * kept.weights[:, None]
         explained = ppo.explained_variance(kept.old_values, kept.returns, weights, sum_over_ranks)
         self.values["explained_variance"] = explained.item()

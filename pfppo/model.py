@@ -16,6 +16,7 @@ import contextlib
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
+from pfppo.rollout import seeded
 
 import torch
 import transformers
@@ -269,7 +270,7 @@ def classifier_from_causal_lm(path, seed, option="policy"):
 
 def new_head(classifier, seed):
     """{name: value} of a classifier's last layer, weights drawn from the seed, bias 0."""
-    head, generator = scalar_head(classifier), torch.Generator().manual_seed(seed)
+    head, generator = scalar_head(classifier), seeded("head", seed)
     weight = torch.empty(head.weight.shape)
     weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
     names = {parameter: name for name, parameter in classifier.named_parameters()}

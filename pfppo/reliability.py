@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pfppo.config import UserError, require
 from pfppo.files import read_jsonl, write_json
 from pfppo.filters import FILTERS, load_filter
+from pfppo.rollout import seeded
 
 import numpy as np
 import torch
@@ -354,7 +355,7 @@ def expected_weights(chosen, rewards, seed):
     """{name: weights [P, N]}, expected over the draws of filters that keep at random."""
     expected, rewards = {}, torch.tensor(rewards, dtype=torch.float32)
     for name, weigh in chosen.items():
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded("filter", seed)
         draws = [weigh(rewards, generator) for _ in range(8)]
         if any(not draw.equal(draws[0]) for draw in draws):
             draws += [weigh(rewards, generator) for _ in range(DRAWS - 8)]

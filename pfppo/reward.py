@@ -28,7 +28,6 @@ that is *added* to z would carry lukewarm cases into the extremes of what is see
 """
 
 import functools
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -37,6 +36,7 @@ from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
 from pfppo.files import write_json
+from pfppo.rollout import seeded
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -173,8 +173,7 @@ def noisy(answers, place):
 
 def _draw(seed, prompt, response):
     """(|n|, a number in [0, 1)) that belong to this prompt and response."""
-    key = hashlib.blake2b(f"{seed}\0{prompt}\0{response}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    generator = seeded("noise", seed, prompt, response)
     return tuple(draw((), generator=generator).abs().item() for draw in (torch.randn, torch.rand))
 
 
