@@ -15,7 +15,6 @@ Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, a
 """
 
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -185,7 +184,7 @@ def main(args, ranks=None):
     state = session.load(trained)  # the newest checkpoint's, or that of step 0
     state.normaliser = models.normalise(state.normaliser, examiner, inputs.train)
     if args.selfcheck:
-        sys.exit(run.selfcheck(models, trained, examiner, inputs.train, FORWARD, backward))
+        return run.selfcheck(models, trained, examiner, inputs.train, FORWARD, backward)
     session.open(state)
     if state.step == 0:
         session.offer(examiner.greedy(models, inputs.validation), models, inputs.tokens, state)
