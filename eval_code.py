@@ -143,8 +143,7 @@ def main(args):
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)
         prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        longest = max(map(len, prompted.prompts)) + args.max_new_tokens
-        check_positions(args.policy, "policy", longest)
+        check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None

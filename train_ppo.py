@@ -14,7 +14,6 @@ Each step:
 Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, adapters.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +23,6 @@ from pfppo import data, filters, fsdp, lab, loading, ppo, reward, rollout, run
 from pfppo.answers import Examiner
 from pfppo.config import Count, NonNegative, Positive, Seed, Share
 from pfppo.metrics import Meter
-from pfppo.rollout import seeded
 from pfppo.sampler import draw_uniforms, sample
 
 import torch
@@ -71,7 +69,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     actor_lr: Positive = 2e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
     critic_lr: Positive = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
     grad_norm: Positive = 1.0  # global norm that gradients are clipped to
-    warmup: Share = 0.03  # share of the steps in which learning rates rise
+    warmup: Share = 0.03  # share of the steps, and one, in which learning rates rise
 
     FREE = ("steps", "eval_every")  # may differ on --resume, as what is inherited
 
@@ -180,7 +178,6 @@ def main(args, ranks=None):
         "actor": (models.policy, fsdp.adamw(models.policy, args.actor_lr)),
         "critic": (models.critic, fsdp.adamw(models.critic, args.critic_lr)),
     }
-    rates = {"actor": args.actor_lr, "critic": args.critic_lr}
     state = session.load(trained)  # the newest checkpoint's, or that of step 0
     state.normaliser = models.normalise(state.normaliser, examiner, inputs.train)
     if args.selfcheck:
@@ -199,7 +196,7 @@ def main(args, ranks=None):
 
         # 3. FILTER. Rank 0 sees all rewards [P, N], and all ranks get the same weights [P, N].
         rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
-        weights = fsdp.on_main(ranks, weigh, rewards, seeded("filter", args.seed, step))
+        weights = fsdp.on_main(ranks, weigh, rewards, rollout.seeded("filter", args.seed, step))
         answers.rows.rewards = answers.rewards.to(ranks.device)
         kept = answers.rows.kept(weights, args.minibatch, ranks)  # this rank's survivors
 
@@ -218,12 +215,12 @@ def main(args, ranks=None):
         # 6. Update
         if session.stops():
             break  # the last moment at which nothing has changed
-        warm = min(1.0, (step + 1) / max(1, math.ceil(args.warmup * args.steps)))
+        warm = min(1.0, (step + 1) / (1 + args.warmup * args.steps))
         for epoch in range(args.ppo_epochs):
-            for rows in kept.minibatches(seeded("minibatches", args.seed, step, epoch)):
+            for rows in kept.minibatches(rollout.seeded("minibatches", args.seed, step, epoch)):
                 meter.losses(backward(trained, rows, args, ranks))
                 for name, (model, optimizer) in trained.items():
-                    norm = fsdp.step(model, optimizer, rates[name] * warm, args.grad_norm)
+                    norm = fsdp.step(model, optimizer, warm, args.grad_norm)
                     meter.gradient(name, norm)
         meter.lap("update")
 

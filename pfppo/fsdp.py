@@ -279,13 +279,14 @@ def adamw(model, lr):
     )
 
 
-def step(model, optimizer, lr, limit):
-    """Clip the gradients to a global norm of at most `limit`, update, clear.
+def step(model, optimizer, factor, limit):
+    """Clip the gradients to a global norm of at most `limit`, update with `factor` times the
+    optimizer's learning rate, clear.
 
     A gradient that is not finite skips the update. Returns the norm before clipping, a float.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).full_tensor().item()
-    optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()

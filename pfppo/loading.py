@@ -218,8 +218,8 @@ def load_models(args, tokens, ranks):
         reward_model, critic = load_scalars(args, tokens, ranks, (False, True))
     else:
         known, reward_model, critic = True, None, new_scalar(args, ranks)
-    for model in (policy, critic) if args.gradient_checkpointing else ():
-        fsdp.recompute_blocks(model)
+    if args.gradient_checkpointing:
+        fsdp.recompute_blocks(policy)
     return Models(policy, reference, critic, reward_model, unsharded, known)
 
 
@@ -249,6 +249,8 @@ def load_scalars(args, tokens, ranks, trainable):
     for scalar, trained in zip(scalars, trainable, strict=True):
         offload = getattr(args, "offload_optimizer" if trained else "offload_reward", False)
         fsdp.shard(scalar, source, ranks, args.param_dtype, trained, offload)
+        if trained and args.gradient_checkpointing:
+            fsdp.recompute_blocks(scalar)
     return scalars
 
 
@@ -263,4 +265,7 @@ def new_scalar(args, ranks):
 
     source = source_of(empty, path, "policy", read, ranks, new)
     offload = getattr(args, "offload_optimizer", False)
-    return fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)
+    fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)
+    if args.gradient_checkpointing:
+        fsdp.recompute_blocks(empty)
+    return empty

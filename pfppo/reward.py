@@ -36,7 +36,8 @@ from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
 from pfppo.files import write_json
-from pfppo.rollout import seeded
+from pfppo.fsdp import gather_lists
+from pfppo.rollout import collate, seeded
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -124,6 +125,33 @@ def farthest_pair(responses, passed):
         if passed[good] and not passed[bad]
     ]
     return max(pairs, key=lambda pair: pair[0])[1:] if pairs else None
+
+
+def rows_of(pairs):
+    """Pairs (prompt, chosen, rejected) -> [(prompt, response)], chosen ones at even places."""
+    return [(prompt, ids) for prompt, *responses in pairs for ids in responses]
+
+
+def split_by_prompt(pairs, share, seed):
+    """(training, held out): a prompt's pairs are all held out, or all trained on."""
+    of_prompt = {}
+    for pair in pairs:
+        of_prompt.setdefault(tuple(pair[0]), []).append(pair)
+    groups = list(of_prompt.values())
+    order = torch.randperm(len(groups), generator=seeded("held out", seed)).tolist()
+    cut = round(len(groups) * share)
+    return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
+
+
+@torch.no_grad()
+def raw_scores(model, rows, pad_id, microbatch, ranks):
+    """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. A collective."""
+    mine, scores = rows[ranks.rank :: ranks.world], []
+    for start in range(0, math.ceil(len(rows) / ranks.world), 2 * microbatch):  # equal on all ranks
+        some = mine[start : start + 2 * microbatch] or rows[:1]
+        batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
+        scores += model(batch.ids, batch.ends).flatten().tolist()
+    return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
 
 
 @dataclass
