@@ -68,10 +68,8 @@ def fetch(args, names, ranks):
                     if turn:
                         setattr(args, name, snapshot_download(path, ignore_patterns=UNREAD))
                 except Exception as error:  # no network, no such model, no permission, ...
-                    raise UserError(
-                        f"--{name} {path}: there is no such folder, and the Hugging Face Hub did "
-                        f"not give it: {reason(error)}"
-                    ) from error
+                    hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
+                    raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
 
 
 def stored_tensors(folder, option):
@@ -94,10 +92,8 @@ def stored_tensors(folder, option):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         except Exception as error:  # safetensors has an exception of its own
-            raise UserError(
-                f"--{option} {path}: damaged or cut short, {path.stat().st_size} bytes: "
-                f"{reason(error)}"
-            ) from error
+            size = f"damaged or cut short, {path.stat().st_size} bytes"
+            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
     return found
 
 
@@ -133,9 +129,8 @@ class Slices:
 
     def local(self, name, parameter):
         """This rank's part of a DTensor parameter, on the CPU."""
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        where = parameter.device_mesh, parameter.placements
+        shape, offset = compute_local_shape_and_global_offset(parameter.shape, *where)
         part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         if name in self.new:
             return self.new[name][part]
