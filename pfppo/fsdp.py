@@ -157,6 +157,12 @@ def recompute_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
+def whole_parameters(sharded):
+    """(name, whole fp32 tensor) of one parameter after the other, tied ones once. A collective."""
+    for name, parameter in sharded.named_parameters():
+        yield name, parameter.detach().full_tensor()
+
+
 @contextlib.contextmanager
 def gathered(sharded, unsharded):
     """Fill `unsharded`, a copy on the meta device, with the whole weights of `sharded` for a phase,
@@ -165,12 +171,10 @@ def gathered(sharded, unsharded):
     All ranks must enter together; inside there are no collectives, so they may do different amounts
     of work. The copy shares nothing with the optimizer: updating inside has no effect on it.
     """
-    whole = {}
-    for name, parameter in sharded.named_parameters():
-        mesh = parameter.device_mesh
-        tensor = parameter.detach().full_tensor()
-        # Copied at one rank, where `full_tensor` is the optimizer's own tensor.
-        whole[name] = tensor.to(mesh.device_type, unsharded.dtype, copy=mesh.size() == 1)
+    device = next(sharded.parameters()).device_mesh.device_type
+    # Copied at one rank, where a whole tensor is the optimizer's own.
+    how = {"dtype": unsharded.dtype, "copy": dist.get_world_size() == 1}
+    whole = {name: tensor.to(device, **how) for name, tensor in whole_parameters(sharded)}
     unsharded.load_state_dict(whole, strict=False, assign=True)
     _set_buffers(unsharded, dict(sharded.named_buffers()))
     unsharded.tie_weights()
@@ -181,15 +185,12 @@ def gathered(sharded, unsharded):
 
 
 def full_state(sharded):
-    """{name: whole fp32 tensor on the CPU} on rank 0, tied names once; {} elsewhere. A collective.
-
-    One parameter at a time, so that no other rank holds more than one whole.
-    """
+    """{name: whole tensor on the CPU} on rank 0; {} elsewhere, where no more than one parameter at
+    a time is whole. A collective."""
     state = {}
-    for name, parameter in sharded.named_parameters():
-        whole = parameter.detach().full_tensor()
+    for name, tensor in whole_parameters(sharded):
         if dist.get_rank() == 0:
-            state[name] = whole.cpu()
+            state[name] = tensor.cpu()
     return state
 
 

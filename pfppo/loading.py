@@ -191,11 +191,12 @@ class Models:
     def normalise(self, known, examiner, train):
         """Give reward model and critic their normaliser, [mean, sd]: that of the RM's card, or one
         `known` from a checkpoint, or measured over samples of the SFT policy. Returns it."""
+        scalars = [model for model in (self.reward_model, self.critic) if model is not None]
         if not self.normalised:
             known = known or examiner.spread(self, train)
-            for scalar in (self.reward_model, self.critic):
+            for scalar in scalars:
                 scalar.mean, scalar.std = known
-        return [self.critic.mean, self.critic.std]
+        return [scalars[0].mean, scalars[0].std] if scalars else [0.0, 1.0]
 
 
 def load_models(args, tokens, ranks):

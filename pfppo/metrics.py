@@ -105,9 +105,10 @@ class Meter:
         for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
             kl = estimator(kept.old_logp, kept.ref_logp)
             self.add(name, (kl * tokens).sum(), alive.sum())
-        weights = kept.mask * kept.weights[:, None]
-        explained = ppo.explained_variance(kept.old_values, kept.returns, weights, sum_over_ranks)
-        self.values["explained_variance"] = explained.item()
+        if kept.old_values is not None:
+            how = kept.mask * kept.weights[:, None], sum_over_ranks
+            explained = ppo.explained_variance(kept.old_values, kept.returns, *how)
+            self.values["explained_variance"] = explained.item()
 
     def losses(self, sums):
         """What the losses of one optimizer step say: parts of numbers divided by a global

@@ -100,7 +100,8 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     # Old log-probs as in step 4 of the algorithm, new ones as in step 6: with gradients.
     rows.old_logp, _ = rows.evaluate(forward["actor"], models.policy, args)
     rows.ref_logp, _ = rows.evaluate(forward["actor"], models.reference, args)
-    rows.old_values = rows.evaluate(forward["critic"], models.critic, args)
+    if models.critic is not None:
+        rows.old_values = rows.evaluate(forward["critic"], models.critic, args)
     ratios = []
     for mb in rows.microbatches(args.microbatch):
         logp, _ = forward["actor"](models.policy, mb, args)
@@ -112,13 +113,14 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     report.exact("KL before the first update", kl, "|log pi - log ref|")
 
     logp, _ = rows.evaluate(forward["actor"], models.policy, one_row)
-    values = rows.evaluate(forward["critic"], models.critic, one_row)
     with torch.no_grad():
         wide_logp, _ = forward["actor"](models.policy, wider, args)
-        wide_values = forward["critic"](models.critic, wider, args)
     report.close_logp("log-probs, alone and padded", wide_logp[there], logp[there])
-    what = "values, alone and padded"
-    report.close_scalars(what, wide_values[there], values[there], models.critic)
+    if models.critic is not None:
+        values = rows.evaluate(forward["critic"], models.critic, one_row)[there]
+        with torch.no_grad():
+            wide_values = forward["critic"](models.critic, wider, args)[there]
+        report.close_scalars("values, alone and padded", wide_values, values, models.critic)
     report.close_logp("log-probs, sampler and training", sampled_logp, rows.old_logp[there])
 
     # Weights 1 and 2 in turn, rewards +1 and -1; microbatches as large as they may be, and of one.
@@ -129,7 +131,7 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     gradients, losses = [], []
     for sized in (large, one_row):
         sums = backward(trained, rows, sized, ranks)
-        losses += [sums[name] for name in ("policy_loss", "value_loss")]
+        losses += [value for name, value in sums.items() if name.endswith("_loss")]
         gradients.append([[p.grad for p in model.parameters()] for model, _ in trained.values()])
         for model, _ in trained.values():
             model.zero_grad()
@@ -138,7 +140,7 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     figure = f"differ by {figure}; expected at most {report.of_norm:g}"
     holds = all(share <= report.of_norm for share in apart)
     report.line("gradients, large and small microbatches", figure, holds)
-    losses = sum_over_ranks(torch.stack(losses[:2])).tolist()
+    losses = sum_over_ranks(torch.stack(losses)).tolist()[: len(losses) // 2]
     figure = " and ".join(f"{loss:.3g}" for loss in losses)
     report.line("losses of the first update", figure, bool(torch.tensor(losses).isfinite().all()))
 
