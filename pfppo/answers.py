@@ -129,9 +129,9 @@ class Examiner:
         path, size = self.args.reward_model, self.args.microbatch
         return spread_of(model_rewards(models.reward_model, rows, size), path)
 
-    def compare(self, models, folder, asked, chosen, state):
-        """Pass rates, greedy and sampled, of the policy before, the `chosen` one in the run's
-        folder, and the last one, on a ProblemSet: as a table, and in result.json. A collective."""
+    def compare(self, models, folder, asked, state):
+        """Pass rates, greedy and sampled, of the policy before, the chosen one in the run's folder,
+        and the last one, on a ProblemSet: as a table, and in result.json. A collective."""
         if not len(asked):
             return
         rates, ranks = {}, self.ranks
@@ -139,7 +139,7 @@ class Examiner:
         best = read_causal_lm(folder / "policy", dtype=models.unsharded.dtype).to(ranks.device)
         for name, opened in {
             "before": models.gathered(models.reference),
-            f"{chosen}, step {state.best_step}": contextlib.nullcontext(best),
+            f"{state.chosen}, step {state.best_step}": contextlib.nullcontext(best),
             f"last, step {state.step}": models.gathered(models.policy),
         }.items():
             with opened as model:

@@ -224,8 +224,10 @@ def read_inputs(args):
     sets = (read_problems(getattr(args, name), tokens, tested) for name, tested in names.items())
     inputs = Inputs(tokens, *sets)
     P, count = args.prompts_per_step, len(inputs.train)
-    more = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
-    require(P <= count, more)
+    what = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
+    require(P <= count, what)
+    what = f"--refill {args.refill}: more rounds of {P} than {count} prompts of {args.prompts} give"
+    require(args.refill < count // P, what)
     for name in ("policy", "reward_model"):
         if getattr(args, name):
             check_positions(getattr(args, name), name, inputs.longest + args.max_new_tokens)

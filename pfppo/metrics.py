@@ -68,9 +68,10 @@ class Meter:
         self.updates = self.skipped = 0
 
     def lap(self, name):
-        """Seconds since the last lap."""
+        """Seconds since the last lap; those of one name are added up."""
         now = time.perf_counter()
-        self.laps[f"seconds_{name}"], self.at = now - self.at, now
+        name = f"seconds_{name}"
+        self.laps[name], self.at = self.laps.get(name, 0) + now - self.at, now
 
     def add(self, name, total, count):
         pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()

@@ -30,7 +30,7 @@ that is *added* to z would carry lukewarm cases into the extremes of what is see
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -168,6 +168,13 @@ class Answers:
     reward_model: object = None  # model.ScalarModel, for `by_model`
     microbatch: int = 0
     clip: float = math.inf
+
+    def __add__(self, other):
+        """Both, prompt after prompt: of another round of the step."""
+        both = {n: getattr(self, n) + getattr(other, n) for n in ("problems", "texts", "rows")}
+        for name in ("scores", "finished", "rewards"):
+            both[name] = torch.cat([getattr(self, name), getattr(other, name)])
+        return replace(self, **both)
 
     @functools.cached_property
     def by_model(self):

@@ -70,6 +70,14 @@ class Rollout:
     def __len__(self):
         return len(self.ids)
 
+    def __add__(self, other):
+        """The rows of both, without what stands in neither's first three fields."""
+        longest = max(self.ids.shape[1], other.ids.shape[1])
+        ids = [pad(rows.ids, (0, longest - rows.ids.shape[1])) for rows in (self, other)]
+        lengths = torch.cat([self.lengths, other.lengths])
+        prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+        return Rollout(torch.cat(ids), prompt_lengths, lengths)
+
     @property
     def width(self):
         """T: columns of the response-aligned tensors."""

@@ -156,6 +156,21 @@ def test_a_step_in_which_nothing_is_kept_makes_no_update(tiny, tmp_path, capsys)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_refill_samples_until_enough_prompts_have_weight(tiny, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "def late(rewards, generator):\n"
+        "    return torch.ones_like(rewards) * (torch.arange(len(rewards)) >= 3)[:, None]\n"
+    )
+    changed = BARE | {"filter": f"{tmp_path / 'own.py'}:late", "refill": 2}
+    for name, runs in (("one", run), ("two", forked)):
+        runs(train_ppo, *options(tiny, tmp_path / name, **changed))
+    one, two = (read(tmp_path / name / "samples.jsonl") for name in ("one", "two"))
+    assert sorted(map(repr, one)) == sorted(map(repr, two))
+    assert len(one) == 2 * 4 * 3 and len({row["task_id"] for row in one}) == 8  # two rounds
+    assert sum(row["weight"] for row in one) == 4 * 3  # the fifth prompt with weight is left out
+
+
 # ---- what a user can get wrong -------------------------------------------------------------------
 
 BAD = {
@@ -172,6 +187,7 @@ BAD = {
     "no reward model": ({"reward_model": ""}, "--reward model: needs a --reward_model, found none"),
     "unknown reward": ({"reward": "nice"}, "--reward nice: unknown, expected one of model, tests"),
     "chat": ({"prompt_style": "chat"}, "has no chat template"),
+    "rounds": ({"refill": 9}, "--refill 9: more rounds of 4 than 24 prompts"),
     "memory": ({"device_memory": 1e-4}, "--device_memory 0.0001: "),
     "no model": ({"policy": "nobody/no-such"}, "--policy nobody/no-such: there is no such"),
 }

@@ -8,7 +8,7 @@ import sys
 from pfppo import config
 from pfppo.run.export import from_run, write
 from pfppo.run.folder import check_shared, claim, open_folder
-from pfppo.run.memory import require_fits, show
+from pfppo.run.memory import show
 from pfppo.run.options import LongRun, Machine
 from pfppo.run.selfcheck import selfcheck
 from pfppo.run.session import Session
