@@ -5,25 +5,23 @@ R^2: samples of the filtered policy mu are grouped by similar reward; one line i
 groups' (mean reward, mean actual score); R^2 = 1 - SS_res / SS_tot. The paper gives neither number
 nor kind of bins. Here a sample counts with its expected weight under the filter, bins hold equal
 weight, a sample on a boundary is split between its bins, and samples of equal reward are spread
-evenly. So the result does not depend on the order of the samples, and weight 2 is the same as the
-sample twice. The other kind cuts the range of rewards into bins of equal width; those that stay
-empty do not count. Beside R^2 stand Spearman's rank correlation and AUC, which need no bins.
+evenly: the order of the samples changes nothing, and weight 2 is the same as the sample twice. The
+other kind cuts the range of rewards into bins of equal width; those that stay empty do not count.
+Beside R^2 stand Spearman's rank correlation and AUC, which need no bins.
 
-Words: reward is what the RM says, score is the truth (tests passed, 0 or 1). P prompts, N samples
-per prompt. Where a number is undefined it is NaN with a reason, never an exception; ValueError is
-for arrays that do not fit together.
+Reward is what the RM says, score the truth (tests passed, 0 or 1). Where a number is undefined it
+is NaN with a reason, never an exception; ValueError is for arrays that do not fit together.
 
-`report` does this for every filter on one set of samples, lines with `task_id`, `reward`, and
-`score` (or `passed`): `samples.jsonl` of eval_code.py and of train_ppo.py are made of them. A
-filter that keeps at random counts with the mean of DRAWS of its draws, not with one. Its figure is
-the paper's Fig. 1: mean actual score against mean reward, bin by bin. There ten responses to each
-prompt are generated ten times over; here each line is a resample of the prompts of one generation.
+`report` does this for every filter on one samples.jsonl of eval_code.py or train_ppo.py; a filter
+that keeps at random counts with the mean of DRAWS of its draws. Its figure is the paper's Fig. 1:
+mean actual score against mean reward, bin by bin. There ten responses to each prompt are generated
+ten times over; here each line is a resample of the prompts of one generation.
 
 Not covered: uncertainty about few samples within a prompt (the bootstrap takes prompts whole), and
 R^2's own bias. With b bins of pure noise its mean is 1 / (b - 1), not 0; where the reward is good,
-noise within bins lowers it, and lowers it once more in every resample: with few samples in a bin
-the percentile interval lies low, and may miss R^2 itself. It serves to compare filters on the same
-samples; it does not cover the R^2 of infinitely many samples 95 times in 100.
+noise within bins lowers it, once more in every resample: with few samples in a bin the percentile
+interval lies low, and may miss R^2 itself. It compares filters on the same samples; it does not
+cover the R^2 of infinitely many samples 95 times in 100.
 """
 
 from dataclasses import dataclass
@@ -58,17 +56,15 @@ def binned_r2(rewards, scores, weights=None, bins=10, kind="equal_count"):
     """Binned of samples [n]; weights [n] >= 0 (default: all 1), only their proportions matter.
     kind: one of KINDS."""
     rewards, scores, weights = _samples(rewards, scores, weights)
-    if bins < 1:
-        raise ValueError(f"expected at least 1 bin, found {bins}")
-    if kind not in KINDS:
-        raise ValueError(f"expected one of {', '.join(KINDS)}, found {kind}")
+    if bins < 1 or kind not in KINDS:
+        expected = f"expected at least 1 bin and one of {', '.join(KINDS)}"
+        raise ValueError(f"{expected}, found {bins} and {kind}")
     return _fit(*np.unique(rewards, return_inverse=True), scores, weights, bins, kind)
 
 
 def _samples(rewards, scores, weights=None):
     """The three as flat float arrays [n], checked."""
-    rewards = np.asarray(rewards, dtype=float)
-    scores = np.asarray(scores, dtype=float)
+    rewards, scores = np.asarray(rewards, dtype=float), np.asarray(scores, dtype=float)
     weights = np.ones(rewards.shape) if weights is None else np.asarray(weights, dtype=float)
     if not rewards.shape == scores.shape == weights.shape:
         found = f"{rewards.shape}, {scores.shape}, {weights.shape}"
@@ -106,8 +102,7 @@ KINDS = {"equal_count": _by_count, "equal_width": _by_width}
 
 def _fit(values, group, scores, weights, bins, kind):
     """Binned from the distinct rewards `values` (ascending) and each sample's index in them [n]."""
-    mass = np.bincount(group, weights, len(values))
-    kept = weights > 0
+    mass, kept = np.bincount(group, weights, len(values)), weights > 0
     finite = np.isfinite(values).all() and np.isfinite(scores).all()
     if not (finite and kept.any()):
         note = "no sample is kept" if finite else "a reward or score is not finite"
@@ -204,33 +199,26 @@ def auc(rewards, scores, weights=None):
 
 
 def reliability_table(
-    rewards,
-    scores,
-    weights_by_filter,
-    bins=10,
-    resamples=500,
-    seed=0,
-    kind="equal_count",
-    prompts=None,
+    rewards, scores, weights, bins=10, resamples=500, seed=0, kind="equal_count", prompts=None
 ):
     """One dict of plain numbers per filter, ready for JSON; None where undefined, `note` says why.
 
-    rewards, scores [P, N]; weights_by_filter {name: expected weights [P, N]}: the chance of
+    rewards, scores [P, N]; weights {name: expected weights [P, N]}: the chance of
     being kept under a filter that keeps at random, not one draw. `kept` is the mean of
     min(weight, 1): the share kept, if the filter keeps or drops. `pass_kept` and `pass_dropped` are
     mean scores weighted by what is kept and by the rest. `r2_low` and `r2_high` are the 95 %
     interval over prompts, all filters on the same resamples.
     """
     rows = []
-    for name, expected in weights_by_filter.items():
-        _, flat_scores, weights = _samples(rewards, scores, expected)
+    for name, expected in weights.items():
+        _, flat_scores, flat = _samples(rewards, scores, expected)
         binned = binned_r2(rewards, scores, expected, bins, kind)
         rng = np.random.default_rng(seed)
         low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng, kind, prompts)
-        share = np.minimum(weights, 1.0)
+        share = np.minimum(flat, 1.0)
         numbers = {
             "kept": share.mean() if share.size else np.nan,
-            "pass_kept": _mean(flat_scores, weights),
+            "pass_kept": _mean(flat_scores, flat),
             "pass_dropped": _mean(flat_scores, 1.0 - share),
             "r2": binned.r2,
             "r2_low": low,
@@ -251,16 +239,15 @@ def _mean(values, weights):
 def format_table(rows):
     """`reliability_table`'s rows as aligned text, best R^2 not singled out; "-" where undefined."""
 
-    def number(value):
-        return "-" if value is None else f"{value:.3f}"
-
-    head = ["filter", "kept", "pass kept", "pass dropped", "R^2", "95 %", "Spearman", "AUC", "note"]
-    lines = [head]
+    head = "filter,kept,pass kept,pass dropped,R^2,95 %,Spearman,AUC,note"
+    lines = [head.split(",")]
     for row in rows:
-        interval = "-" if row["r2_low"] is None else f"{row['r2_low']:.3f} .. {row['r2_high']:.3f}"
-        before = [number(row[key]) for key in ("kept", "pass_kept", "pass_dropped", "r2")]
-        after = [number(row[key]) for key in ("spearman", "auc")]
-        lines.append([row["filter"], *before, interval, *after, row["note"]])
+        shown = {n: "-" if v is None else f"{v:.3f}" for n, v in row.items() if n[0] not in "fn"}
+        shown["interval"] = (
+            "-" if row["r2_low"] is None else "{r2_low} .. {r2_high}".format(**shown)
+        )
+        names = ("kept", "pass_kept", "pass_dropped", "r2", "interval", "spearman", "auc")
+        lines.append([row["filter"], *(shown[name] for name in names), row["note"]])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for first, *cells, note in lines:
@@ -299,14 +286,13 @@ def judged_rows(rows, group):
 
 def load_filters(names, samples, say):
     """{name: filter} of those asked for; of all, those that take so many samples per problem."""
-    if names != "all":
-        asked = [name.strip() for name in names.split(",")]
-        return {name: load_filter(name, samples, "filters") for name in asked}
     chosen = {}
-    for name in FILTERS:
+    for name in FILTERS if names == "all" else map(str.strip, names.split(",")):
         try:
             chosen[name] = load_filter(name, samples, "filters")
         except UserError as error:  # `single` takes one sample, some others at least two
+            if names != "all":
+                raise
             say(f"left out: {error}")
     return chosen
 
@@ -331,10 +317,8 @@ def read_judged(path, say=print):
         groups.setdefault(key, []).append((reward, _number(row, ("score", "passed"), place)))
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
-    require(
-        len(sizes) == 1,
-        f"{path}: expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}",
-    )
+    unequal = f"expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}"
+    require(len(sizes) == 1, f"{path}: {unequal}")
     if untested:
         say(f"left out: {untested} samples whose problems have no tests")
     return judged((str(task), pairs) for (_, task), pairs in groups.items())
@@ -380,11 +364,9 @@ def report(args, chosen, samples, out):
     print("prompts, which lie low where bins hold few samples (reliability.py)")
     print(format_table(rows))
     everything = rewards, scores, np.ones_like(rewards), args.bins
-    rng = np.random.default_rng(args.seed)
-    lines = [
-        (binned.mean_reward.tolist(), binned.mean_score.tolist())
-        for binned in resampled_bins(*everything, resamples=args.repetitions, rng=rng, **how)
-    ]
+    how |= {"resamples": args.repetitions, "rng": np.random.default_rng(args.seed)}
+    drawn = resampled_bins(*everything, **how)
+    lines = [(binned.mean_reward.tolist(), binned.mean_score.tolist()) for binned in drawn]
     known = {"problems": count, "groups": P, "samples_per_problem": N}
     known |= {"bins": args.bins, "bin_kind": args.bin_kind, "filters": rows}
     known |= {"repetitions": [{"mean_reward": r, "mean_score": s} for r, s in lines]}
