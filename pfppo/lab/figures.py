@@ -8,7 +8,7 @@
 The numbers behind them are in `table.json` and `metrics.jsonl`.
 """
 
-from pfppo.reliability import HINT, pyplot
+from pfppo.run import HINT, pyplot
 
 import numpy as np
 

@@ -6,6 +6,14 @@ What stands here is all that the rest of pfppo uses of this folder.
 import sys
 
 from pfppo import config
+from pfppo.run.comparison import (
+    HINT,
+    compare_filters,
+    judged_rows,
+    load_filters,
+    pyplot,
+    read_judged,
+)
 from pfppo.run.export import from_run, write
 from pfppo.run.folder import check_shared, claim, open_folder
 from pfppo.run.memory import show
