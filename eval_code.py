@@ -138,7 +138,7 @@ def main(args):
         rows, answer, group = problems.read_samples(args.samples, asked), None, 1
         sandbox = answers.open_sandbox(args, ranks)
     else:
-        tokens, texts = data.Tokens.of(args), None
+        tokens, texts = data.Tokens.of(args, ranks.say), None
         if args.prompt_style == "few_shot":
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)

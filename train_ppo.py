@@ -102,6 +102,7 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
             [train.prompts[i] for i in mine],
             draw_uniforms(args.seed, step, keys, args.max_new_tokens),
             stop=tokens.stop,
+            never=tokens.never,
             samples_per_prompt=N,
             temperature=args.temperature,
             batch=args.sampling_batch,
@@ -112,8 +113,8 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
     meter.lap("sample")
 
     # 2. Score: by the tests to know the truth, by the reward slot to learn from.
-    problems, texts = [train.problems[i] for i, _ in keys], tokens.decode(samples.ids)
-    asked = [train.prompts[i] for i, _ in keys]
+    problems, asked = ([part[i] for i, _ in keys] for part in (train.problems, train.prompts))
+    texts = tokens.decode(asked, samples.ids)
     answers = reward.Answers(
         problems,
         texts,
@@ -133,10 +134,8 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
 
 
 def backward(trained, rows, args, ranks):
-    """Gradients of both losses over one minibatch. All tokens of all ranks share one denominator,
-    so microbatches and ranks change no gradient. Returns this rank's part of every metric."""
-    coefficients, part = ppo.loss_coefficients(rows.mask, rows.weights, args.loss_aggregation)
-    rows.coefficients = coefficients / fsdp.sum_over_ranks(part)
+    """Gradients of both losses over one minibatch. Losses are sums, so microbatches and ranks change
+    no gradient. Returns this rank's part of every metric."""
     sums = Counter()
     for mb in rows.microbatches(args.microbatch):
         for name, (model, _) in trained.items():  # one model's activations at a time
@@ -163,7 +162,7 @@ def main(args, ranks=None):
     loading.fetch(args, ("policy", "reward_model"), ranks)
     session = run.Session(args, ranks)  # its folder, checkpoints, logs and end
     lab.make(args, ranks, train_rm.make_for_lab)  # what is named of it and not there yet
-    inputs = data.read_inputs(args)
+    inputs = data.read_inputs(args, ranks.say)
     session.check(inputs, reward_of)  # what can still be told before models are loaded
 
     # Models, and the state that a checkpoint holds
@@ -211,6 +210,8 @@ def main(args, ranks=None):
             # 5. Advantages
             how = args.gamma, args.lam, fsdp.sum_over_ranks
             kept.adv, kept.returns = ppo.advantages(kept, state.kl_coef, *how)
+            how = args.loss_aggregation, len(kept.parts), fsdp.sum_over_ranks
+            kept.coefficients = ppo.loss_coefficients(kept.mask, kept.weights, *how)
             meter.kept(kept)
 
         # 6. Update

@@ -96,7 +96,7 @@ def main(args, ranks=None):
     lab.make(args, ranks)
 
     # Pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
-    tokens = data.Tokens.of(args)
+    tokens = data.Tokens.of(args, ranks.say)
     if args.pairs:
         pairs, texts = data.read_pairs(args.pairs, tokens)
         rows = reward.rows_of(pairs)

@@ -74,6 +74,7 @@ class Examiner:
             [prompts[i] for i in mine],
             draw_uniforms(args.seed, tag, named, longest or args.max_new_tokens),
             stop=self.tokens.stop,
+            never=self.tokens.never,
             samples_per_prompt=samples,
             temperature=temperature,
             batch=args.sampling_batch,
@@ -92,7 +93,7 @@ class Examiner:
         with tqdm(desc="samples", **bar) as shown:
             how = {"samples": samples, "progress": shown.update}
             drawn, keys = self.draw(model, asked.prompts, tag, temperature, **how)
-        texts = self.tokens.decode(drawn.ids)
+        texts = self.tokens.decode([asked.prompts[i] for i, _ in keys], drawn.ids)
         with tqdm(desc="tests", **bar) as shown:
             problems = [asked.problems[i] for i, _ in keys]
             verdicts = execute(problems, texts, self.sandbox, shown.update)
@@ -208,7 +209,7 @@ def samples_of(examiner, model, reward_model, asked, first, last):
     prompts, N = asked.prompts[first:last], args.samples_per_problem
     how = {"samples": N, "top_k": args.top_k, "top_p": args.top_p}
     drawn, keys = examiner.draw(model, prompts, "eval", args.temperature, first=first, **how)
-    texts = tokens.decode(drawn.ids)
+    texts = tokens.decode([prompts[i] for i, _ in keys], drawn.ids)
     rows = [
         sample_row(asked.problems[first + i], j, text)
         for (i, j), text in zip(keys, texts, strict=True)

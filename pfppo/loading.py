@@ -17,12 +17,10 @@ are read whole, on rank 0.
 Not covered: pickled checkpoints, quantised ones.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from pfppo import fsdp
-from pfppo.config import UserError, is_hub_id, reason, require
+from pfppo.config import UserError, is_hub_id, reason
 from pfppo.data import load_tokenizer
 from pfppo.model import (
     Policy,
@@ -37,6 +35,7 @@ from pfppo.model import (
     read_classifier,
     read_config,
     read_generation_config,
+    stored_tensors,
 )
 from pfppo.reward import RewardCard, check_agreement, load_card
 
@@ -48,7 +47,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of a model on the Hub that nothing here reads: other formats of the same weights.
 UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
 
@@ -70,31 +68,6 @@ def fetch(args, names, ranks):
                 except Exception as error:  # no network, no such model, no permission, ...
                     hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
                     raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
-
-
-def stored_tensors(folder, option):
-    """{name: file} of all tensors in a folder's safetensors, whose headers are read.
-
-    Raises UserError naming the file that is missing, cut short or damaged.
-    """
-    folder = Path(folder)
-    names = [SINGLE]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-            names = sorted(set(index.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"--{option} {folder / INDEX}: damaged: {reason(error)}") from error
-    found = {}
-    for path in (folder / name for name in names):
-        require(path.is_file(), f"--{option} {folder}: there is no file {path.name}")
-        try:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except Exception as error:  # safetensors has an exception of its own
-            size = f"damaged or cut short, {path.stat().st_size} bytes"
-            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
-    return found
 
 
 def _stored_names(model, tensors, new):
@@ -165,11 +138,10 @@ def source_of(model, path, option, read_whole, ranks, new=None):
     """
     new = new or {}
     with fsdp.agreed(ranks):
-        if (Path(path) / INDEX).is_file() or (Path(path) / SINGLE).is_file():
-            tensors = stored_tensors(path, option)
-            names = _stored_names(model, tensors, new)
-            if names is not None:
-                return Slices(tensors, names, new)
+        tensors = stored_tensors(path, option)
+        names = _stored_names(model, tensors, new) if tensors else None
+        if names is not None:
+            return Slices(tensors, names, new)
         return Whole(read_whole() if ranks.is_main else None)
 
 
@@ -202,7 +174,7 @@ class Models:
 def load_models(args, tokens, ranks):
     """Models of --policy and --reward_model. Raises UserError if they do not fit."""
     path, config = args.policy, causal_lm_config(args.policy)
-    empty = [Policy(empty_causal_lm(config)) for _ in range(2)]
+    empty = [Policy(empty_causal_lm(config), tokens.never) for _ in range(2)]
     source = source_of(empty[0], path, "policy", lambda: Policy(read_causal_lm(path)), ranks)
     policy = fsdp.shard(empty[0], source, ranks, args.param_dtype, True, args.offload_optimizer)
     reference = fsdp.shard(empty[1], source, ranks, args.param_dtype, False, args.offload_ref)

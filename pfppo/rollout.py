@@ -34,6 +34,7 @@ number: whatever is summed over rows is multiplied by their weights.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 
 from pfppo.config import require
@@ -128,7 +129,7 @@ class Rollout:
         """This rank's survivors of the filter, one minibatch behind the other: see the picture.
 
         weights [P, N], the filter's for all ranks. The kept samples of all ranks, in the order of
-        the prompts, are cut into runs of `minibatch`, or where that does not divide into runs as
+        the prompts, are cut into as few runs of at most `minibatch` as there can be, of lengths as
         equal as possible: so minibatches do not depend on the number of ranks. The prompts were
         shuffled when they were drawn. Nothing kept on any rank: no rows, no minibatch.
         """
@@ -136,7 +137,7 @@ class Rollout:
         groups, samples = weights.nonzero(as_tuple=True)  # [K] whose prompt, and which sample
         if not len(groups):
             return self.select(groups)
-        runs = max(1, round(len(groups) / minibatch))
+        runs = math.ceil(len(groups) / minibatch)
         owners, places = groups % W, groups // W * N + samples  # whose row it is, and which
         rows, parts = [], []
         for owner, place in zip(owners.tensor_split(runs), places.tensor_split(runs), strict=True):

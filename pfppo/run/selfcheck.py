@@ -127,6 +127,8 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     turns = torch.arange(len(rows), device=ranks.device) % 2
     rows.rewards, rows.weights = 2.0 * turns - 1, 1.0 + turns
     rows.adv, rows.returns = ppo.advantages(rows, 0.0, args.gamma, args.lam, sum_over_ranks)
+    how = args.loss_aggregation, 1, sum_over_ranks
+    rows.coefficients = ppo.loss_coefficients(rows.mask, rows.weights, *how)
     large = dataclasses.replace(args, microbatch=min(len(rows), max(2, args.microbatch)))
     gradients, losses = [], []
     for sized in (large, one_row):
