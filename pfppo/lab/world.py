@@ -169,9 +169,8 @@ def body(task, expressions):
 
 def draw_response(rng, task):
     """A body as the corpus has it: any of the right forms, or the common bug at its rate."""
-    return body(
-        task, [s.wrong if rng.random() < s.rate else rng.choice(s.right) for s in task.steps]
-    )
+    forms = [s.wrong if rng.random() < s.rate else rng.choice(s.right) for s in task.steps]
+    return body(task, forms)
 
 
 def draw_problem(rng, split, task_id):
@@ -189,10 +188,7 @@ def draw_problem(rng, split, task_id):
             tried = inputs + _draw_inputs(rng, task, 1000)
             telling += islice((x for x in tried if program(x) != reference(x)), 1)
     chosen = list({repr(x): x for x in telling + inputs}.values())[:8]
-    lines = [
-        f"    assert candidate({', '.join(map(repr, arguments))}) == {reference(arguments)}\n"
-        for arguments in chosen
-    ]
+    lines = [f"    assert candidate({', '.join(map(repr, x))}) == {reference(x)}\n" for x in chosen]
     return Problem(
         task_id=task_id,
         prompt=draw_prompt(rng, task),
