@@ -17,7 +17,7 @@ import train_ppo
 from pfppo import reliability
 from pfppo.config import UserError
 from pfppo.lab import cells, figures, study
-from pfppo.lab.cells import Cell, read_cell, run_cells
+from pfppo.lab.cells import read_cell, run_cells
 from pfppo.lab.study import Args, cells_of, interval, main, markdown, measure, rank_correlation
 
 import numpy as np
@@ -33,7 +33,7 @@ def write_cell(folder, options, greedy=0.5):
     rates = dict.fromkeys(("before", "best on validation, step 4", "last, step 4"), rate)
     (folder / "args.json").write_text(json.dumps({"ppo_epochs": options.get("ppo_epochs", 1)}))
     (folder / "result.json").write_text(json.dumps({"problems": 500, "rates": rates}))
-    row = {"kept": 0.4, "reward_all": 0.1, "score_all": 0.5, "kl_k1": 0.2}
+    row = {"kept": 0.4, "reward_all": 0.1, "score_all": 0.5}
     row |= {"seconds_sample": 30.0, "seconds_save": None}
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, options["steps"] + 1):
@@ -74,14 +74,14 @@ def table_of(folder):
 
 
 def test_there_is_a_cell_for_every_filter_and_seed_with_a_folder_of_its_own(args):
-    made = [cell.options for cell in cells_of(args, ["none", "top"])]
-    pairs = [(options["filter"], options["seed"]) for options in made]
+    made = cells_of(args, ["none", "top"])
+    pairs = [(cell["filter"], cell["seed"]) for cell in made]
     assert pairs == [(name, seed) for seed in (1, 2, 3) for name in ("none", "top")]
-    assert len({options["run_dir"] for options in made}) == 6
+    assert len({cell["run_dir"] for cell in made}) == 6
 
 
 def test_single_gets_n_times_the_prompts_and_others_the_same(args):
-    made = [cell.options for cell in cells_of(args, ["single", "none", "top"])]
+    made = cells_of(args, ["single", "none", "top"])
     drawn = {o["prompts_per_step"] * o["samples_per_prompt"] * o["steps"] for o in made}
     assert drawn == {48 * 5 * 4} and made[0]["prompts_per_step"] == 240
 
@@ -89,12 +89,12 @@ def test_single_gets_n_times_the_prompts_and_others_the_same(args):
 def test_matched_updates_give_more_steps_to_those_that_keep_less(args):
     args.match, args.steps, args.seeds = "updates", 30, 1
     made = cells_of(args, ["none", "best_random", "best_of_n", "top"])
-    assert [cell.options["steps"] for cell in made] == [30, 75, 150, 30]
+    assert [cell["steps"] for cell in made] == [30, 75, 150, 30]
 
 
 def test_only_what_is_not_finished_is_run_and_a_failure_ends_it(args, asked):
     todo = cells_of(args, ["none"])
-    write_cell(todo[0].folder, todo[0].options)
+    write_cell(todo[0]["run_dir"], todo[0])
     for jobs in (1, 2):
         with pytest.raises(UserError, match="it failed"):
             run_cells(todo, jobs, {"fails_at": 3})
@@ -105,7 +105,7 @@ def test_only_what_is_not_finished_is_run_and_a_failure_ends_it(args, asked):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_a_cell_says_its_rates_and_its_curves(args, passes):
     cell = cells_of(args, ["none"])[0]
-    write_cell(cell.folder, cell.options | {"ppo_epochs": passes}, 0.75)
+    write_cell(cell["run_dir"], cell | {"ppo_epochs": passes}, 0.75)
     result = read_cell(cell)
     assert result["selected_greedy"] == 0.75 and result["last_sampled"] == 0.5
     assert result["samples"] == [240, 480, 720, 960] and result["minutes"] == 2
@@ -140,7 +140,7 @@ def test_what_runs_is_told_to_save_when_the_study_ends(tmp_path, monkeypatch, nu
     if not (process := os.fork()):
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-            run_cells([Cell(tmp_path / "cell", {"steps": 4})], 1, {})
+            run_cells([{"run_dir": tmp_path / "cell", "steps": 4}], 1, {})
         finally:
             os._exit(1)
     for name in ("started", "saved"):
@@ -157,7 +157,6 @@ def test_scripts_are_those_beside_the_package_and_take_the_options_that_the_stud
     assert (cells.ROOT / "train_ppo.py").exists() and (cells.ROOT / "eval_code.py").exists()
     known = [{f.name for f in dataclasses.fields(s.Args)} for s in (train_ppo, eval_code)]
     assert known[0] & known[1] >= set(study.SHARED)
-    assert known[0] >= set(study.OWN)
 
 
 def test_a_study_leaves_its_tables_and_makes_nothing_twice(args, asked, tmp_path, capsys):

@@ -41,7 +41,6 @@ from pfppo.config import Count, UserError, launch, reason, require
 from pfppo.files import check_writable, write_json
 from pfppo.filters import FILTERS, kept_per_prompt, load_filter
 from pfppo.lab import cells, default, figures
-from pfppo.lab.cells import Cell, read_cell
 from pfppo.reliability import spearman
 from pfppo.reward import load_reward
 from pfppo.run import Machine
@@ -55,9 +54,6 @@ JUDGED = ("r2", "r2_low", "r2_high", "kept")  # of the reliability table
 # What R^2 is measured with as the cells are trained with: options of both scripts.
 SHARED = ("policy", "reward_model", "prompt_style", "max_new_tokens", "max_prompt_tokens")
 SHARED += ("temperature", "timeout", "param_dtype", *(field.name for field in fields(Machine)))
-# What the study itself sets of its cells, or what makes no run of them.
-OWN = ("filter", "seed", "reward", "steps", "prompts_per_step", "samples_per_prompt", "minibatch")
-OWN += ("run_dir", "resume", "export", "plan", "selfcheck")
 
 
 @dataclass
@@ -88,7 +84,7 @@ def cells_of(args, names):
             options |= {"steps": round(args.steps * scale), "minibatch": args.minibatch}
             options |= {"prompts_per_step": args.prompts_per_step * args.samples_per_prompt // N}
             folder = Path(args.out, "cells", f"{NO_WORD.sub('-', name)}-{seed}")
-            made.append(Cell(folder, options | {"samples_per_prompt": N, "run_dir": folder}))
+            made.append(options | {"samples_per_prompt": N, "run_dir": folder})
     return made
 
 
@@ -103,9 +99,6 @@ def parse_words(words):
         else:
             require(name and options[name] is None, f"-- {word}: expected --option value ...")
             options[name] = word
-    for name in OWN:
-        what = f"-- --{name}: the study itself sets this option of its cells"
-        require(name not in options, what)
     require(
         options.get("prompts", "lab") == "lab" or options.get("test"),
         "-- --prompts: the table is of pass rates on test problems, expected --test FILE too",
@@ -234,13 +227,15 @@ def check_study(args, given):
 def study(args, names, given):
     """One reward: run what is missing, write table and figures. Returns the table's rows."""
     planned, out = cells_of(args, names), Path(args.out)
+    for name in (*planned[0], "resume", "export", "plan", "selfcheck"):
+        own = f"-- --{name}: the study itself sets this option of its cells"
+        require(name not in given, own)
     check_study(args, given)
-    for cell in planned:
-        if cell.is_finished:
-            read_cell(cell)  # what does not fit is told before hours of training
+    for cell in filter(cells.is_finished, planned):
+        cells.read_cell(cell)  # what does not fit is told before hours of training
     reliability = measure(args, names, given)
     cells.run_cells(planned, args.jobs, given)
-    results = [read_cell(cell) for cell in planned]  # seed by seed
+    results = [cells.read_cell(cell) for cell in planned]  # seed by seed
     results = {name: results[i :: len(names)] for i, name in enumerate(names)}
     rows = summarize(results, reliability)
     hours = sum(row["minutes"] * row["seeds"] for row in rows) / 60

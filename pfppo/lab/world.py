@@ -189,13 +189,8 @@ def draw_problem(rng, split, task_id):
             telling += islice((x for x in tried if program(x) != reference(x)), 1)
     chosen = list({repr(x): x for x in telling + inputs}.values())[:8]
     lines = [f"    assert candidate({', '.join(map(repr, x))}) == {reference(x)}\n" for x in chosen]
-    return Problem(
-        task_id=task_id,
-        prompt=draw_prompt(rng, task),
-        entry_point="solve",
-        canonical_solution=body(task, right),
-        test="def check(candidate):\n" + "".join(lines),
-    )
+    test = "def check(candidate):\n" + "".join(lines)
+    return Problem(task_id, draw_prompt(rng, task), "solve", body(task, right), test)
 
 
 def draw_problems(seed, split, count, taken=()):
