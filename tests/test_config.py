@@ -32,19 +32,19 @@ class Args(Machine):
     seed: config.Seed = 1  # of the run
     # 1. Sample
     learning_share: float = 0.5  # share of them that is used, 50 % by default
-    name: str = "#"  # a default may hold the sign
+    name: str = "a # b"  # a default may hold the sign
 
     # 2. Check
     fast_mode: bool = False  # skip the checks
     careful: bool = True  # look twice
-    prompt_style: Literal["plain", "chat"] = "plain"  # how to ask
-
     NAMES = ("a", "b")  # no field
 
     def method(self):
         inner: int = 3  # no field
-        # no field
+        # no group
         return inner
+
+    prompt_style: Literal["plain", "chat"] = "plain"  # how to ask
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_options_are_taken_with_underscores_or_dashes_and_have_their_fields_type
         (["--batch_size", "many"], ["--batch_size", "'many'", "int"]),
         (["--batch_size"], ["--batch_size"]),
         (["--learning_share", "nan"], ["--learning_share", "'nan'", "float"]),
-        (["--learning_share", "-inf"], ["--learning_share"]),
+        (["--learning_share=-inf"], ["--learning_share", "'-inf'"]),
         (["--learning-share=inf"], ["--learning_share", "'inf'"]),
         (["--prompt_style", "poem"], ["--prompt_style", "'poem'", "'plain'", "'chat'"]),
         (["--fast_mode=yes"], ["--fast_mode", "'yes'"]),
@@ -107,12 +107,12 @@ def test_the_help_holds_the_first_paragraph_and_in_groups_each_comment_and_each_
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     parts = """The command line of a test. | options: | rows, usually 1 to 64 [4] | of the run [1]
-        | 1. Sample: | share of them that is used, 50 % by default [0.5] | may hold the sign [#]
+        | 1. Sample: | share of them that is used, 50 % by default [0.5] | may hold the sign [a # b]
         | 2. Check: | skip the checks [False] | look twice [True] | how to ask [plain]
         | The machine (changes no number): | processes [2]"""
     places = [text.index(" ".join(part.split())) for part in parts.split("|")]
     assert places == sorted(places)
-    for absent in ("This paragraph", "Nor this", "of the machine", "no field", "NAMES"):
+    for absent in ("This paragraph", "Nor this", "of the machine", "no field", "no group"):
         assert absent not in text
 
 
