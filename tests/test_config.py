@@ -107,7 +107,8 @@ def test_the_help_holds_the_first_paragraph_and_in_groups_each_comment_and_each_
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
     parts = """The command line of a test. | options: | rows, usually 1 to 64 [4] | of the run [1]
-        | 1. Sample: | share of them that is used, 50 % by default [0.5] | may hold the sign [a # b]
+        | 1. Sample: | share of them that is used, 50 % by default [0.5]
+        | --name str a default may hold the sign [a # b]
         | 2. Check: | skip the checks [False] | look twice [True] | how to ask [plain]
         | The machine (changes no number): | processes [2]"""
     places = [text.index(" ".join(part.split())) for part in parts.split("|")]
