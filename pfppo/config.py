@@ -89,8 +89,8 @@ def described(cls):
         for line in lines:
             if heading := re.match(r"    # (.*)", line):
                 group = heading[1]
-            elif field := re.match(r"    (\w+): .*?  # (.*)", line):
-                found.setdefault(field[1], (group, field[2]))
+            elif field := re.match(r"    (\w+): [^#]*(?:# *(.*))?", line):
+                found.setdefault(field[1], (group, field[2] or ""))
     return found
 
 

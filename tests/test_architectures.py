@@ -10,8 +10,8 @@ import shutil
 
 import train_ppo
 from pfppo import batch, data, fsdp, loading, sampler
-from pfppo.run import export
 from pfppo.metrics import SECONDS
+from pfppo.run import export
 
 import pytest
 import torch

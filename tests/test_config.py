@@ -236,3 +236,13 @@ def test_a_bug_keeps_its_traceback(launched, bug):
     with pytest.raises(type(bug)) as caught:
         launched(error=bug)
     assert caught.value is bug
+
+
+@dataclass
+class Bare:
+    rows: int = 4
+    one: int = 1  # a comment after one blank
+
+
+def test_a_field_without_a_comment_is_still_an_option():
+    assert parse(Bare, ["--rows", "5", "--one", "2"]) == Bare(5, 2)

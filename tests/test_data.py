@@ -2,7 +2,6 @@
 
 import json
 
-from pfppo.problems.benchmarks import assemble
 from pfppo.config import UserError
 from pfppo.data import (
     check_style,
@@ -17,6 +16,7 @@ from pfppo.data import (
     template_hash,
     vocabulary_hash,
 )
+from pfppo.problems.benchmarks import assemble
 
 import pytest
 import torch

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 
 from pfppo import evaluation
-from pfppo.problems.benchmarks import Problem
 from pfppo.config import UserError
+from pfppo.problems.benchmarks import Problem
 from pfppo.sandbox.pool import Sandbox, Verdict
 
 import pytest

@@ -2,13 +2,13 @@
 
 import math
 
-from pfppo.problems.benchmarks import Problem
-from pfppo.examine import Examiner, execute, scores_of
-from pfppo.sandbox.pool import Sandbox, Verdict
 from pfppo.lab.world import draw_problems
+from pfppo.problems.benchmarks import Problem
+from pfppo.sandbox.pool import Sandbox, Verdict
 
 import pytest
 from conftest import EOS, tiny_lm, tiny_tokenizer
+from pfppo.examine import Examiner, execute, scores_of
 
 
 @pytest.fixture(scope="module")

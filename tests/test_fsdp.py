@@ -8,7 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-from pfppo.batch import collate, minibatch_plan, owned, rows_of
 from pfppo.config import UserError
 from pfppo.fsdp import (
     agreed,
@@ -27,11 +26,12 @@ from pfppo.fsdp import (
 )
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
 from pfppo.sampler import draw_uniforms, sample
-from pfppo.weights import Whole
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, ragged, run_ranks, tiny_classifier, tiny_config, tiny_lm
+from pfppo.batch import collate, minibatch_plan, owned, rows_of
+from pfppo.weights import Whole
 from torch import nn
 
 KINDS = [*ARCHITECTURES, "llama tied"]

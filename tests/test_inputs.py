@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 
 from pfppo.config import UserError
-from pfppo.inputs import read_inputs
 
 import pytest
 from conftest import EOS, PAD, tiny_lm, tiny_tokenizer, write_model
+from pfppo.inputs import read_inputs
 
 
 @dataclass

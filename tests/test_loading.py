@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 from pfppo import loading
-from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.data import template_hash, vocabulary_hash
 from pfppo.fsdp import full_state, gathered
@@ -23,6 +22,7 @@ from conftest import (
     tiny_tokenizer,
     write_model,
 )
+from pfppo.batch import collate
 
 ROWS = collate(ragged([3, 7, 1]), ragged([6, 1, 4], seed=1), pad_id=0)
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from pfppo import model as model_file
-from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.model import (
     Policy,
@@ -33,6 +32,7 @@ from conftest import (
     tiny_lm,
     write_model,
 )
+from pfppo.batch import collate
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from pfppo import reliability
 from pfppo.config import UserError
 from pfppo.filters import FILTERS
-from pfppo.reliability import auc, binned_r2, bootstrap_r2, read_judged, spearman
+from pfppo.reliability import auc, binned_r2, bootstrap_r2, spearman
+from pfppo.run import comparison
+from pfppo.run.comparison import read_judged
 
 import numpy as np
 import pytest
@@ -269,15 +271,15 @@ def drawn(prompts, samples):
 @pytest.fixture
 def report(tmp_path, monkeypatch):
     """(rows, filters, options) -> reliability.json, with few draws and resamples and no figure."""
-    monkeypatch.setattr(reliability, "DRAWS", 40)
-    monkeypatch.setattr(reliability, "reliability_table", partial(table, resamples=20))
-    monkeypatch.setattr(reliability, "pyplot", lambda: None)
+    monkeypatch.setattr(comparison, "DRAWS", 40)
+    monkeypatch.setattr(comparison, "reliability_table", partial(table, resamples=20))
+    monkeypatch.setattr(comparison, "pyplot", lambda: None)
 
     def reported(rows, names="all", bins=10, kind="equal_count"):
         samples = read_judged(write(tmp_path / "s.jsonl", rows))
         args = SimpleNamespace(bins=bins, bin_kind=kind, repetitions=3, seed=1)
-        chosen = reliability.load_filters(names, samples.rewards.shape[1], print)
-        reliability.report(args, chosen, samples, tmp_path)
+        chosen = comparison.load_filters(names, samples.rewards.shape[1], print)
+        comparison.compare_filters(args, chosen, samples, tmp_path)
         return json.loads((tmp_path / "reliability.json").read_text())
 
     return reported
@@ -291,7 +293,7 @@ def test_a_file_is_read_by_problem_and_step_in_any_order_of_lines(tmp_path):
     found = read_judged(write(tmp_path / "s.jsonl", rows))
     assert found.rewards.tolist() == [[13, 13.1], [14, 14.1], [23, 23.1], [24, 24.1]]
     assert (found.scores.tolist(), found.prompts.tolist()) == ([[0, 1]] * 4, [0, 1, 0, 1])
-    by_group = reliability.judged_rows(sorted(rows, key=lambda row: row["reward"]), 2)
+    by_group = comparison.judged_rows(sorted(rows, key=lambda row: row["reward"]), 2)
     assert by_group.rewards.tolist() == found.rewards.tolist()
 
 
@@ -329,16 +331,16 @@ def test_a_file_that_was_not_judged_is_one_line(tmp_path, rows, said):
 
 
 def test_all_filters_are_those_that_take_so_many_samples(capsys):
-    assert list(reliability.load_filters("all", 5, print)) == [n for n in FILTERS if n != "single"]
+    assert list(comparison.load_filters("all", 5, print)) == [n for n in FILTERS if n != "single"]
     assert "left out: " in capsys.readouterr().out
-    assert "best_random" not in reliability.load_filters("all", 1, print)
-    assert list(reliability.load_filters("none,top", 5, print)) == ["none", "top"]
+    assert "best_random" not in comparison.load_filters("all", 1, print)
+    assert list(comparison.load_filters("none,top", 5, print)) == ["none", "top"]
 
 
 def test_random_choices_count_with_their_expectation():
     rewards = np.arange(5.0)[None].repeat(40, 0)
-    chosen = reliability.load_filters("best_random,best_worst", 5, print)
-    found = reliability.expected_weights(chosen, rewards, 0)
+    chosen = comparison.load_filters("best_random,best_worst", 5, print)
+    found = comparison.expected_weights(chosen, rewards, 0)
     assert (found["best_worst"] == [[1, 0, 0, 0, 1]]).all()
     assert found["best_random"][:, 4].tolist() == [1] * 40
     assert found["best_random"][:, :4] == pytest.approx(0.25, abs=0.05)
@@ -386,5 +388,5 @@ def test_steps_of_one_prompt_are_resampled_together(report):
 
 def test_the_figure_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    said = reliability.draw_reliability(tmp_path / "r.png", [([0, 1], [0.2, 0.8])] * 2)
+    said = comparison.draw_reliability(tmp_path / "r.png", [([0, 1], [0.2, 0.8])] * 2)
     assert said == "r.png, 2 repetitions" and (tmp_path / "r.png").stat().st_size

@@ -1,7 +1,6 @@
 """Sampling: equal to `generate`, exact log-probs, independent of how rows are batched."""
 
 from pfppo import sampler
-from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.model import Policy
 from pfppo.sampler import check_cache, draw_tokens, draw_uniforms, sample, stop_ids
@@ -17,6 +16,7 @@ from conftest import (
     tiny_lm,
     tiny_tokenizer,
 )
+from pfppo.batch import collate
 from transformers import AutoConfig, GenerationConfig
 
 WIDTH = 14

@@ -12,11 +12,11 @@ from pfppo.config import UserError
 from pfppo.fsdp import full_state, init_ranks, shard
 from pfppo.loading import load_policies, load_scalars
 from pfppo.model import Policy, empty_causal_lm
-from pfppo.weights import Slices, Whole, source_of, stored_tensors, without_weights
 
 import pytest
 import torch
 from conftest import run_ranks, tiny_classifier, tiny_config, tiny_lm, tiny_tokenizer, write_model
+from pfppo.weights import Slices, Whole, source_of, stored_tensors, without_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
