@@ -9,13 +9,16 @@ import json
 import shutil
 
 import train_ppo
-from pfppo import batch, data, fsdp, loading, sampler
+from pfppo.data import Tokens
+from pfppo.loading import load_models
+from pfppo.rollout import collate
 from pfppo.run import export
-from pfppo.metrics import SECONDS
+from pfppo.sampler import sample
 
 import pytest
 import torch
 from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
+from running import numbers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -74,55 +77,53 @@ def files(request, tmp_path_factory):
     return folder
 
 
-def train(folder, ranks, **changed):
-    chosen = {"policy": folder / "policy", "reward_model": folder / "rm"}
-    chosen |= {"prompts": folder / "prompts.jsonl", "run_dir": folder / "run"}
-    chosen = {name: str(path) for name, path in chosen.items()}
+def args_of(folder, **changed):
+    chosen = {
+        "policy": "policy",
+        "reward_model": "rm",
+        "prompts": "prompts.jsonl",
+        "run_dir": "run",
+    }
+    chosen = {name: str(folder / path) for name, path in chosen.items()}
     sizes = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 3, "minibatch": 4}
     sizes |= {"microbatch": 2, "max_new_tokens": 9, "save_every": 1, "eval_every": 1, "workers": 1}
-    train_ppo.main(train_ppo.Args(**(chosen | sizes | changed), device="cpu"), ranks)
-    return folder / "run"
+    return train_ppo.Args(**(chosen | sizes | changed), validation="", test="", device="cpu")
 
 
-def numbers(run):
-    """metrics.jsonl without what depends on the machine's speed."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if name not in SECONDS} for row in rows]
+@pytest.fixture(scope="module")
+def models(files, ranks):
+    args = args_of(files)
+    return load_models(args, Tokens.of(args), ranks)
 
 
 @pytest.fixture(scope="module")
 def run(files, ranks):
     """The run directory after two steps."""
-    return train(files, ranks)
+    train_ppo.main(args_of(files), ranks)
+    return files / "run"
 
 
-def test_it_is_loaded_and_sampled_as_by_transformers(files, ranks):
-    policy, _, twin = loading.load_policies(str(files / "policy"), ranks, "auto")
+def test_it_is_loaded_and_sampled_as_by_transformers(files, models):
     other, (prompt,) = theirs(AutoModelForCausalLM, files / "policy"), ragged([4], seed=2)
-    with fsdp.gathered(policy.lm, twin) as model:
-        (ids,) = sampler.sample(model, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
+    with models.gathered(models.policy) as lm:
+        (ids,) = sample(lm, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
     with torch.no_grad():
-        expected = other.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS
-        )
-        row = batch.collate([prompt], [ids], 0)
-        logp, _ = policy(row.ids, row.states, row.responses, row.mask)
+        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS}
+        expected = other.generate(torch.tensor([prompt]), **how)
+        row = collate([prompt], [ids], 0)
+        logp, _ = models.policy(row.ids, row.states, row.responses, row.mask)
         logits = other(row.ids).logits.log_softmax(-1)[:, len(prompt) - 1 : -1]
     assert ids == expected[0, len(prompt) :].tolist()
     torch.testing.assert_close(logp, logits.gather(-1, row.responses[..., None])[..., 0])
 
 
-def test_its_reward_model_scores_as_in_transformers(files, ranks):
-    args = train_ppo.Args(policy=str(files / "policy"), reward_model=str(files / "rm"))
-    tokenizer = data.load_tokenizer(args.policy)
-    reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
+def test_its_reward_model_scores_as_in_transformers(files, models):
     other = theirs(AutoModelForSequenceClassification, files / "rm")
-    row = batch.collate(ragged([4], seed=2), ragged([8], seed=3), 0)
+    row = collate(ragged([4], seed=2), ragged([8], seed=3), 0)
     with torch.no_grad():
-        expected = other(row.ids).logits
-        for model in (reward_model, critic):
-            torch.testing.assert_close(model(row.ids, row.ends)[:, 0], expected)
-    assert not normalised
+        for model in (models.reward_model, models.critic):
+            torch.testing.assert_close(model(row.ids, row.ends)[:, 0], other(row.ids).logits)
+    assert not models.normalised
 
 
 def test_it_is_trained_on_what_it_sampled(run):
@@ -177,7 +178,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tm
     again = tmp_path / "run"
     shutil.copytree(run, again)
     shutil.rmtree(again / "checkpoints/step_2")
-    train(files, ranks, run_dir=str(again), resume=True)
+    train_ppo.main(args_of(files, run_dir=str(again), resume=True), ranks)
     assert numbers(again) == numbers(run)
     policies = (logits_of(theirs(AutoModelForCausalLM, path / "policy")) for path in (run, again))
     assert torch.equal(*policies)
