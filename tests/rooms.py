@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 # A fork of a process whose backward pass knows a GPU cannot run backward.
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from pfppo.config import UserError  # noqa: E402
 from pfppo.fsdp import init_ranks  # noqa: E402
@@ -57,7 +57,7 @@ def forked(work, world=2, **options):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        job = work, {"minutes": 1.0} | options, address | {"WORLD_SIZE": str(world)}, Path(folder)
+        job = work, {"minutes": 5.0} | options, address | {"WORLD_SIZE": str(world)}, Path(folder)
         start_processes(_rank, job, world, start_method="fork")
         files = [Path(folder) / f"{rank}.pt" for rank in range(world)]
         return [torch.load(file, weights_only=False) for file in files]

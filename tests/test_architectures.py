@@ -20,19 +20,14 @@ import torch
 from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
 from running import numbers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM as LM
+from transformers import AutoModelForSequenceClassification as RM
 
 HEAD = {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
-FAMILIES = {  # changes of conftest's configuration
-    "llama": {},
-    "qwen2": {},
+PLAIN = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
+FAMILIES = dict.fromkeys(PLAIN, {}) | {  # changes of conftest's configuration
     "qwen3": HEAD | {"tie_word_embeddings": True},
-    "mistral": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "gpt2": {},
-    "gpt_neox": {},
     "starcoder2": {"sliding_window": 5},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": HEAD | EXPERTS,
@@ -49,7 +44,6 @@ def write(folder, model, dtype=torch.float32, **how):
     """A checkpoint, by transformers' own `save_pretrained`."""
     model.to(dtype).save_pretrained(folder, **how)
     tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def theirs(kind, folder):
@@ -64,27 +58,18 @@ PARAMS = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) f
 @pytest.fixture(scope="module", params=PARAMS)
 def files(request, tmp_path_factory):
     """A folder with a policy, a reward model of its family where there is one, and prompts."""
-    folder, changes = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
-    how = FILES.get(request.param, {})
-    write(folder / "policy", tiny_lm(request.param, **changes), **how)
-    if request.param in SCALARS:
-        reward_model = tiny_classifier(SCALARS[request.param], seed=1)
-    else:
-        reward_model = tiny_classifier(request.param, seed=1, **changes)
-    write(folder / "rm", reward_model, **how)
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    changes, how = FAMILIES[name], FILES.get(name, {})
+    write(folder / "policy", tiny_lm(name, **changes), **how)
+    rm = tiny_classifier(SCALARS.get(name, name), seed=1, **changes)
+    write(folder / "reward_model", rm, **how)
     texts = tiny_tokenizer().batch_decode(ragged([3, 7, 1, 5]))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (folder / "prompts").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     return folder
 
 
 def args_of(folder, **changed):
-    chosen = {
-        "policy": "policy",
-        "reward_model": "rm",
-        "prompts": "prompts.jsonl",
-        "run_dir": "run",
-    }
-    chosen = {name: str(folder / path) for name, path in chosen.items()}
+    chosen = {n: str(folder / n) for n in ("policy", "reward_model", "prompts", "run_dir")}
     sizes = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 3, "minibatch": 4}
     sizes |= {"microbatch": 2, "max_new_tokens": 9, "save_every": 1, "eval_every": 1, "workers": 1}
     return train_ppo.Args(**(chosen | sizes | changed), validation="", test="", device="cpu")
@@ -100,11 +85,11 @@ def models(files, ranks):
 def run(files, ranks):
     """The run directory after two steps."""
     train_ppo.main(args_of(files), ranks)
-    return files / "run"
+    return files / "run_dir"
 
 
 def test_it_is_loaded_and_sampled_as_by_transformers(files, models):
-    other, (prompt,) = theirs(AutoModelForCausalLM, files / "policy"), ragged([4], seed=2)
+    other, (prompt,) = theirs(LM, files / "policy"), ragged([4], seed=2)
     with models.gathered(models.policy) as lm:
         (ids,) = sample(lm, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
     with torch.no_grad():
@@ -118,7 +103,7 @@ def test_it_is_loaded_and_sampled_as_by_transformers(files, models):
 
 
 def test_its_reward_model_scores_as_in_transformers(files, models):
-    other = theirs(AutoModelForSequenceClassification, files / "rm")
+    other = theirs(RM, files / "reward_model")
     row = collate(ragged([4], seed=2), ragged([8], seed=3), 0)
     with torch.no_grad():
         for model in (models.reward_model, models.critic):
@@ -138,11 +123,8 @@ def test_it_is_trained_on_what_it_sampled(run):
 
 def shapes_of(folder):
     """{name: shape} of all weights in a folder's files."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}
-    return found
+    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
+    return {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}
 
 
 def logits_of(model):
@@ -153,17 +135,16 @@ def logits_of(model):
 def test_the_exported_policy_is_that_of_the_checkpoint(files, run, tmp_path):
     """Exported weights as transformers reads them, and saved ones as torch reads them."""
     saved = export.policy_of(run / "checkpoints/step_2")
-    model = theirs(AutoModelForCausalLM, files / "policy")
+    model = theirs(LM, files / "policy")
     before = logits_of(model)
     assert not model.load_state_dict(saved, strict=False).unexpected_keys
-    exported = logits_of(theirs(AutoModelForCausalLM, run / "policy"))
+    exported = logits_of(theirs(LM, run / "policy"))
     assert torch.equal(exported, logits_of(model))
     assert (exported - before).abs().max() > 1e-3
     export.from_run(run, tmp_path / "again")
-    assert torch.equal(logits_of(theirs(AutoModelForCausalLM, tmp_path / "again")), exported)
+    assert torch.equal(logits_of(theirs(LM, tmp_path / "again")), exported)
     judges = (
-        theirs(AutoModelForSequenceClassification, path)
-        for path in (files / "rm", tmp_path / "again/reward_model")
+        theirs(RM, path) for path in (files / "reward_model", tmp_path / "again/reward_model")
     )
     assert torch.equal(*map(logits_of, judges))
 
@@ -175,10 +156,9 @@ def test_the_exported_files_have_the_names_and_shapes_of_those_it_began_with(fil
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tmp_path):
-    again = tmp_path / "run"
-    shutil.copytree(run, again)
+    again = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(again / "checkpoints/step_2")
     train_ppo.main(args_of(files, run_dir=str(again), resume=True), ranks)
     assert numbers(again) == numbers(run)
-    policies = (logits_of(theirs(AutoModelForCausalLM, path / "policy")) for path in (run, again))
+    policies = (logits_of(theirs(LM, path / "policy")) for path in (run, again))
     assert torch.equal(*policies)

@@ -347,7 +347,6 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
         ({"reward": "tests"}, ["--prompts ", "'line 1'", " has no 'test'"]),
         ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
         ({"max_new_tokens": 200}, ["--policy ", "203 tokens long, expected at most 128"]),
-        ({"prompt_style": "chat"}, ["--prompt_style chat: the tokenizer of --policy /", "has no"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),
     ],
 )
@@ -355,3 +354,14 @@ def test_what_does_not_fit_is_one_line(args, changed, parts):
     vars(args).update(changed)
     message = refused(read_inputs, args)
     assert all(part in message for part in parts), message
+
+
+def test_the_chat_style_needs_a_chat_template(args):
+    args.prompt_style, args.max_prompt_tokens, tokenizer = "chat", 99, tiny_tokenizer()
+    message = refused(read_inputs, args)
+    assert message.startswith(
+        f"--prompt_style chat: the tokenizer of --policy {args.policy} has no"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(args.policy)
+    assert read_inputs(args).tokens.style == "chat"
