@@ -6,6 +6,7 @@ has a process group must not fork: such a test asks for no fixture `ranks`, nor 
 in its file.
 """
 
+import gc
 import inspect
 import os
 import socket
@@ -53,12 +54,17 @@ def ranked(*worlds, **options):
 def forked(work, world=2, **options):
     """[work(ranks) of every rank]; options: those of `init_ranks`."""
     assert not dist.is_initialized()
+    gc.collect()  # what is left of process groups would wait for threads that no child has
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         job = work, {"minutes": 5.0} | options, address | {"WORLD_SIZE": str(world)}, Path(folder)
-        start_processes(_rank, job, world, start_method="fork")
+        try:
+            start_processes(_rank, job, world, start_method="fork")
+        finally:
+            gc.unfreeze()
         files = [Path(folder) / f"{rank}.pt" for rank in range(world)]
         return [torch.load(file, weights_only=False) for file in files]
 

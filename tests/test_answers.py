@@ -68,7 +68,7 @@ def read(path):
 def everything(ranks):
     """What an Examiner gives: answers twice, and with another tag; rows of samples in two ways."""
     lm, rm = tiny_lm("llama"), scalar_of(tiny_classifier("llama", seed=5), ranks)
-    with Examiner(Tokens(tiny_tokenizer(), [EOS], "plain", 9), args_of(), ranks) as examiner:
+    with Examiner(Tokens("", tiny_tokenizer(), [EOS], "plain", 9), args_of(), ranks) as examiner:
         groups = [examiner.answers(lm, ASKED, tag, 1.0, samples=2) for tag in ("a", "a", "b")]
         whole = samples_of(examiner, lm, rm, ASKED, 0, 3)
         parts = samples_of(examiner, lm, rm, ASKED, 0, 1)

@@ -46,8 +46,16 @@ def make_tokenizer(chat_template=None, closing=False, order=1):
     )
 
 
-def tokens_of(style="plain", limit=1000, template=CHAT, **how):
-    return Tokens(make_tokenizer(template, **how), [0], style, limit)
+@pytest.fixture(scope="module")
+def tokens_of(tmp_path_factory):
+    """Makes the Tokens of a policy with 600 positions."""
+    policy = tmp_path_factory.mktemp("policy")
+    tiny_config("llama", max_position_embeddings=600).save_pretrained(policy)
+
+    def make(style="plain", limit=1000, template=CHAT, **how):
+        return Tokens(str(policy), make_tokenizer(template, **how), [0], style, limit)
+
+    return make
 
 
 def write(folder, *rows):
@@ -70,6 +78,11 @@ def answered(before, content):
     return [*before, turn("assistant", content)]
 
 
+def read_any(path, tokens):
+    """Problems with tests or without."""
+    return read_problems(path, tokens, None)
+
+
 def pair(prompt, chosen="yes", rejected="no"):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -89,7 +102,7 @@ def pair(prompt, chosen="yes", rejected="no"):
         {"instruction": ASK, "pos": "yes", "neg": "no"},
     ],
 )
-def test_every_form_of_a_pair_gives_equal_rows(tmp_path, row, style):
+def test_every_form_of_a_pair_gives_equal_rows(tokens_of, tmp_path, row, style):
     tokens = tokens_of(style)
     ((prompt, *responses),), said = read_pairs(write(tmp_path, row), tokens)
     assert said == [("q", "yes", "no")]
@@ -105,7 +118,7 @@ def test_every_form_of_a_pair_gives_equal_rows(tmp_path, row, style):
         pair("q", answered(DIALOGUE, "yes"), answered(DIALOGUE, "no")),
     ],
 )
-def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tmp_path, row):
+def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tokens_of, tmp_path, row):
     tokens = tokens_of("chat")
     (ids,), said = read_pairs(write(tmp_path, row), tokens)
     assert tokens.decode(ids) == [RENDERED, "yes", "no"]
@@ -117,23 +130,25 @@ def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tmp_path, ro
 
 @pytest.mark.parametrize("style", ["plain", "deepseek"])
 @pytest.mark.parametrize("prompt", [DIALOGUE, [turn("system", "s"), *ASK]])
-def test_several_turns_or_a_system_turn_need_the_chat_style(tmp_path, style, prompt):
+def test_several_turns_or_a_system_turn_need_the_chat_style(tokens_of, tmp_path, style, prompt):
     path = write(tmp_path, "", pair(prompt))
-    for read in (read_pairs, read_problems):
+    for read in (read_pairs, read_any):
         message = refused(read, path, tokens_of(style))
         assert message.startswith(str(path)) and "line 2: " in message
         assert "--prompt_style chat" in message
 
 
-def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tmp_path):
+def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tokens_of, tmp_path):
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     message = refused(read_pairs, write(tmp_path, pair(DIALOGUE)), tokens_of("chat", 9, strict))
     for part in ("line 1", "--prompt_style chat", "system, user", "no system"):
         assert part in message
 
 
-@pytest.mark.parametrize("read, where", [(read_pairs, "line 2"), (read_problems, "task t/2")])
-def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(tmp_path, read, where):
+@pytest.mark.parametrize("read, where", [(read_pairs, "line 2"), (read_any, "task t/2")])
+def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(
+    tokens_of, tmp_path, read, where
+):
     path = write(tmp_path, pair("ab"), pair("abcd") | {"task_id": "t/2"})
     message = refused(read, path, tokens_of(limit=3))
     for part in (f"{path}, {where}: ", "4 tokens", "1 to 3", "--max_prompt_tokens"):
@@ -141,7 +156,12 @@ def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(tmp_path, r
     read(path, tokens_of(limit=4))
 
 
-# ---------------------------------------------------------------------------------------- rendering
+def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, tmp_path):
+    path = write(tmp_path, pair("q" * 9, "y" * 590))  # and EOS
+    read_pairs(path, tokens_of())
+    path = write(tmp_path, pair("q" * 9, "y" * 591))
+    message = refused(read_pairs, path, tokens_of())
+    assert f"the longest row of --pairs {path} is 601 tokens long, expected at most 600" in message
 
 
 @pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
@@ -158,35 +178,38 @@ def test_a_chat_prompt_is_a_users_turn_that_asks_for_an_answer_and_no_more(closi
 
 
 @pytest.mark.parametrize("closing", [False, True])
-def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(closing):
+def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of, closing):
     tokens, text = tokens_of(closing=closing), "    return x , y\n"
     ids = tokens.response(text)
     assert ids.count(0) == 1 and ids[-1] == 0
     assert tokens.decode([ids]) == [text]
 
 
-def test_problems_are_read_and_rendered_together(tmp_path):
+def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
     tokens = tokens_of(limit=4)
-    asked = read_problems(write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"}), tokens)
-    assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and len(asked) == 2
+    path = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"})
+    asked = read_any(path, tokens)
+    assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
     assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
-    assert len(read_problems("", tokens)) == 0
+    assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
+    lacking = f"--validation {path}: ['line 1'] has no 'test' and 'entry_point'"
+    assert refused(read_problems, path, tokens, "validation") == lacking
     assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
 
 
-def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tmp_path):
+def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp_path):
     path = write(tmp_path, {"prompt": "code", "instruction": "ask"}, {"prompt": "code"})
     chat = ["[user]ask[assistant]", "[user]code[assistant]"]
     for style, expected in (("plain", ["code", "code"]), ("chat", chat)):
         tokens = tokens_of(style)
-        assert tokens.decode(read_problems(path, tokens).prompts) == expected
+        assert tokens.decode(read_any(path, tokens).prompts) == expected
 
 
-def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tmp_path):
+def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):
     tested = {"entry_point": "f", "test": "assert f()", "canonical_solution": "def f(): return 1\n"}
     path = write(tmp_path, {"prompt": DIALOGUE} | tested, {"prompt": "q", "messages": 3})
     tokens = tokens_of("chat")
-    asked = read_problems(path, tokens)
+    asked = read_any(path, tokens)
     dialogue, text = asked.problems
     assert tokens.decode(asked.prompts[:1]) == [RENDERED]
     assert (dialogue.question, text.question) == ("r", "q") and not text.messages
@@ -195,13 +218,12 @@ def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tmp_path):
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_one_users_turn_is_rendered_as_its_text_and_not_put_into_an_instruction(tmp_path, style):
+def test_one_users_turn_is_rendered_as_its_text_and_not_put_into_an_instruction(
+    tokens_of, tmp_path, style
+):
     path = write(tmp_path, {"prompt": ASK, "entry_point": "f", "test": "assert f()"})
     tokens = tokens_of(style)
-    assert read_problems(path, tokens).prompts == [render("q", tokens.tokenizer, style)]
-
-
-# ------------------------------------------------------------------------------ tokenizers, hashes
+    assert read_any(path, tokens).prompts == [render("q", tokens.tokenizer, style)]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +244,10 @@ def test_text_is_cut_as_tokenizer_json_says_whatever_class_is_named(
     config["tokenizer_class"] = named
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = load_tokenizer(tmp_path)
-    ids, (first, second) = made(text)["input_ids"], (Tokens(t, [], "", 9) for t in (made, loaded))
+    ids, (first, second) = (
+        made(text)["input_ids"],
+        (Tokens("", t, [], "", 9) for t in (made, loaded)),
+    )
     assert loaded(text)["input_ids"] == ids != []
     assert first.decode([ids]) == second.decode([ids])
     assert loaded.eos_token_id == made.eos_token_id
@@ -240,7 +265,7 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_with_its_option(tmp_path
     assert refused(load_tokenizer, tmp_path) == f"--policy {tmp_path}: the tokenizer has no EOS"
 
 
-def test_the_template_hash_changes_with_what_renders_prompts(tmp_path):
+def test_the_template_hash_changes_with_what_renders_prompts(tokens_of, tmp_path):
     one, other = tokens_of("chat"), tokens_of("chat", template=CHAT + " ")
     plain = tokens_of()
     assert len({tokens.hashes()[0] for tokens in (one, other, plain)}) == 3
@@ -250,7 +275,7 @@ def test_the_template_hash_changes_with_what_renders_prompts(tmp_path):
     assert one.hashes(load_tokenizer(tmp_path)) == one.hashes()
 
 
-def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else():
+def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else(tokens_of):
     one, more = tokens_of(), tokens_of()
     more.tokenizer.add_tokens(["one more"])
     assert one.hashes()[1] == tokens_of("chat", 3, "", closing=True).hashes()[1]
@@ -272,7 +297,7 @@ def test_rows_are_padded_with_anything_and_a_classifiers_never_with_an_end(
 ):
     inner = tiny_tokenizer().backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **special)
-    tokens = Tokens(tokenizer, [1, 3], "plain", 9)
+    tokens = Tokens("", tokenizer, [1, 3], "plain", 9)
     assert (tokens.pad, tokens.classifier_pad) == (pad, classifier_pad)
 
 
@@ -318,15 +343,12 @@ def test_the_rounds_of_a_step_have_different_prompts():
         assert rounds[0] == step_prompts(12, 4, step, 1)
 
 
-# ----------------------------------------------------------------------------- what a run reads
-
-
 @pytest.fixture
 def args(lms, tmp_path):
     policy = write_model(tmp_path / "policy", lms["llama"])
     rows = {"prompt": "w1 w2 w3"}, {"prompt": "w4", "test": "pass", "entry_point": "f"}
     files = {"prompts": str(write(tmp_path, *rows)), "validation": "", "test": ""}
-    limits = {"prompts_per_step": 2, "max_prompt_tokens": 20, "max_new_tokens": 10}
+    limits = {"prompts_per_step": 2, "refill": 0, "max_prompt_tokens": 20, "max_new_tokens": 10}
     style = {"prompt_style": "plain", "reward": "model", "reward_model": ""}
     return SimpleNamespace(policy=policy, **files, **limits, **style)
 
@@ -344,6 +366,7 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
     "changed, parts",
     [
         ({"prompts_per_step": 3}, ["--prompts_per_step 3: more than the 2 prompts"]),
+        ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
         ({"reward": "tests"}, ["--prompts ", "'line 1'", " has no 'test'"]),
         ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
         ({"max_new_tokens": 200}, ["--policy ", "203 tokens long, expected at most 128"]),

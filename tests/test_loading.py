@@ -39,7 +39,7 @@ def args_of(policy, reward_model="", **changes):
 def tokens_of(style="plain", template=None):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Tokens(tokenizer, [tokenizer.eos_token_id], style, 100)
+    return Tokens("", tokenizer, [tokenizer.eos_token_id], style, 100)
 
 
 def save_card(folder, tokens=None, **changes):
@@ -209,8 +209,6 @@ def test_reward_model_and_critic_are_the_folders_classifier_in_the_cards_units(
     for model in (reward_model, critic):
         assert torch.allclose(values(model), values(ScalarModel(classifier, 0.3, 2.0)), atol=1e-5)
         assert (model.mean, model.std) == (0.3, 2.0)
-    assert not any(p.requires_grad for p in reward_model.parameters())
-    assert all(p.requires_grad for p in critic.parameters())
 
 
 def test_a_reward_model_is_normalised_as_its_card_says_or_as_known_or_as_measured(
@@ -221,6 +219,8 @@ def test_a_reward_model_is_normalised_as_its_card_says_or_as_known_or_as_measure
     assert models.normalised is False
     assert (reward_model.mean, reward_model.std) == (critic.mean, critic.std) == (0.0, 1.0)
     assert torch.allclose(values(reward_model), values(ScalarModel(tiny_classifier("llama", 5))))
+    assert not any(p.requires_grad for p in reward_model.parameters())
+    assert all(p.requires_grad for p in critic.parameters())
     examiner = SimpleNamespace(spread=lambda *asked: (0.5, len(asked)))
     for known, expected in (([3.0, 4.0], [3.0, 4.0]), (None, [0.5, 2])):
         assert models.normalise(known, examiner, "prompts") == expected
