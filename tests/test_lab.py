@@ -259,7 +259,7 @@ def test_tokens_stay_within_a_line_and_never_join_digits(tokenizer):
 
 
 def test_responses_end_with_eos_and_decode_without_it(corpus, tokenizer):
-    tokens = Tokens(tokenizer, [tokenizer.eos_token_id], "plain", 99)
+    tokens = Tokens("policy", tokenizer, [tokenizer.eos_token_id], "plain", 99)
     for texts, (p, y) in zip(corpus[:20], lab.rows_of(corpus[:20], tokenizer), strict=True):
         assert y[-1] == tokenizer.eos_token_id and y.count(y[-1]) == 1
         assert tokens.decode([p, y]) == list(texts)

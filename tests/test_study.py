@@ -14,11 +14,11 @@ from pathlib import Path
 
 import eval_code
 import train_ppo
-from pfppo import reliability
 from pfppo.config import UserError
 from pfppo.lab import cells, figures, study
 from pfppo.lab.cells import read_cell, run_cells
 from pfppo.lab.study import Args, cells_of, interval, main, markdown, measure, rank_correlation
+from pfppo.run import comparison
 
 import numpy as np
 import pytest
@@ -291,7 +291,7 @@ def test_words_are_options_and_flags():
 @pytest.mark.parametrize("seeds, reward", [(1, "model"), (2, "noisy:middle,noisy:tails")])
 def test_figures_are_written(args, asked, tmp_path, monkeypatch, seeds, reward):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figures, "pyplot", reliability.pyplot)
+    monkeypatch.setattr(figures, "pyplot", comparison.pyplot)
     args.seeds, args.reward = seeds, reward
     main(args)
     written = Counter(path.name for path in tmp_path.rglob("*.png"))
