@@ -11,11 +11,10 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-from pfppo.run import checkpoint, export
-from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.fsdp import full_state, init_ranks
 from pfppo.model import empty_causal_lm
+from pfppo.run import checkpoint, export
 from pfppo.run.folder import append_jsonl
 
 import pytest
@@ -32,6 +31,7 @@ from conftest import (
     tiny_lm,
     tiny_tokenizer,
 )
+from pfppo.batch import collate
 from transformers import (
     AutoModelForCausalLM,
 )

@@ -2,13 +2,12 @@
 
 import contextlib
 
-from pfppo.run import export
-from pfppo.batch import collate
 from pfppo.config import UserError
 from pfppo.data import template_hash, vocabulary_hash
 from pfppo.loading import load_policies
 from pfppo.model import empty_causal_lm, empty_classifier
 from pfppo.reward import RewardCard, load_card
+from pfppo.run import export
 from pfppo.sampler import stop_ids
 
 import pytest
@@ -28,6 +27,7 @@ from conftest import (
     tiny_tokenizer,
     write_model,
 )
+from pfppo.batch import collate
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,

@@ -1,9 +1,9 @@
 import dataclasses
 
 from pfppo.config import UserError
-from pfppo.run.footprint import Living, NotRehearsed, Rehearsal
 from pfppo.fsdp import recompute_blocks
 from pfppo.model import Policy, ScalarModel
+from pfppo.run.footprint import Living, NotRehearsed, Rehearsal
 from train_ppo import Args
 
 import pytest

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import train_ppo
-from pfppo.run import memory
 from pfppo.config import UserError
 from pfppo.fsdp import Ranks
+from pfppo.run import memory
 from pfppo.run.memory import Planner, require_fits
 from train_ppo import Args
 

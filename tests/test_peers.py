@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from pfppo.run import peers
 from pfppo.config import UserError
+from pfppo.run import peers
 
 import pytest
 import torch.distributed as dist

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfppo.config import UserError
-from pfppo.run.folder import append_jsonl, check_run, cut_jsonl, last_steps, open_run, unused, write_json
+from pfppo.run.folder import (
+    append_jsonl,
+    check_run,
+    cut_jsonl,
+    last_steps,
+    open_run,
+    unused,
+    write_json,
+)
 
 import pytest
 from conftest import (

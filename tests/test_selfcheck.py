@@ -13,13 +13,12 @@ from pathlib import Path
 
 import train_ppo
 from pfppo import loading
-from pfppo.run import selfcheck
-from pfppo.problems.benchmarks import Problem
 from pfppo.data import render_all, template_hash, vocabulary_hash
-from pfppo.examine import Examiner
 from pfppo.fsdp import init_ranks, recompute_blocks
 from pfppo.model import scalar_head
+from pfppo.problems.benchmarks import Problem
 from pfppo.reward import RewardCard
+from pfppo.run import selfcheck
 
 import pytest
 import torch
@@ -34,6 +33,7 @@ from conftest import (
     tiny_tokenizer,
     write_model,
 )
+from pfppo.examine import Examiner
 from tokenizers.processors import TemplateProcessing
 
 LONG = 20  # tokens of the longest prompt
