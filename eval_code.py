@@ -146,6 +146,7 @@ def main(args):
         check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        run.prove_policy(lm, tokens)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
         examiner = answers.Examiner(tokens, args, ranks)
         answer = partial(answers.samples_of, examiner, lm, judge, prompted)

@@ -61,6 +61,7 @@ def pairs_by_tests(args, tokens, ranks):
     with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        run.prove_policy(lm, tokens)
         how = (args.temperature, args.samples_per_prompt)
         groups = examiner.answers(lm, asked, "pairs", *how, bars=True)
     pairs, texts, rows = [], [], []
@@ -109,6 +110,7 @@ def main(args, ranks=None):
 
     # Model: the SFT policy's backbone, a new scalar head
     model = loading.new_scalar(args, ranks)
+    run.prove_scalar(model, tokens, "policy", args.policy, ranks.device)
     optimizer = fsdp.adamw(model, args.lr)
     steps = per_epoch * args.epochs
     ranks.say(

@@ -17,7 +17,7 @@ are read whole, on rank 0.
 Not covered: pickled checkpoints, quantised ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pfppo import fsdp
 from pfppo.config import UserError, is_hub_id, reason
@@ -37,7 +37,7 @@ from pfppo.model import (
     read_generation_config,
     stored_tensors,
 )
-from pfppo.reward import RewardCard, check_agreement, load_card
+from pfppo.reward import RewardCard, check_agreement, load_card, spread_of
 
 import torch
 from huggingface_hub import snapshot_download
@@ -160,15 +160,33 @@ class Models:
         """A context that gives the whole of `policy` (or of `reference`) as a plain causal LM."""
         return fsdp.gathered(policy.lm, self.unsharded)
 
-    def normalise(self, known, examiner, train):
-        """Give reward model and critic their normaliser, [mean, sd]: that of the RM's card, or one
-        `known` from a checkpoint, or measured over samples of the SFT policy. Returns it."""
-        scalars = [model for model in (self.reward_model, self.critic) if model is not None]
-        if not self.normalised:
-            known = known or examiner.spread(self, train)
-            for scalar in scalars:
-                scalar.mean, scalar.std = known
-        return [scalars[0].mean, scalars[0].std] if scalars else [0.0, 1.0]
+    def normalise(self, state, examiner, train, reward_of):
+        """Give reward model and critic their normaliser, [mean, sd], and the reward slot its own:
+        that of the RM's card, or one that `state` knows of a checkpoint, or measured over samples
+        of the SFT policy. The slot's is 0, 1 for a reward model, which has been normalised by then.
+        """
+        args, ranks = examiner.args, examiner.ranks
+        measured = not self.normalised, reward_of.spec != "model" and args.reward_scale == "sft"
+        if any(measured) and not state.scale:
+            probe = examiner.probe(self, train)
+            if measured[0]:
+                state.normaliser = spread_of(probe.by_model, f"--reward_model {args.reward_model}")
+        for scalar in (self.reward_model, self.critic) if measured[0] else ():
+            if scalar is not None:
+                scalar.mean, scalar.std = state.normaliser
+        if not state.scale:
+            state.scale = [0.0, 1.0]
+            if measured[1]:
+                probe = replace(probe)  # a reward model's rewards are in other units now
+                with fsdp.agreed(ranks):
+                    raw = reward_of.raw(probe)
+                kind = f"--reward {reward_of.spec}"
+                if raw.std() > 0:
+                    state.scale = spread_of(raw, kind)
+                what = "mean {:.3g}, standard deviation {:.3g}".format(*state.scale)
+                what = what if raw.std() > 0 else "no spread, so they are taken as they are"
+                ranks.say(f"{kind}: rewards of {len(raw)} samples of the SFT policy: {what}")
+        reward_of.mean, reward_of.std = state.scale
 
 
 def load_models(args, tokens, ranks):

@@ -41,6 +41,18 @@ transformers.logging.set_verbosity_error()  # its warnings are for other uses th
 transformers.logging.disable_progress_bar()
 
 
+def apart(logp, expected, dtype):
+    """(how far log-probs [tokens] are apart, the limit of what rounding explains), in nats.
+
+    In fp32 the largest difference counts; in bf16 the mean, as single tokens may be far off. An
+    error e of the logits moves a log-prob by about e (1 - p), so the mean's limit is in 1 - p.
+    """
+    differences = (logp - expected).abs().double()
+    if dtype == torch.float32:
+        return differences.max().item(), 1e-3
+    return differences.mean().item(), 0.03 * max((1 - expected.exp()).mean().item(), 1e-3)
+
+
 def positions_of(hidden, positions):
     """hidden [B, L, D], positions [B, K] -> [B, K, D]; positions off the end are cut to the end."""
     positions = positions.clamp(max=hidden.shape[1] - 1)

@@ -21,8 +21,9 @@ speculative decoding, CUDA graphs.
 from dataclasses import dataclass
 
 from pfppo.model import LEAST
-from pfppo.rollout import seeded
+from pfppo.rollout import hashed
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -78,10 +79,9 @@ class RoomLayer(DynamicLayer):
 
 def draw_uniforms(seed, step, rows, width):
     """[len(rows), width] fp64 numbers in [0, 1); `rows` are (prompt index, sample index) pairs."""
-    drawn = torch.empty(len(rows), width, dtype=torch.float64)
-    for target, (prompt, sample) in zip(drawn, rows, strict=True):
-        target.uniform_(generator=seeded("sample", seed, step, prompt, sample))
-    return drawn
+    keys = (hashed("sample", seed, step, prompt, sample) for prompt, sample in rows)
+    drawn = [np.random.Generator(np.random.Philox(key=key)).random(width) for key in keys]
+    return torch.from_numpy(np.array(drawn).reshape(len(rows), width))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from pfppo.run.export import from_run, write
 from pfppo.run.folder import check_shared, claim, open_folder
 from pfppo.run.memory import show
 from pfppo.run.options import LongRun, Machine
+from pfppo.run.proofs import prove_models, prove_policy, prove_scalar
 from pfppo.run.selfcheck import selfcheck
 from pfppo.run.session import Session
 
