@@ -1,10 +1,16 @@
-"""Code extraction by behaviour: what the extracted program does, run here by plain `exec`."""
+"""Code out of responses, by what the program does: in the sandbox, or by plain `exec`.
+
+answers.txt has what chat models write, each answer below a line `=== NAME [PROBLEM] fails`: of the
+constants here, CODEX if none is named; without the last word the answer passes.
+"""
 
 import itertools
-import time
+import re
+from pathlib import Path
 
-from pfppo.problems.benchmarks import Problem, assemble
+from pfppo.problems import Problem, assemble
 from pfppo.problems.extract import extract_code
+from pfppo.sandbox import Sandbox
 
 import pytest
 
@@ -28,7 +34,9 @@ STUB = Problem(
 BARE = Problem(
     "T/2", '"""\nWrite f.\n"""\n', "f", "def f(xs): return 5\n", "assert f([4, 9]) == 5\n"
 )
-
+PAIR = Problem(  # whose test needs a name besides the entry point
+    "T/4", '"""\nWrite f.\n"""\n', "f", "", "assert f([Pair(4), Pair(9)]) == 5\n"
+)
 TABS = Problem(
     "T/3", 'def f(xs):\n\t"""Write f."""\n', "f", "\treturn 5\n", "assert f([4, 9]) == 5\n"
 )
@@ -129,6 +137,31 @@ CASES = [  # name, problem, response, f([4, 9]) or the exception
 ]  # fmt: skip
 
 
+def block(code):
+    return f"```python\n{code}```\n"
+
+
+RIGHT, USES = f"{SIGNATURE}    return 5\n", f"{SIGNATURE}    return g(4)\n"
+TEXT = (Path(__file__).parent / "answers.txt").read_text()
+PARTS = iter(re.split(r"^=== (.+?)(?: \[(\w+)\])?( fails)?\n", TEXT, flags=re.M)[1:])
+ANSWERS = {  # name: (problem, response, whether it passes)
+    name: (globals()[problem or "CODEX"], response.removesuffix("\n"), not fails)
+    for name, problem, fails, response in zip(*[PARTS] * 4, strict=True)
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    checks = [assemble(problem, response) for problem, response, _ in ANSWERS.values()]
+    with Sandbox(workers=2) as sandbox:
+        return dict(zip(ANSWERS, sandbox.run(checks), strict=True))
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_of_a_chat_model_has_the_verdict_that_a_reader_gives_it(verdicts, name):
+    assert verdicts[name].passed == ANSWERS[name][2], verdicts[name]
+
+
 @pytest.mark.parametrize(
     "problem, response, expected", [c[1:] for c in CASES], ids=[c[0] for c in CASES]
 )
@@ -145,51 +178,60 @@ def test_code_is_taken_out_of_a_response(problem, response, expected):
 
 def test_a_lab_body_is_exactly_prompt_plus_response():
     lab = Problem("L/0", 'def f(xs, k):\n    """Keep x > k."""\n', "f", "    return xs\n", "t")
-    for body in (
-        "    return [x for x in xs if x > k]\n",
-        "    xs = xs[::-1]\n    return xs[:k]",
-        "",
-        "x",
-    ):
+    for body in ("    return [x for x in xs]\n", "    xs = xs[::-1]\n    return xs", "", "x"):
         assert extract_code(body, lab) == lab.prompt + body
 
 
-HOSTILE = {
-    "nul": "\0    return 1",
-    "lone surrogate": "    return '\ud800'",
-    "quotes": '    return \'"""\'\'\'"""\'' * 50,
-    "backslash at the end": '    return """\\',
-    "fences": "```\n```python\n~~~\n```" * 50,
-    "wide spaces": "\u3000\u3000return 1\n\x0c\x1c\x85x",
-    "carriage returns": "\r\r\n\r    return 1\r",
-}
-HUGE = {
-    "brackets": "    x = " + "(" * 200_000,
-    "quotes": "    x = '" + "\"'" * 100_000,
-    "triple quotes": "    x = " + '"""a' * 50_000,
-    "backslashes": '    x = "' + "\\" * 200_000,
-    "blank": " " * 200_000,
-    "blank lines": "\n    " * 50_000 + "x",
-    "comments": "    x\n" + "# a\n" * 50_000,
-    "definitions": "def f(xs):\n    g\n" + "def g():\n    g\n" * 10_000,
-    "imports": "def f(xs):\n    g\n" + "from " * 40_000,
-    "one name": "a" * 200_000,
-    "fences": "def g\n" + "```python\nx\n```\n" * 10_000,
-    "indented signature": " " * 100_000 + "def f(x): y",
-}
+HOSTILE = [
+    "\0    return 1",
+    "    return '\ud800'",
+    '    return \'"""\'\'\'"""\'' * 50,
+    '    return """\\',
+    "```\n```python\n~~~\n```" * 50,
+    "\u3000\u3000return 1\n\x0c\x1c\x85x",
+    "\r\r\n\r    return 1\r",
+]
+N = 30_000  # so large that a step of quadratic time takes minutes
+HUGE = [
+    "    x = " + "(" * N,
+    "    x = '" + "\"'" * N,
+    "    x = " + '"""a' * N,
+    '    x = "' + "\\" * N,
+    " " * N,
+    "\n    " * N + "x",
+    "    x\n" + "# a\n" * N,
+    f"{USES}" + "def g():\n    g\n" * (N // 10),
+    f"{USES}" + "from " * N,
+    f"{USES}g" + ", g" * N,
+    f"{USES}g," + " " * N + "\ng",
+    f"{USES}g = {{" + "a:" * N,
+    f"{USES}g: int[" + "] " * N,
+    f"{USES}x" + ".a" * N,
+    f"{USES}# " + "`" * N + "x",
+    f"{USES}x " + "`" * N + "x",
+    "@a\n" * N + RIGHT,
+    "".join(f"x{i} = x{i + 1}\n" for i in range(N // 10)) + f"{SIGNATURE}    return x0\n",
+    "".join(block(f"def h{i}(): h{i + 1}\n") for i in range(N // 10)) + block(f"{SIGNATURE}    h0"),
+    "a" * N,
+    "```" + "a" * N + "`",
+    "```" + " " * N + "`",
+    "~" * N + "x\n" + "~~~\n" * N,
+    "def g\n" + block("x\n") * (N // 10),
+    f"```python\n{RIGHT}" * (N // 10),
+    "```python\n'''\n```\n" + '```python\n"""\n```\n' + "```python\nx\n```\n" * (N // 10),
+    "</think>" * N,
+    " " * N + "def f(x): y",
+    "def f(self, x): y\n" * (N // 10),
+]
 
 
 @pytest.mark.parametrize("problem", [CODEX, STUB, BARE], ids=["codex", "stub", "bare"])
 def test_no_response_raises_or_stalls(problem):
-    for name, response in (HOSTILE | HUGE).items():
-        start = time.process_time()
-        assert isinstance(assemble(problem, response).program, str), name
-        assert time.process_time() - start < 1.0, name
+    for response in HOSTILE + HUGE:
+        assert isinstance(extract_code(response, problem), str)
 
 
 def test_every_cut_of_an_answer_is_taken():
-    answer = (
-        f"Sure, it's:\n```python\nimport os\n{SIGNATURE}    s = '''a\n'''\n    return (1)\n```\nSo"
-    )
+    answer = f"Sure, it's:\n```python\nimport os\n{SIGNATURE}    s = '''a\n'''\n    return 1\n```\n"
     for problem, end in itertools.product((CODEX, STUB, BARE), range(len(answer))):
         assert isinstance(extract_code(answer[:end], problem), str)
