@@ -63,12 +63,9 @@ def refused(function, *args, **options):
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------- real files
-
-
 def test_humaneval_references_pass_in_three_styles_and_pass_alone_fails():
     problems = load_problems(data("HumanEval.jsonl.gz"), "humaneval")
-    assert len(problems) == 164
+    assert len(problems) == 164 and load_prompts(data("HumanEval.jsonl.gz")) == problems
     for problem in problems:
         whole = problem.prompt + problem.canonical_solution
         body = assemble(problem, problem.canonical_solution + "\n\nif x:\n    it's")
@@ -106,8 +103,9 @@ def test_mbpp_full_form_and_its_splits():
 
 
 def test_leetcode_contest_form():
-    problems = load_problems(data("leetcode_contest_2023-07_2024-01.jsonl.gz"), "leetcode")
-    assert len(problems) == 180
+    path = data("leetcode_contest_2023-07_2024-01.jsonl.gz")
+    problems = load_problems(path, "leetcode")
+    assert len(problems) == 180 and load_prompts(path) == problems
     for problem in problems:
         check = assemble(problem, "\n        return None\n\nIt's done.")
         names = {}
@@ -129,12 +127,6 @@ def test_leetcode_dataset_form():
         run(assemble(problem, f"So:\n```python\n{problem.canonical_solution}```"))
 
 
-@pytest.mark.parametrize("name", ["HumanEval", "mbpp", "leetcode_contest_2023-07_2024-01"])
-def test_prompts_are_the_same_problems_whatever_form_a_file_has(name):
-    path = data(f"{name}.jsonl.gz")
-    assert load_prompts(path) == load_problems(path)
-
-
 # ------------------------------------------------------------------------------------- forms
 
 
@@ -145,13 +137,9 @@ def turn(role, content):
 SYSTEM, ASK = turn("system", "s"), turn("user", "q")
 YES, NO = turn("assistant", "yes"), turn("assistant", "no")
 
-HUMANEVAL = {
-    "task_id": "A/1",
-    "prompt": 'def two(x):\n    """Twice."""\n',
-    "entry_point": "two",
-    "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-}
+HUMANEVAL = {"task_id": "A/1", "prompt": 'def two(x):\n    """Twice."""\n', "entry_point": "two"}
+HUMANEVAL |= {"canonical_solution": "    return 2 * x\n"}
+HUMANEVAL |= {"test": "def check(candidate):\n    assert candidate(2) == 4\n"}
 TWO = "def one(x):\r\n\treturn x\r\ndef two(x):\r\n\treturn one(x) + x"
 MBPP = {"task_id": 12, "text": "Double.", "code": TWO, "test_list": ["assert two(SET) == 4 "]}
 MBPP |= {"test_setup_code": "SET = 2"}
@@ -179,18 +167,16 @@ def test_leetcodes_usual_names_need_no_import(tmp_path):
     assert passed(*checks) == [True, False]
 
 
-def test_a_task_text_survives_as_a_docstring(tmp_path):
-    text = 'Split """a""" at \\d and \\x'
-    (problem,) = load_problems(write(tmp_path, MBPP | {"text": text}))
-    assert eval(problem.prompt.strip()) == f"\n{text}\nassert two(SET) == 4\n"
-
-
 @pytest.mark.parametrize("row", [MBPP, SANITIZED, EVALPLUS, HUGGING])
 def test_each_form_of_mbpp_is_one_problem(tmp_path, row):
     (problem,) = load_problems(write(tmp_path, row), "mbpp")
     assert (problem.task_id, problem.entry_point) == ("Mbpp/12", "two")
     assert "task: Double. Your code" in problem.instruction and "two(" in problem.prompt
     run(reference_check(problem))
+    text = 'Split """a""" at \\d and \\x'
+    if "text" in row:  # it survives as a docstring
+        (quoted,) = load_problems(write(tmp_path, row | {"text": text}))
+        assert eval(quoted.prompt.strip()) == f"\n{text}\nassert two(SET) == 4\n"
     for wrong in ("x", "4" if row is HUGGING else "0"):  # Hugging Face's has more inputs
         with pytest.raises(AssertionError):
             run(assemble(problem, f"def two(x):\n    return {wrong}"))
@@ -231,12 +217,9 @@ def test_what_is_asked_is_the_files_instruction_or_code_as_a_block_or_the_prompt
         assert prompt_text(problem, "chat") == row["prompt"]
 
 
-PLUS = HUMANEVAL | {
-    "prompt": 'def root(x):\n    return x**0.5\n\ndef two(x):\n    """Twice."""\n',
-    "base_input": [[2], [0.5]],
-    "plus_input": [[-3], [[1, [0.1]]], ["a'\"\\n"]],
-    "atol": 0,
-}
+PLUS = HUMANEVAL | {"base_input": [[2], [0.5]], "atol": 0}
+PLUS |= {"plus_input": [[-3], [[1, [0.1]]], ["a'\"\\n"]]}
+PLUS |= {"prompt": 'def root(x):\n    return x**0.5\n\ndef two(x):\n    """Twice."""\n'}
 
 
 def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(tmp_path):
@@ -345,11 +328,9 @@ BROKEN = [  # row or line, what the message says of it
     ("[" * 100_000, "not JSON"),
     ('"\\ud800', "not JSON"),
     ("3", "expected an object {...}, found 3"),
-    ("null", "expected an object {...}, found null"),
     ({"text": "a"}, "field 'prompt' is missing (expected a string or a list; has: text)"),
-    ({}, "field 'prompt' is missing (expected a string or a list; has: no field)"),
     ({"prompt": 3}, "field 'prompt': expected a string or a list, found 3"),
-    ({"prompt": None}, "field 'prompt' is missing"),
+    ({"prompt": None}, "field 'prompt' is missing (expected a string or a list; has: no field)"),
     ({"prompt": " \n"}, "field 'prompt' is empty, expected some text"),
     ({"prompt": []}, "field 'prompt': expected a system turn or none, then user and assistant"),
     ({"messages": [ASK, YES]}, "field 'messages': expected a system turn or none"),
@@ -364,7 +345,6 @@ BROKEN = [  # row or line, what the message says of it
     (MBPP | {"test_list": ["a", 2]}, "field 'test_list': expected a list of strings, found ['2']"),
     (MBPP | {"test_list": "assert"}, "field 'test_list': expected a list, found 'assert'"),
     (MBPP | {"code": "two = 2"}, "expected a call of what the reference defines, found 'assert"),
-    (EVALPLUS | {"entry_point": "three"}, "expected a call of what the reference defines"),
     ({"prompt": "q", "test_list": ["x"]}, "expected a call of what is asked for defines"),
     (MBPP | {"test_setup_code": 1}, "field 'test_setup_code': expected a string or a list, found"),
     (CONTEST | {"test": "assert f()"}, "field 'test': expected a call 'my_solution.NAME(...)'"),
@@ -379,13 +359,10 @@ def test_a_line_that_cannot_be_read_is_named_with_field_found_and_expected(tmp_p
     assert told.startswith(f"{path}, line 3: ") and message in told
 
 
-def test_a_repeated_task_id_names_both_lines(tmp_path):
-    path = write(tmp_path, HUMANEVAL, HUMANEVAL)
+def test_a_repeated_task_id_names_both_lines_and_a_benchmark_needs_tests(tmp_path):
     for load in (load_problems, load_prompts):
-        assert "line 2: task_id 'A/1' was on line 1 already" in refused(load, path)
-
-
-def test_a_benchmark_needs_tests(tmp_path):
+        message = refused(load, write(tmp_path, HUMANEVAL, HUMANEVAL))
+        assert "line 2: task_id 'A/1' was on line 1 already" in message
     path = write(tmp_path, HUMANEVAL, {"prompt": "q"})
     assert len(load_prompts(path)) == 2
     assert "line 2: field 'test' is missing (expected a string; has" in refused(load_problems, path)
@@ -411,10 +388,10 @@ def test_a_broken_file_is_named(tmp_path, content, message):
 
 
 def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
+    path = tmp_path / "none.jsonl"
     for load in (load_problems, load_prompts, load_pairs):
-        assert "none.jsonl: cannot be read (No such file" in refused(load, tmp_path / "none.jsonl")
-    message = refused(load_problems, tmp_path / "none.jsonl", "apps")
-    assert "'apps' is unknown: expected leetcode, mbpp, humaneval" in message
+        assert f"{path}: cannot be read (No such file" in refused(load, path)
+    assert "'apps' is unknown: expected leetcode, mbpp, " in refused(load_problems, path, "apps")
 
 
 def test_gzip_blank_lines_byte_order_mark_and_one_array_are_read(tmp_path):
@@ -512,10 +489,7 @@ def test_a_response_may_be_empty_as_text_and_as_a_turn():
 @pytest.mark.parametrize(
     "row, expected",
     [
-        (
-            {"chosen": [ASK, YES], "rejected": [SYSTEM, NO]},
-            ": expected a system turn or none, then",
-        ),
+        ({"chosen": [ASK, YES], "rejected": [SYSTEM, NO]}, ": expected a system turn or none"),
         ({"chosen": [ASK, YES], "rejected": [OTHER, NO]}, "differ before their last messages (1 a"),
         ({"chosen": HH.format("a"), "rejected": f"{SHORT} b"}, "(3 and 1 messages there)"),
         ({"chosen": [ASK, YES], "rejected": "no"}, "(1 and 0 messages there)"),
@@ -579,11 +553,8 @@ def test_rows_of_others_become_whole_programs_numbered_by_task(tmp_path):
     assert [(r["task_id"], r["sample"]) for r in found] == [("t/1", 0), ("t/0", 0), ("t/1", 1)]
     assert found[0]["solution"] == ADD[1].prompt + "    return x + 1\n"
     assert found[1]["solution"] == "def f(x):\n    return x\n"
-
-
-def test_numbers_of_tasks_are_those_of_the_problems_file(tmp_path):
     problems = load_problems(write(tmp_path, MBPP, HUMANEVAL | {"task_id": 7}))
-    rows = ({"task_id": task, "solution": ""} for task in (12, "7", 7, "Mbpp/12"))
+    rows = ({"task_id": task, "solution": ""} for task in (12, "7", 7, "Mbpp/12"))  # numbers too
     found = read_samples(write(tmp_path, *rows), problems)
     assert [row["task_id"] for row in found] == ["Mbpp/12", "7", "7", "Mbpp/12"]
 
