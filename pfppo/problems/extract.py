@@ -53,9 +53,7 @@ def program_of(problem, code, whole):
     return f"{future}{setup}{head}{code}"
 
 
-_FENCE = re.compile(
-    r"^([^\n`~#]*+)(`{3,}+|~{3,}+)[ \t]*+\{?+\.?+([\w+#-]*+)([^\n`]*+)(?:\n|\Z)", re.M
-)
+_FENCE = re.compile(r"^[^\n`~#]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)([^\n`]*+)(?:\n|\Z)", re.M)
 _CODE = re.compile(  # how a statement at the margin begins, and hardly any prose
     r"^(?:(?:(?:async[ \t]+)?def|class)[ \t]+(?P<name>\w+)[ \t]*[(:\[]"
     r"|(?P<imports>import[ \t]+[\w.]+(?=[ \t]*(?:[,;#]|as[ \t]|$))|from[ \t]+[\w.]+[ \t]+import\b)"
@@ -64,6 +62,7 @@ _CODE = re.compile(  # how a statement at the margin begins, and hardly any pros
     r"[ \t]*+[-+*/%&|^]{,2}=[^=])",
     re.M,
 )
+_DEFINES = re.compile(r"(?:async[ \t]+def|def|class|import)[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b")
 _SETS = re.compile(  # the names that a statement sets or changes
     r"(?:sys\.)?(setrecursionlimit)\(|\b(?:def|class|import|as)[ \t]+(\w+)"
     r"|(?<![\w.])(\w+)(?:(?:\.\w+)+\(|(?:\.\w+)*[ \t]*(?:\[|:[^\n=]{,80}=|[-+*/%&|^]{,2}=(?!=)))"
@@ -78,11 +77,10 @@ _TOKEN = re.compile(
 )
 _RETURN = re.compile(r"\b(?:return|yield|lambda)\b")
 _BODY = re.compile(r"^return\b", re.M)
-_BETTER = re.compile(
-    r"\b(?:corrected|(?:fix|correct) (?:it|this|that)|(?:fixed|revised|updated|final|complete|full)"
-    r"[ \w]{,12} (?:code|solution|function|implementation|program|version))\b",
-    re.I,
+_BETTER = (
+    r"(?:fixed|revised|updated|final|complete|full)[ \w]{,12} (?:code|program|solution|version)"
 )
+_BETTER = re.compile(rf"\b(?:corrected|(?:fix|correct) (?:it|this|that)|{_BETTER})\b", re.I)
 # kind: -1 the text before the first fence, 0 Python, 1 no language, 2 another one; code: moved to
 # the margin; above: the words between it and the block before it
 _Block = namedtuple("_Block", "kind start code above closed", defaults=("", False))
@@ -156,14 +154,14 @@ def _blocks(text, define):
         at = next((mark.start() for mark in _marks(text, bare.start())), len(text))
         blocks.append(_Block(-1, 0, text[:at]))
     while fence := _FENCE.search(text, at):
-        _, run, language, info = fence.groups()
+        run, language, info = fence.groups()
         named = not _CODE.match(language + info)  # else the code begins on the fence's line
-        first = fence.end() if named else fence.start(3)
-        first = fence.start(4) if named and _CODE.match(info.lstrip()) else first
+        first = fence.end() if named else fence.start(2)
+        first = fence.start(3) if named and _CODE.match(info.lstrip()) else first
         close = next((m for m in _marks(text, first) if m[0].strip().startswith(run)), None)
         last = close.start() if close else len(text)
         kind = 0 if re.match("i?py", language, re.I) else 2 if language and named else 1
-        above = text[at : fence.start(2)][-150:]
+        above = text[at : fence.start(1)][-150:]
         blocks.append(_Block(kind, first, _moved(text[first:last]), above, bool(close)))
         opens = close and re.compile(r"[ \t]*i?py", re.I).match(text, close.end())
         at = last if opens or not close else close.end()
@@ -189,10 +187,9 @@ def _margins(text):
     for token in _TOKEN.finditer(f"\n{text}\n."):
         symbol, start = token[0][0], token.end() - 1
         depth = max(0, depth + (symbol in "([{") - (symbol in ")]}"))
-        code = _CODE.match(text, start) if depth and symbol == "\n" else None
         if token.lastgroup:
             yield token.start() - 1
-        elif symbol == "\n" and (depth == 0 or (code and code.lastgroup)):  # none inside brackets
+        elif symbol == "\n" and (depth == 0 or _DEFINES.match(text, start)):  # none inside brackets
             if comment is not None and not text[comment:start].partition("\n")[2].strip():
                 yield comment
             depth, comment = 0, start if text.startswith("#", start) else None
