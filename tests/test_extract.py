@@ -41,6 +41,10 @@ PAIR = Problem(  # whose test needs a name besides the entry point
 TABS = Problem(
     "T/3", 'def f(xs):\n\t"""Write f."""\n', "f", "\treturn 5\n", "assert f([4, 9]) == 5\n"
 )
+STUB_LINE = Problem(  # the prompt ends with a line, not inside one
+    "T/5", "class Solution:\n    def f(self, xs):\n", "Solution().f", "", STUB.test
+)
+NAMELESS = Problem("T/6", "", "", "", "assert solve() == 5\n")
 
 SIGNATURE = "def f(xs: List[int]) -> int:\n"
 

@@ -53,7 +53,7 @@ def program_of(problem, code, whole):
     return f"{future}{setup}{head}{code}"
 
 
-_FENCE = re.compile(r"^[^\n`~#]*+(`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)([^\n`]*+)(?:\n|\Z)", re.M)
+_FENCE = re.compile(r"^[^\n`~#]*+(?:`{3,}+|~{3,}+)[ \t]*+([\w+#-]*+)([^\n`]*+)(?:\n|\Z)", re.M)
 _CODE = re.compile(  # how a statement at the margin begins, and hardly any prose
     r"^(?:(?:(?:async[ \t]+)?def|class)[ \t]+(?P<name>\w+)[ \t]*[(:\[]"
     r"|(?P<imports>import[ \t]+[\w.]+(?=[ \t]*(?:[,;#]|as[ \t]|$))|from[ \t]+[\w.]+[ \t]+import\b)"
@@ -147,24 +147,22 @@ def _moved(code):
 
 
 def _blocks(text, define):
-    """[_Block]. A fence is closed by one as long, at the end of a line of code too, but not by one
-    in a string; one with `python` behind it opens the next block."""
+    """[_Block]. What closes a fence may stand at the end of a line of code, but not in a string."""
     blocks, at, bare = [], 0, define.search(text)
     if bare and not _FENCE.search(text[: bare.start()]):
         at = next((mark.start() for mark in _marks(text, bare.start())), len(text))
         blocks.append(_Block(-1, 0, text[:at]))
     while fence := _FENCE.search(text, at):
-        run, language, info = fence.groups()
+        language, info = fence.groups()
         named = not _CODE.match(language + info)  # else the code begins on the fence's line
-        first = fence.end() if named else fence.start(2)
-        first = fence.start(3) if named and _CODE.match(info.lstrip()) else first
-        close = next((m for m in _marks(text, first) if m[0].strip().startswith(run)), None)
+        first = fence.end() if named else fence.start(1)
+        first = fence.start(2) if named and _CODE.match(info.lstrip()) else first
+        close = next(_marks(text, first), None)
         last = close.start() if close else len(text)
         kind = 0 if re.match("i?py", language, re.I) else 2 if language and named else 1
         above = text[at : fence.start(1)][-150:]
         blocks.append(_Block(kind, first, _moved(text[first:last]), above, bool(close)))
-        opens = close and re.compile(r"[ \t]*i?py", re.I).match(text, close.end())
-        at = last if opens or not close else close.end()
+        at = close.end() if close else last
     return blocks
 
 
@@ -216,14 +214,14 @@ def _words(text):
     return frozenset(re.findall(r"\w+|\*", text))
 
 
-_known_words = functools.lru_cache(maxsize=4096)(_words)  # of a problem's texts, which may be long
+_test_words = functools.lru_cache(maxsize=4096)(_words)  # tests may be long
 
 
 def _reached(block, blocks, problem):
     """What the entry point and the tests reach, among the statements of a block and of others."""
     define, own = definition_of(problem), _statements(block.code)
     entry = next((i for i, s in enumerate(own) if define.search(s)), None)
-    if entry is None:  # in what looks like a string
+    if entry is None:  # in a string that begins on an indented line
         return block.code
     if not block.closed:  # up to prose, another definition, or what is unfinished
         ends = (i for i, s in enumerate(own) if define.search(s) or not _CODE.search(s))
@@ -231,9 +229,8 @@ def _reached(block, blocks, problem):
     others = [s for b in blocks if b is not block and 0 <= b.kind < 2 for s in _statements(b.code)]
     statements = own + [s for s in others if not define.search(s)]
     setters, imports = _setters(statements, problem)
-    kept, names = set(), ["*", "__future__", "setrecursionlimit"]
-    for source in (problem.entry_point, problem.prompt, problem.setup, problem.test):
-        names += _known_words(source)
+    kept, names = set(), ["*", "__future__", "setrecursionlimit", *_words(problem.entry_point)]
+    names += _test_words(problem.test)
     while names:
         for i in setters.pop(names.pop(), ()):
             if i not in kept:
