@@ -32,15 +32,10 @@ STUB = Problem(
     "my_solution = Solution()\nassert my_solution.f([4, 9]) == 5\n",
     "from typing import *\nfrom collections import *\n",
 )
-BARE = Problem(
-    "T/2", '"""\nWrite f.\n"""\n', "f", "def f(xs): return 5\n", "assert f([4, 9]) == 5\n"
-)
-PAIR = Problem(  # whose test needs a name besides the entry point
-    "T/4", '"""\nWrite f.\n"""\n', "f", "", "assert f([Pair(4), Pair(9)]) == 5\n"
-)
-TABS = Problem(
-    "T/3", 'def f(xs):\n\t"""Write f."""\n', "f", "\treturn 5\n", "assert f([4, 9]) == 5\n"
-)
+DOC, TEST = '"""\nWrite f.\n"""\n', "assert f([4, 9]) == 5\n"
+BARE = Problem("T/2", DOC, "f", "def f(xs): return 5\n", TEST)
+TABS = Problem("T/3", 'def f(xs):\n\t"""Write f."""\n', "f", "\treturn 5\n", TEST)
+PAIR = Problem("T/4", DOC, "f", "", "assert f([Pair(4), Pair(9)]) == 5\n")  # needs a class too
 STUB_LINE = Problem(  # the prompt ends with a line, not inside one
     "T/5", "class Solution:\n    def f(self, xs):\n", "Solution().f", "", STUB.test
 )
