@@ -37,6 +37,7 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     benchmark: Literal["lab", "humaneval", "mbpp", "leetcode"] = "lab"  # form of the problems
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
     samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
+    allow_partial: bool = False  # --samples may lack some problems: pass@k of those it has
     prompt_style: Literal["plain", "few_shot", "chat", "deepseek"] = "plain"  # few_shot: MBPP's
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
@@ -119,7 +120,7 @@ def main(args):
     args.policy = "" if args.samples or args.contamination else args.policy
     args.reward_model = args.reward_model if args.reward in BY_MODEL else ""  # nobody would ask it
     args.problems = args.problems or "lab"
-    form = args.benchmark if args.benchmark in problems.FORMS else "humaneval"
+    form = args.benchmark if args.benchmark in problems.FORMS else ""
     lab.resolve(args)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     ours = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
@@ -135,7 +136,11 @@ def main(args):
 
     # Samples and verdicts, in the order of the input
     if args.samples:
-        rows, answer, group = problems.read_samples(args.samples, asked), None, 1
+        rows, answer, group = (
+            problems.read_samples(args.samples, asked, args.allow_partial),
+            None,
+            1,
+        )
         sandbox = answers.open_sandbox(args, ranks)
     else:
         tokens, texts = data.Tokens.of(args, ranks.say), None

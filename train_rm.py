@@ -56,7 +56,7 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
 
 def pairs_by_tests(args, tokens, ranks):
     """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows)."""
-    asked = data.read_problems(args.prompts, tokens, "prompts")
+    asked = data.read_problems(args, "prompts", tokens)
     check_positions(args.policy, "policy", asked.longest + args.max_new_tokens)
     with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)

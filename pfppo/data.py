@@ -243,12 +243,13 @@ class ProblemSet:
         return max(map(len, self.prompts), default=0)
 
 
-def read_problems(path, tokens, tested):
-    """ProblemSet of the JSONL file that --`tested` names; raises UserError where one has no test.
-    tested None: any will do. An empty set where path is ""."""
-    problems = load_prompts(path) if path else []
+def read_problems(args, option, tokens, tested=True):
+    """ProblemSet of the file that an option names, of MBPP the split that belongs to it; an empty
+    set where it names none. tested: raise UserError where one has no test."""
+    path, split = getattr(args, option), "train" if option == "prompts" else option
+    problems = load_prompts(path, split) if path else []
     lacking = [problem.task_id for problem in problems if tested and not problem.test][:1]
-    require(not lacking, f"--{tested} {path}: {lacking} has no 'test' and 'entry_point'")
+    require(not lacking, f"--{option} {path}: {lacking} has no 'test'")
     return ProblemSet(problems, tokens.prompts(problems, path))
 
 
@@ -282,10 +283,10 @@ class Inputs:
 
 def read_inputs(args, say=print):
     """Inputs of train_ppo.py, checked before anything long begins. Raises UserError."""
-    tokens, by_tests = Tokens.of(args, say), args.reward in BY_TESTS
-    names = {"prompts": "prompts" if by_tests else None, "validation": "validation", "test": "test"}
-    sets = (read_problems(getattr(args, name), tokens, tested) for name, tested in names.items())
-    inputs = Inputs(tokens, *sets)
+    tokens = Tokens.of(args, say)
+    train = read_problems(args, "prompts", tokens, args.reward in BY_TESTS)
+    others = (read_problems(args, name, tokens) for name in ("validation", "test"))
+    inputs = Inputs(tokens, train, *others)
     P, count = args.prompts_per_step, len(inputs.train)
     what = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
     require(P <= count, what)

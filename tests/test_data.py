@@ -80,7 +80,7 @@ def answered(before, content):
 
 def read_any(path, tokens):
     """Problems with tests or without."""
-    return read_problems(path, tokens, None)
+    return read_problems(SimpleNamespace(prompts=path), "prompts", tokens, tested=False)
 
 
 def pair(prompt, chosen="yes", rejected="no"):
@@ -192,8 +192,11 @@ def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
     assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
     assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
     assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
-    lacking = f"--validation {path}: ['line 1'] has no 'test' and 'entry_point'"
-    assert refused(read_problems, path, tokens, "validation") == lacking
+    lacking, args = (
+        f"--validation {path}: ['line 1'] has no 'test'",
+        SimpleNamespace(validation=path),
+    )
+    assert refused(read_problems, args, "validation", tokens) == lacking
     assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
 
 

@@ -48,7 +48,9 @@ def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_pat
     ]
     file = write_rows(tmp_path / "samples.jsonl", samples)
     files = ("--problems", tiny / "held_out.jsonl", "--samples", file)
-    run(eval_code, *files, "--out", tmp_path / "o")
+    with pytest.raises(UserError, match="3 of 6 problems .* --allow_partial"):
+        run(eval_code, *files, "--out", tmp_path / "o")
+    run(eval_code, *files, "--out", tmp_path / "o", "--allow_partial")
     results = read(tmp_path / "o/results.jsonl")
     assert [r["task_id"] for r in results] == [s["task_id"] for s in samples]
     assert [r["passed"] for r in results] == [True, False] * 3
