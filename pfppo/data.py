@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+BORDERS = '\n):a1"#'  # something in front of a response that no token of its joins
 PLAIN = {"clean_up_tokenization_spaces": False}
 DEEPSEEK = """\
 You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
@@ -151,7 +152,7 @@ class Tokens:
         def encode(text):
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-        for before in (self.tokenizer.decode(prompt, **PLAIN), "\n", ""):
+        for before in (self.tokenizer.decode(prompt, **PLAIN), *BORDERS, ""):
             start, whole = encode(before) if before else [], encode(before + text)
             if whole[: len(start)] == start:  # else a token crosses the border
                 break
