@@ -116,7 +116,7 @@ def sample(
         part = prompts[start : start + size]
         first = start * samples_per_prompt
         rows = uniforms[first : first + len(part) * samples_per_prompt]
-        how = (temperature, top_k, top_p, list(never))
+        how = (temperature, top_k, top_p, torch.tensor(list(never), dtype=torch.long))
         _sample_batch(model, part, rows, samples_per_prompt, stop, how, done, progress)
     return done
 
@@ -229,7 +229,8 @@ def draw_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, never=())
     summed in fp64: in fp32 150,000 small probabilities would lose what u can tell apart.
     """
     logits = logits.float()
-    logits[:, list(never)] = LEAST
+    if len(never):
+        logits = logits.index_fill(1, torch.as_tensor(never, device=logits.device), LEAST)
     if temperature == 0:
         tokens = logits.argmax(-1)
         logp = logits.log_softmax(-1)

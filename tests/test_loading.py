@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 from pfppo import loading
 from pfppo import model as networks
-from pfppo.data import Tokens
 from pfppo.fsdp import full_state, shard
 from pfppo.loading import Slices, Whole, load_models, load_scalars, new_scalar, source_of
 from pfppo.model import Policy, ScalarModel
 from pfppo.reward import RewardCard
 from pfppo.rollout import collate
 
+import conftest
 import pytest
 import torch
 from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm, tiny_tokenizer, write_model
@@ -39,7 +39,7 @@ def args_of(policy, reward_model="", **changes):
 def tokens_of(style="plain", template=None):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Tokens("", tokenizer, [tokenizer.eos_token_id], style, 100)
+    return conftest.tokens_of(tokenizer, style)
 
 
 def save_card(folder, tokens=None, **changes):
