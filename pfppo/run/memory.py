@@ -130,6 +130,7 @@ class FakeModel:
                 hidden = self.net.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 states = model.positions_of(hidden, columns).flatten(0, 1).clone()
                 out, _ = self.net.of_states(states, columns.flatten(), 1.0)
+                del hidden, states
             if train:
                 out.sum().backward()
                 self.net.zero_grad()
