@@ -50,16 +50,9 @@ def plan(tmp_path_factory):
 
 
 def test_16_bytes_are_held_per_trained_parameter_and_4_per_frozen_one(plan):
-    n_p, n_s = (
-        sum(p.numel() for p in model.parameters())
-        for model in (tiny_lm("llama"), tiny_classifier("llama"))
-    )
-    held = {
-        "parameters": 8 * (n_p + n_s),
-        "gradients": 4 * (n_p + n_s),
-        "optimizer": 8 * (n_p + n_s),
-    }
-    assert plan.device == held
+    models = tiny_lm("llama"), tiny_classifier("llama")
+    n = sum(p.numel() for model in models for p in model.parameters())
+    assert plan.device == {"parameters": 8 * n, "gradients": 4 * n, "optimizer": 8 * n}
 
 
 def test_ranks_of_a_group_share_what_is_held_and_each_has_the_gathered_copy(plan, tmp_path):
@@ -70,8 +63,7 @@ def test_ranks_of_a_group_share_what_is_held_and_each_has_the_gathered_copy(plan
 
 
 def test_offloading_moves_bytes_from_device_to_host_and_loses_none(plan, tmp_path):
-    offload = {"offload_ref": True, "offload_reward": True, "offload_optimizer": True}
-    away = plan_of(tmp_path, **offload)
+    away = plan_of(tmp_path, offload_ref=True, offload_reward=True, offload_optimizer=True)
     assert set(away.device.values()) == {0}
     assert away.host - plan.host == sum(plan.device.values())
 
@@ -81,19 +73,16 @@ def test_bfloat16_halves_the_copy_and_leaves_master_weights(plan, tmp_path):
     assert half.device == plan.device and half.policy.copy * 2 == plan.policy.copy
 
 
-def test_tied_weights_are_counted_once(plan, tmp_path):
-    tied = plan_of(tmp_path, shape={"tie_word_embeddings": True})
-    lm = tiny_lm("llama", tie_word_embeddings=True)
-    assert tied.policy.count == sum(p.numel() for p in lm.parameters()) < plan.policy.count
+def test_tied_weights_are_counted_once_and_a_reward_model_only_where_there_is_one(plan, tmp_path):
+    tied = plan_of(tmp_path, shape={"tie_word_embeddings": True}, reward_model="")
+    head = tiny_lm("llama").lm_head.weight.numel()
+    assert plan.policy.count - tied.policy.count == head
+    assert tied.scalar.count == plan.scalar.count  # the critic has the policy's backbone
+    lost = 4 * plan.scalar.count + 8 * head
+    assert plan.device["parameters"] - tied.device["parameters"] == lost
 
 
-def test_without_a_reward_model_the_critic_has_the_policy_s_backbone(plan, tmp_path):
-    alone = plan_of(tmp_path, reward_model="")
-    assert alone.scalar.count == plan.scalar.count
-    assert plan.device["parameters"] - alone.device["parameters"] == 4 * plan.scalar.count
-
-
-# ------------------------------------------------------------------------------ what passes add
+# --------------------------------------------------------------------------------- what passes add
 
 
 def test_bytes_are_counted_that_are_alive_at_the_same_time():
@@ -154,12 +143,9 @@ def test_a_sharded_model_s_passes_take_what_is_estimated(ranks, tmp_path, kind, 
 def test_sampling_takes_what_is_estimated(plan):
     lm, uniforms = tiny_lm("llama"), torch.full((8 * N, NEW), 0.5)
     how = {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
-    peak = measured(lambda: sample(lm, ragged([PROMPT] * 8), uniforms, **how))
-    assert plan.policy.sampling(8 * N, N)[0] == pytest.approx(peak, rel=0.05)
-
-
-def test_the_cache_has_keys_and_values_of_all_rows_at_full_length(plan):
+    run = measured(lambda: sample(lm, ragged([PROMPT] * 8), uniforms, **how))
     peak, cache, logits = plan.policy.sampling(8 * N, N)
+    assert peak == pytest.approx(run, rel=0.05)
     assert cache == 2 * 2 * 8 * N * 2 * (PROMPT + NEW) * 8 * 4  # kv, layers, rows, heads, width
     assert logits >= 3 * 8 * N * 61 * 4  # in full precision, with their copies
     assert cache + logits < peak
@@ -185,37 +171,15 @@ def test_attention_makes_no_scores(tmp_path):
 
 @pytest.mark.parametrize(
     "architecture",
-    [
-        "gpt2",
-        *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "gpt_neox", "gemma3_text")),
-    ],
+    ["gpt2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "gemma2"))],
 )
 def test_any_architecture_runs_on_fake_tensors(tmp_path, architecture):
-    policy = plan_of(tmp_path, architecture=architecture).policy
+    policy = plan_of(tmp_path, architecture=architecture, shape={"num_hidden_layers": 1}).policy
     assert policy.passes(2, True) > policy.passes(1, True) > policy.root
     assert policy.sampling(10, 5)[0] > policy.sampling(5, 5)[0] > 0
 
 
-# ------------------------------------------------------------------------------------- what fits
-
-
-def test_phases_add_what_is_held_to_what_passes_add(plan):
-    held = plan.device["parameters"] + plan.device["optimizer"]
-    phases = plan.phases()
-    assert list(phases) == ["load", "sampling", "rewards", "log-probs", "update"]
-    assert phases["load"] == plan.device["parameters"]
-    assert phases["sampling"] == held + plan.policy.copy + plan.policy.sampling(40, N)[0]
-    assert phases["rewards"] == held + plan.scalar.passes(4, False)
-    passes = max(fake.passes(4, True) for fake in (plan.policy, plan.scalar))
-    assert phases["update"] == held + plan.device["gradients"] + passes
-
-
-def test_gradients_of_a_single_microbatch_come_as_activations_go(plan):
-    """Before its backward pass a model has none; the critic's begins beside the actor's."""
-    held = plan.device["parameters"] + plan.device["optimizer"]
-    actor, critic = plan.policy.passes(8, True), plan.scalar.passes(8, True)
-    expected = held + max(actor, critic + 4 * plan.policy.count)
-    assert plan.phases(microbatch=8)["update"] == expected
+# -------------------------------------------------------------------------------------- what fits
 
 
 def test_problems_that_are_looked_at_have_phases_of_their_own(plan, tmp_path):
@@ -225,6 +189,7 @@ def test_problems_that_are_looked_at_have_phases_of_their_own(plan, tmp_path):
     looking = plan_of(tmp_path, validation=str(problems), test=str(problems))
     looking.policy, looking.scalar = plan.policy, plan.scalar  # which have made their passes
     phases = looking.phases()
+    assert list(plan.phases()) == ["load", "sampling", "rewards", "log-probs", "update"]
     alone = phases["sampling"] - plan.policy.sampling(40, N)[0] + plan.policy.sampling(30, 1)[0]
     assert phases["validation"] == alone and phases["test"] == alone + plan.policy.copy
 
@@ -234,14 +199,8 @@ def test_the_largest_batches_fit_and_the_next_ones_do_not(plan, monkeypatch):
         return {"update": 10 * microbatch, "sampling": sampling_batch}
 
     monkeypatch.setattr(plan, "phases", phases)
-    assert [plan.largest(limit) for limit in (4, 39, 40, 44, 45, 1000)] == [
-        (0, 0),
-        (2, 35),
-        (4, 40),
-        (4, 40),
-        (4, 45),
-        (8, 80),
-    ]
+    fitting = {4: (0, 0), 39: (2, 35), 40: (4, 40), 44: (4, 40), 45: (4, 45), 1000: (8, 80)}
+    assert {limit: plan.largest(limit) for limit in fitting} == fitting
 
 
 def test_the_plan_reads_configurations_only_and_starts_no_ranks(tmp_path, capsys, monkeypatch):
@@ -285,11 +244,8 @@ def test_a_run_may_take_92_percent_of_a_device(plan, ranks, monkeypatch):
 
 
 def test_short_prompts_count_as_they_are(plan, tmp_path):
-    long = arguments(tmp_path, max_prompt_tokens=1000)
-    assert Plan(long, 1, torch.float32, PROMPT).scalar.passes(4, False) == plan.scalar.passes(
-        4, False
-    )
-    assert Plan(long, 1, torch.float32).scalar.prompt == 1000
+    short = Plan(arguments(tmp_path, max_prompt_tokens=1000), 1, torch.float32, PROMPT)
+    assert short.scalar.passes(4, False) == plan.scalar.passes(4, False)
 
 
 def test_on_a_cpu_without_a_limit_nothing_is_estimated(tmp_path, ranks, monkeypatch):
@@ -317,20 +273,17 @@ class Choosing(torch.nn.Module):
 def test_a_model_that_needs_numbers_has_no_estimate_and_runs_all_the_same(
     tmp_path, ranks, monkeypatch, capfd
 ):
-    def choosing(*args):
-        plan = Plan(*args)
-        plan.policy.net.lm.model.layers[0].mlp = Choosing()
-        return plan
-
-    monkeypatch.setattr(memory, "Plan", choosing)
-    require_fits(arguments(tmp_path, device_memory=1e-6), ranks)
+    plan = plan_of(tmp_path, device_memory=1e-6)
+    plan.policy.net.lm.model.layers[0].mlp = Choosing()
+    monkeypatch.setattr(memory, "Plan", lambda *args: plan)
+    require_fits(plan.args, ranks)
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 1 and not err
     assert "policy: no estimate of memory, its operators need real tensors: DataDep" in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["microbatch_4", "two_ranks"])
+@pytest.mark.parametrize("setting", ["microbatch_4", "microbatch_8", "two_ranks"])
 def test_a_run_s_peak_is_estimated_within_15_percent(tmp_path, setting):
     """The benchmark, with smaller models."""
     script = ROOT / "tests" / "bench" / "memory.py"

@@ -58,7 +58,7 @@ class Saver:
         self.finish()
         step = state["step"]
         with self._writing(step) as temporary:
-            on_main(self.ranks, shutil.rmtree, temporary, True)  # what a kill has left, if any
+            on_main(self.ranks, _clear, temporary)
             where = {"checkpoint_id": temporary / SHARDED, "process_group": self.group}
             self.pending = step, dict(state), dcp.async_save(_state_of(trained), **where)
         self.newest = step
@@ -106,6 +106,11 @@ class Saver:
         _flush(target.parent)
         for old in complete(self.run)[self.keep :]:
             shutil.rmtree(old)
+
+
+def _clear(folder):
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
+    folder.mkdir(parents=True)
 
 
 def _flush(folder):

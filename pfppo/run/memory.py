@@ -208,12 +208,13 @@ class Plan:
         if args.reward_model:
             phases["rewards"] = held + scalar.passes(rows, False)
         phases["log-probs"] = held + max(policy.passes(rows, False), scalar.passes(rows, False))
-        before = [self.device["gradients"]] * 2  # of earlier microbatches; where there are none,
-        if rows == self.share:  # gradients come as activations go, the actor's, then the critic's
-            before = [0, before[0] * policy.count // (policy.count + scalar.count)]
-        actor, critic = policy.passes(rows, True) + before[0], scalar.passes(rows, True) + before[1]
-        end = self.device["gradients"] + max(policy.end, scalar.end)
-        return phases | {"update": held + max(actor, critic, end)}
+        gradients = self.device["gradients"]
+        made = [gradients] * 3  # before the actor's pass, before the critic's, and after it
+        if rows == self.share:  # a single microbatch: they come as activations go
+            made = [0, gradients * policy.count // (policy.count + scalar.count), gradients]
+        actor = max(made[0] + policy.passes(rows, True), made[1] + policy.end)
+        critic = max(made[1] + scalar.passes(rows, True), made[2] + scalar.end)
+        return phases | {"update": held + max(actor, critic)}
 
     def largest(self, limit):
         """(microbatch, sampling batch) that fit into `limit` bytes, 0 where none does: a divisor of

@@ -22,7 +22,6 @@ import time
 from pfppo import ppo
 from pfppo.data import step_prompts
 from pfppo.fsdp import compute_dtype, gather_lists, sum_over_ranks
-from pfppo.reward import model_rewards
 from pfppo.rollout import collate
 
 import torch
@@ -171,7 +170,7 @@ def check_rewards(report, model, rows, dtype, args):
     name = "rewards, here and by plain transformers"
     if model is None:
         return report.line(name, "there is no --reward_model", None)
-    ours = model_rewards(model, rows, args.microbatch)
+    ours = model(rows.ids, rows.ends)[:, 0, 0].float().cpu()  # padded as they are
     theirs = ours[:0]
     if report.ranks.is_main:
         read = AutoModelForSequenceClassification.from_pretrained
