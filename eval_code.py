@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import answers, data, files, fsdp, lab, loading, problems, reliability, run
+from pfppo import answers, data, files, fsdp, lab, loading, problems, run
 from pfppo.config import Count, Natural, Positive, Seed, Share, require
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reward import BY_MODEL, load_reward, try_reward
@@ -95,14 +95,14 @@ def check(args):
     return ks
 
 
-def compare_filters(args, ranks):
+def compare_again(args, ranks):
     """--from_samples: the table and the figure of filters, from samples judged before."""
     out = run.claim(args, ranks, "runs/eval", "out", files=())
 
     def report():
-        judged = reliability.read_judged(args.from_samples)
-        weighs = reliability.load_filters(args.filters, judged.rewards.shape[1], print)
-        reliability.report(args, weighs, judged, out)
+        judged = run.read_judged(args.from_samples)
+        weighs = run.load_filters(args.filters, judged.rewards.shape[1], print)
+        run.compare_filters(args, weighs, judged, out)
 
     fsdp.on_main(ranks, report)
 
@@ -111,10 +111,10 @@ def main(args):
     ranks = fsdp.init_ranks(args.device, minutes=args.collective_timeout)
     ks = check(args)
     if args.from_samples:
-        return compare_filters(args, ranks)
+        return compare_again(args, ranks)
     judging, N = args.reward_model or args.reward != "model", args.samples_per_problem
     reward_of = load_reward(args.reward, args.reward_model or not judging)
-    weighs = reliability.load_filters(args.filters, N, ranks.say) if judging else {}
+    weighs = run.load_filters(args.filters, N, ranks.say) if judging else {}
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     args.policy = "" if args.samples or args.contamination else args.policy
     args.reward_model = args.reward_model if args.reward in BY_MODEL else ""  # nobody would ask it
@@ -143,8 +143,7 @@ def main(args):
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)
         prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        longest = max(map(len, prompted.prompts)) + args.max_new_tokens
-        check_positions(args.policy, "policy", longest)
+        check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
@@ -164,7 +163,7 @@ def main(args):
         def report():
             answers.judge(args, reward_of, asked, rows, results)
             files.rewrite_jsonl(out / "samples.jsonl", rows)
-            reliability.report(args, weighs, reliability.judged_rows(rows, N), out)
+            run.compare_filters(args, weighs, run.judged_rows(rows, N), out)
 
         fsdp.on_main(ranks, report)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))

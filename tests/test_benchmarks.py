@@ -9,8 +9,19 @@ import json
 import math
 from pathlib import Path
 
-from pfppo.problems.benchmarks import Problem, assemble, check_of, few_shot_prompts, instruction_of, load_problems, pass_at_k, pass_at_k_interval, read_jsonl, reference_check
 from pfppo.config import UserError
+from pfppo.problems.benchmarks import (
+    Problem,
+    assemble,
+    check_of,
+    few_shot_prompts,
+    instruction_of,
+    load_problems,
+    pass_at_k,
+    pass_at_k_interval,
+    read_jsonl,
+    reference_check,
+)
 from pfppo.sandbox.pool import Sandbox
 
 import numpy as np

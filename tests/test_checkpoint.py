@@ -1,37 +1,25 @@
-"""A run directory survives kills, damage and full disks; two ranks do as one, and end as one.
+"""A run directory survives kills, damage and full disks, at one rank and at two.
 
-The checks at two ranks run in one launch of this file (`main` at the bottom), which is at work
-while the others run.
+The tests at two ranks come first: they fork, and a process with a process group must not.
 """
 
 import contextlib
 import errno
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
-from pfppo.config import UserError
 from pfppo.files import append_jsonl, write_json
-from pfppo.fsdp import adamw, full_state, init_ranks
+from pfppo.fsdp import adamw, full_state
 from pfppo.model import empty_causal_lm
 from pfppo.rollout import collate
 from pfppo.run import checkpoint, export
-from pfppo.run import folder as run_folder
-from pfppo.run.stopping import Stop
 
 import pytest
-import test_selfcheck
 import torch
 import torch.distributed as dist
 from conftest import (
-    ROOT,
     files_of,
     full_disk,
     out_of_space,
@@ -42,6 +30,7 @@ from conftest import (
     tiny_lm,
     tiny_tokenizer,
 )
+from ranks import forked, refused
 from transformers import AutoModelForCausalLM
 
 
@@ -87,14 +76,6 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def message_of(work, *args):
-    """What a UserError of work(*args) says; None where there is none."""
-    try:
-        work(*args)
-    except UserError as error:
-        return str(error)
-
-
 def life(folder, ranks):
     """Steps 1 to 3, of which 1 and 2 are saved and 3 is not, for want of room; loaded, made again.
 
@@ -107,37 +88,37 @@ def life(folder, ranks):
         if step < 3:
             save(run, step, trained, ranks, kl_coef=0.1 * step, best=None)
     with full_disk() if ranks.rank == ranks.world - 1 else contextlib.nullcontext():
-        seen["slices do not fit"] = message_of(save, run, 3, trained, ranks)
+        seen["slices do not fit"] = refused(save, run, 3, trained, ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "write_json", out_of_space)  # what only rank 0 does
-        seen["the manifest does not fit"] = message_of(save, run, 3, trained, ranks)
+        seen["the manifest does not fit"] = refused(save, run, 3, trained, ranks)
     dist.barrier()
     seen["folders"] = sorted(path.name for path in (run / "checkpoints").iterdir())
     again = trained_pair(ranks, seed=7)
-    seen["fresh"] = same(everything_of(again), after[2])
+    seen["equal"] = [same(everything_of(again), after[2])]
     seen["state"] = checkpoint.load(run, again, ranks)
-    seen["loaded"] = same(everything_of(again), after[2])
+    seen["equal"].append(same(everything_of(again), after[2]))
     train(again, 3)
-    seen["next"] = same(everything_of(again), after[3])
+    seen["equal"].append(same(everything_of(again), after[3]))
+    assert any("exp_avg_sq" in name for name in after[3])  # the moments are compared too
     return after, seen
 
 
-@pytest.fixture(scope="module", autouse=True)
-def launched(tmp_path_factory):
-    """(folder, future) of the two ranks."""
-    folder = tmp_path_factory.mktemp("two")
-    with ThreadPoolExecutor(1) as pool:
-        command, path = [sys.executable, __file__, str(folder)], {"PYTHONPATH": str(ROOT)}
-        how = {"env": os.environ | path, "check": True, "timeout": 300}
-        yield folder, pool.submit(subprocess.run, command, **how)
-
-
 @pytest.fixture(scope="module")
-def two(launched):
-    """(folder, what each of two ranks has seen)"""
-    folder, done = launched
-    done.result()
-    return folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+def two(tmp_path_factory):
+    """(a run, {step: everything after it}, what each of two ranks has seen)"""
+    folder = tmp_path_factory.mktemp("two")
+
+    def work(ranks):
+        after, seen = life(folder, ranks)
+        trained = trained_pair(ranks, seed=7)
+        checkpoint.load(folder / "run", trained, ranks)
+        lm, tokenizer = trained["actor"][0].lm, tiny_tokenizer()
+        export.write(lm, folder / "policy", empty_causal_lm(lm.config), tokenizer, ranks)
+        return after, seen
+
+    (after, first), (_, second) = forked(work)
+    return folder / "run", after, first, second
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +137,39 @@ def run(saved, tmp_path):
     return Path(shutil.copytree(saved[0], tmp_path / "run"))
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=["two", "saved"])
 def seen(request):
-    """What each rank of so many has seen."""
-    one = request.param == 1
-    return request.getfixturevalue("saved")[2:] if one else request.getfixturevalue("two")[1]
+    """What each of so many ranks has seen."""
+    return request.getfixturevalue(request.param)[2:]
 
 
-# --------------------------------------------------------------------------------- at one rank
+def test_a_loaded_checkpoint_is_bit_equal_and_so_is_the_next_step(seen):
+    for rank in seen:
+        assert rank["state"] == {"step": 2, "kl_coef": 0.2, "best": None}
+        assert rank["equal"] == [False, True, True]  # before it is loaded, after, after a step
+
+
+@pytest.mark.parametrize("where", ["slices do", "the manifest does"])
+def test_a_full_disk_under_one_rank_is_one_error_on_all_and_leaves_the_last_one(seen, where):
+    reason = {"slices do": "File too large", "the manifest does": "No space left on device"}[where]
+    for rank in seen:
+        message = rank[f"{where} not fit"]
+        assert "/checkpoints/step_3: cannot save with " in message and reason in message
+        assert message.endswith("step_2")  # the last complete one
+        assert rank["folders"] == ["step_1", "step_2"]
+
+
+def test_one_rank_goes_on_with_a_checkpoint_and_an_export_of_two(two, ranks):
+    (run, after, *_), trained = two, trained_pair(ranks, seed=7)
+    assert checkpoint.load(run, trained, ranks)["step"] == 2
+    assert same(everything_of(trained), after[2])
+    train(trained, 3)
+    numbers = everything_of(trained)
+    assert numbers.keys() == after[3].keys()
+    for name, value in numbers.items():
+        torch.testing.assert_close(value, after[3][name], rtol=1e-5, atol=1e-6)
+    policy = AutoModelForCausalLM.from_pretrained(run.with_name("policy")).named_parameters()
+    assert all(torch.equal(value, after[2][f"actor lm.{name}"]) for name, value in policy)
 
 
 @pytest.mark.parametrize("where", ["at once", "in the thread"])
@@ -173,7 +179,7 @@ def test_a_checkpoint_that_fails_leaves_every_file_as_it_was(run, ranks, monkeyp
     future.set_exception(error)
     begin = out_of_space if where == "at once" else lambda *args, **options: future
     monkeypatch.setattr(checkpoint.dcp, "async_save", begin)
-    assert "(No space left on device)" in message_of(save, run, 3, {}, ranks)
+    assert "(No space left on device)" in refused(save, run, 3, {}, ranks)
     assert files_of(run) == before and not (run / "checkpoints" / "step_3.tmp").exists()
 
 
@@ -283,9 +289,9 @@ def test_a_checkpoint_that_cannot_be_read_is_named(run, ranks, what):
     else:
         policy = policy_of(tiny_lm("llama", hidden_size=16), ranks)
         trained["actor"] = policy, adamw(policy, 0.01)
-    message = message_of(checkpoint.load, run, trained, ranks)
+    message = refused(checkpoint.load, run, trained, ranks)
     assert message.startswith(f"{run / 'checkpoints/step_2'}: damaged, or of another model (")
-    assert message.endswith("; remove it to go on from the one before") and "\n" not in message
+    assert message.endswith("; remove it to go on from the one before")
     assert what == "other bytes" or "Size mismatch" in message
 
 
@@ -308,7 +314,7 @@ def test_resuming_drops_later_rows_and_a_half_written_line(run, ranks, tail):
 def test_a_damaged_line_in_the_metrics_is_named(run, ranks):
     path = run / "metrics.jsonl"
     path.write_text('{"step": 1}\n{broken\n{"step": 2}\n')
-    message = message_of(checkpoint.load, run, {}, ranks)
+    message = refused(checkpoint.load, run, {}, ranks)
     assert message.startswith(f"{path}, line 2: damaged")
 
 
@@ -330,113 +336,3 @@ def test_a_run_killed_between_the_two_renames_of_an_export_has_its_policy_back(r
     (run / "policy.tmp").mkdir()
     assert checkpoint.load(run, {}, ranks)["step"] == 2
     assert (run / "policy" / "weights").read_text() == "all of them"
-
-
-# -------------------------------------------------------------------------- at one rank and at two
-
-
-def main(folder):
-    """Two ranks, forked once all is imported: that takes longer than what they do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    process = multiprocessing.get_context("fork").Process
-    both = [process(target=as_rank, args=(rank, folder)) for rank in range(2)]
-    for rank in both:
-        rank.start()
-    for rank in both:
-        rank.join()
-    sys.exit(any(rank.exitcode for rank in both))
-
-
-def as_rank(rank, folder):
-    """`life`, an export, and what all ranks agree on."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    ranks = init_ranks("cpu")
-    after, seen = life(folder, ranks)
-    trained = trained_pair(ranks, seed=7)
-    checkpoint.load(folder / "run", trained, ranks)
-    lm, tokenizer = trained["actor"][0].lm, tiny_tokenizer()
-    export.write(lm, folder / "policy", empty_causal_lm(lm.config), tokenizer, ranks)
-    if ranks.is_main:
-        torch.save(after, folder / "after.pt")
-    seen["stop"] = ask_one_rank_to_stop(ranks)
-    seen["shared"] = look_at_folders(folder, ranks)
-    seen["selfcheck"] = test_selfcheck.statuses_at_two_ranks(folder, ranks)
-    (folder / f"rank_{ranks.rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
-
-
-def ask_one_rank_to_stop(ranks):
-    """[what the ranks agree on before, and after SIGTERM to rank 1]"""
-    stop = Stop(ranks, 60)
-    stop.holding = True
-    agreed = [stop.agreed()]
-    if ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    agreed.append(stop.agreed())
-    stop.close()
-    return agreed
-
-
-def look_at_folders(folder, ranks):
-    """What `check_shared` says of a folder of both ranks, of one of each rank's own; files left."""
-    own, said = folder / f"node_{ranks.rank}", []
-    own.mkdir()
-    os.environ["GROUP_WORLD_SIZE"] = "2"
-    run_folder.VISIBLE = 1.0
-    for place in (folder, own):
-        os.chdir(place)
-        said.append(message_of(run_folder.check_shared, "runs/x", "--run_dir runs/x"))
-    dist.barrier()
-    return [*said, [str(path) for path in folder.rglob(".shared-*")]]
-
-
-def test_a_loaded_checkpoint_is_bit_equal_and_so_is_the_next_step(seen, saved):
-    for rank in seen:
-        assert rank["state"] == {"step": 2, "kl_coef": 0.2, "best": None}
-        assert rank["loaded"] and rank["next"] and not rank["fresh"]
-    assert any("exp_avg_sq" in name for name in saved[1][3])  # the moments are compared too
-
-
-@pytest.mark.parametrize("where", ["slices do", "the manifest does"])
-def test_a_full_disk_under_one_rank_is_one_error_on_all_and_leaves_the_last_one(seen, where):
-    reason = {"slices do": "File too large", "the manifest does": "No space left on device"}[where]
-    for rank in seen:
-        message = rank[f"{where} not fit"]
-        assert "/checkpoints/step_3: cannot save with " in message and reason in message
-        assert message.endswith("step_2") and "\n" not in message  # the last complete one
-        assert rank["folders"] == ["step_1", "step_2"]
-
-
-def test_one_rank_goes_on_with_a_checkpoint_and_an_export_of_two(two, ranks):
-    trained, after = trained_pair(ranks, seed=7), torch.load(two[0] / "after.pt")
-    assert checkpoint.load(two[0] / "run", trained, ranks)["step"] == 2
-    assert same(everything_of(trained), after[2])
-    train(trained, 3)
-    numbers = everything_of(trained)
-    assert numbers.keys() == after[3].keys()
-    for name, value in numbers.items():
-        torch.testing.assert_close(value, after[3][name], rtol=1e-5, atol=1e-6)
-    policy = AutoModelForCausalLM.from_pretrained(two[0] / "policy").named_parameters()
-    assert all(torch.equal(value, after[2][f"actor lm.{name}"]) for name, value in policy)
-
-
-def test_all_ranks_agree_when_one_was_asked_to_stop(two):
-    assert [seen["stop"] for seen in two[1]] == [[False, True]] * 2
-
-
-def test_a_folder_that_nodes_do_not_share_is_refused_on_all_of_them(two):
-    for seen in two[1]:
-        same, own, left_behind = seen["shared"]
-        assert same is None and left_behind == []
-        assert own.startswith("--run_dir runs/x: ") and "node_1 of " in own
-        assert "expected a file system that all nodes share" in own
-
-
-def test_what_only_the_second_rank_sees_fails_selfcheck_on_both(two):
-    assert [seen["selfcheck"] for seen in two[1]] == [[0, 1, 1]] * 2
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,8 +4,8 @@ import json
 import random
 import time
 
-from pfppo.problems.benchmarks import Problem
 from pfppo.config import UserError
+from pfppo.problems.benchmarks import Problem
 from pfppo.problems.contamination import grams, overlaps, report
 
 import pytest

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pfppo.config import UserError
-from pfppo.data import Tokens
 from pfppo.files import append_jsonl, write_json
 from pfppo.model import empty_causal_lm, empty_classifier, stop_ids
 from pfppo.reward import RewardCard, load_card
@@ -25,6 +23,7 @@ from pfppo.run.stopping import Stop
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     EOS,
     PAD,
@@ -40,13 +39,44 @@ from conftest import (
     tiny_tokenizer,
     write_model,
 )
-from running import numbers, options, started, wait_for_steps
+from ranks import ranked, refused
+from running import find_free_port, numbers, options, started, wait_for_steps
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+
+# --------------------------------------------------------- two ranks: forks, before a process group
+
+
+@ranked(2)
+def test_all_ranks_agree_when_one_was_asked_to_stop(ranks):
+    stop = Stop(ranks, 60)
+    stop.holding = True
+    assert not stop.agreed()
+    if ranks.rank == 1:
+        ask()
+    assert stop.agreed()
+    stop.close()
+
+
+@ranked(2)
+def test_a_folder_that_nodes_do_not_share_is_refused_on_all_of_them(ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(run_folder, "VISIBLE", 1.0)
+    own = tmp_path / f"node_{ranks.rank}"
+    own.mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_shared("runs/x", "--run_dir runs/x")
+    monkeypatch.chdir(own)
+    message = refused(check_shared, "runs/x", "--run_dir runs/x")
+    assert message.startswith("--run_dir runs/x: ") and "node_1 of " in message
+    assert message.endswith("expected a file system that all nodes share")
+    dist.barrier()
+    assert not list(tmp_path.rglob(".shared-*"))
+
 
 # ------------------------------------------------------------------------------ run directory
 
@@ -210,7 +240,7 @@ def test_an_exported_reward_model_loads_as_a_classifier_with_equal_scores_and_it
     model, tokenizer = scalar_of(tiny_classifier("llama"), ranks), tiny_tokenizer()
     config = model.classifier.config
     config.pad_token_id = PAD
-    card = RewardCard(0.25, 1.5, *Tokens(tokenizer, [EOS], "plain", 9).hashes())
+    card = RewardCard(0.25, 1.5, "template", "vocabulary")
     folder = tmp_path / "rm"
     export.write(model.classifier, folder, empty_classifier(config), tokenizer, ranks, [card.save])
     loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -320,10 +350,7 @@ def test_one_node_shares_its_folders_with_itself(monkeypatch):
 
 def start_nodes(folder, elastic, words):
     """Two agents of torchrun on this machine, with one rank each; they print into FOLDER/N.txt."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    agents = []
+    agents, port = [], find_free_port()
     for node in range(2):
         meet = ["--master_addr", "127.0.0.1", "--master_port", port, "--node_rank", node]
         if elastic:

@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 
-from pfppo.sandbox import isolation
 from pfppo.config import UserError
+from pfppo.sandbox import isolation
 from pfppo.sandbox.pool import Check, Sandbox
 
 import pytest

@@ -15,8 +15,8 @@ from pfppo.run.selfcheck import Report, draw, selfcheck
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import EOS, tiny_classifier, tiny_lm, write_model
+from ranks import ranked
 
 LONG = 20  # tokens of the longest prompt
 TEXTS = [" ".join(f"w{(i + j) % 58}" for j in range(LONG - i % 5)) for i in range(8)]
@@ -68,7 +68,7 @@ def make(folder, ranks, **changes):
         models=models,
         trained={"actor": (models.policy, None), "critic": (models.critic, None)},
         examiner=Examiner(tokens, args, ranks),
-        train=read_problems(str(folder / "prompts.jsonl"), tokens),
+        train=read_problems(str(folder / "prompts.jsonl"), tokens, None),
         forward=dict(train_ppo.FORWARD),
         backward=train_ppo.backward,
     )
@@ -95,6 +95,25 @@ def see_everything(model):
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
+
+
+# --------------------------------------------------------- two ranks: forks, before a process group
+
+
+@ranked(2)
+def test_what_only_the_second_rank_sees_fails_on_both(ranks, folders):
+    def other_ratio(model, rows, args):
+        logp, entropy = train_ppo.log_probs(model, rows, args)
+        return logp * (1 + 0.1 * ranks.rank * torch.is_grad_enabled()), entropy
+
+    subject = make(folders, ranks)
+    assert selfcheck(**vars(subject)) == 0
+    subject.forward["actor"] = other_ratio
+    assert selfcheck(**vars(subject)) == 1
+    subject.forward["actor"] = train_ppo.log_probs
+    if ranks.rank == 1:
+        see_everything(subject.models.policy)
+    assert selfcheck(**vars(subject)) == 1
 
 
 # ---------------------------------------------------------------------------------- what is sound
@@ -145,9 +164,8 @@ def test_the_script_ends_with_status_0_and_writes_nothing(ranks, folders, tmp_pa
     files |= {"prompts": folders / "prompts.jsonl", "run_dir": tmp_path / "run"}
     sizes = {"prompts_per_step": 8, "minibatch": 4, "microbatch": 4, "max_new_tokens": 12}
     files = {name: str(path) for name, path in files.items()}
-    with pytest.raises(SystemExit) as left:
-        train_ppo.main(train_ppo.Args(**files, **sizes, selfcheck=True, device="cpu"), ranks)
-    assert left.value.code == 0 and not list(tmp_path.iterdir())
+    args = train_ppo.Args(**files, **sizes, selfcheck=True, device="cpu")
+    assert train_ppo.main(args, ranks) == 0 and not list(tmp_path.iterdir())
     assert words_of(capsys.readouterr().out) == dict.fromkeys(NAMES, "ok")
 
 
@@ -233,26 +251,3 @@ def test_a_difference_that_is_no_number_holds_nowhere(ranks):
         assert report.failed == 2
         report.hold("exact", torch.zeros(3), "largest", 0.0)
         assert report.failed == 2
-
-
-# ----------------------------------------------------------------------------------------- ranks
-
-
-def statuses_at_two_ranks(folder, ranks):
-    """Of sound models, and of two that are broken on rank 1 (for test_checkpoint.py)."""
-    if ranks.is_main:
-        write_folders(folder / "models", num_hidden_layers=1)
-    dist.barrier()
-
-    def other_ratio(model, rows, args):
-        logp, entropy = train_ppo.log_probs(model, rows, args)
-        return logp * (1 + 0.1 * ranks.rank * torch.is_grad_enabled()), entropy
-
-    subject = make(folder / "models", ranks)
-    statuses = [selfcheck(**vars(subject))]
-    subject.forward["actor"] = other_ratio
-    statuses.append(selfcheck(**vars(subject)))
-    subject.forward["actor"] = train_ppo.log_probs
-    if ranks.rank == 1:
-        see_everything(subject.models.policy)
-    return [*statuses, selfcheck(**vars(subject))]

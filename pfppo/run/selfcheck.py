@@ -8,10 +8,9 @@ A few prompts of the first step are answered, shortly, and the checks look at th
     sampler         log-probs while sampling = those of the training forward
     reward model    its score = what plain transformers gives for the same files, row by row
 
-What is tried are the training's own functions, given by train_ppo.py. The first line is exact in
-any type. The others hold up to rounding: in fp32 the largest difference decides; in bf16 the mean,
-as single tokens may be far off (above all where rounding sends a token to another expert). Rank 0
-holds one whole copy of the reward model more, in the forward's type.
+What is tried are the training's own functions. The first line is exact in any type, the others
+hold up to rounding: in fp32 the largest difference decides; in bf16 the mean, as single tokens may
+be far off (above all where they go to another expert). Rank 0 holds one more reward model, whole.
 
 Not covered: whether samples or rewards are any good, speed, memory, the state of a checkpoint.
 """
@@ -78,7 +77,6 @@ class Report:
 
 def selfcheck(models, trained, examiner, train, forward, backward):
     """Print one line per check. Returns the exit status, on all ranks: 1 if one failed, else 0.
-
     trained: {name: (model, optimizer)}; forward: {name: (model, rows, args) -> [B, T]}; backward:
     (trained, rows, args, ranks) -> sums of metrics, leaves gradients. A collective.
     """
@@ -90,7 +88,6 @@ def selfcheck(models, trained, examiner, train, forward, backward):
     # Old log-probs as in step 4 of the algorithm, new ones as in step 6: with gradients.
     rows.old_logp, _ = rows.evaluate(forward["actor"], models.policy, args)
     rows.ref_logp, _ = rows.evaluate(forward["actor"], models.reference, args)
-    rows.old_values = rows.evaluate(forward["critic"], models.critic, args)
     ratios = []
     for mb in rows.microbatches(args.microbatch):
         logp, _ = forward["actor"](models.policy, mb, args)
@@ -98,17 +95,19 @@ def selfcheck(models, trained, examiner, train, forward, backward):
         (logp.sum() * 0).backward()  # every forward with gradients is followed by its backward
     models.policy.zero_grad()
     report.hold("ratio before the first update, from 1", torch.cat(ratios) - 1, "largest", 0.0)
-    kl = ppo.kl_k1(rows.old_logp, rows.ref_logp)
-    report.hold("KL before the first update, from 0", kl, "largest", 0.0)
+    report.hold("KL before the first update, from 0", rows.old_logp - rows.ref_logp, "largest", 0.0)
 
+    # `evaluate` cuts rows to their length, the forward passes keep their padding.
     logp, _ = rows.evaluate(forward["actor"], models.policy, one_row)
-    values = rows.evaluate(forward["critic"], models.critic, one_row)
-    with torch.no_grad():  # `evaluate` cuts rows to their length, here they keep their padding
-        padded_logp, _ = forward["actor"](models.policy, rows, args)
-        padded_values = forward["critic"](models.critic, rows, args)
-    report.close_logp("log-probs, alone and padded", padded_logp[responses], logp[responses])
-    scalars = padded_values[responses], values[responses], models.critic
-    report.close_scalars("values, alone and padded", *scalars)
+    with torch.no_grad():
+        padded, _ = forward["actor"](models.policy, rows, args)
+    report.close_logp("log-probs, alone and padded", padded[responses], logp[responses])
+    if critic := models.critic:
+        rows.old_values = rows.evaluate(forward["critic"], critic, args)
+        values = rows.evaluate(forward["critic"], critic, one_row)[responses]
+        with torch.no_grad():
+            padded = forward["critic"](critic, rows, args)[responses]
+        report.close_scalars("values, alone and padded", padded, values, critic)
     report.close_logp("log-probs, sampler and training", sampled_logp, rows.old_logp[responses])
     check_gradients(report, trained, rows, backward, args)
     check_rewards(report, models.reward_model, rows, dtype, args)
@@ -136,22 +135,20 @@ def draw(models, examiner, train):
 
 
 def check_gradients(report, trained, rows, backward, args):
-    """Microbatches as large as they may be, and of one row; weights 1 and 2 in turn, rewards +1 and
-    -1. And the losses, while they are there."""
+    """Microbatches as large as they may be, and of one row; weights 1 and 2, rewards -1 and +1."""
     ranks, turns = report.ranks, torch.arange(len(rows), device=rows.ids.device) % 2
     rows.rewards, rows.weights = 2.0 * turns - 1, 1.0 + turns
     rows.adv, rows.returns = ppo.advantages(rows, 0.0, args.gamma, args.lam, sum_over_ranks)
     gradients, losses = [], []
     for microbatch in (min(len(rows), max(2, args.microbatch)), 1):
         sums = backward(trained, rows, dataclasses.replace(args, microbatch=microbatch), ranks)
-        losses += [sums["policy_loss"], sums["value_loss"]]
+        losses.append([value for name, value in sums.items() if name.endswith("_loss")])
         gradients.append([flat_gradient(model) for model, _ in trained.values()])
     squares = [[(a - b).norm() ** 2, a.norm() ** 2] for a, b in zip(*gradients, strict=True)]
     apart, norms = sum_over_ranks(torch.tensor(squares, device=ranks.device)).sqrt().T
-    of_norm = apart / norms  # NaN where there is no gradient at all
-    name = "gradients, large and small microbatches"
-    report.hold(name, of_norm, "largest", report.of_norm, "of the norm")
-    losses = sum_over_ranks(torch.stack(losses[:2]))
+    name, share = "gradients, large and small microbatches", apart / norms  # NaN without gradient
+    report.hold(name, share, "largest", report.of_norm, "of the norm")
+    losses = sum_over_ranks(torch.stack(losses[0]))
     figure = " and ".join(f"{loss:.3g}" for loss in losses.tolist())
     report.line("losses of the first update", figure, bool(losses.isfinite().all()))
 
