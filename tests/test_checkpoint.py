@@ -30,7 +30,7 @@ from conftest import (
     tiny_lm,
     tiny_tokenizer,
 )
-from ranks import forked, refused
+from ranks import forked, ranked, refused
 from transformers import AutoModelForCausalLM
 
 
@@ -76,59 +76,71 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def life(folder, ranks):
-    """Steps 1 to 3, of which 1 and 2 are saved and 3 is not, for want of room; loaded, made again.
-
-    Returns {step: everything after it}, and what was seen.
-    """
-    run, trained, after, seen = folder / "run", trained_pair(ranks), {}, {}
+def write_run(run, ranks):
+    """Checkpoints after steps 1 and 2. Returns ({step: everything after it}, also of step 3, and
+    the trained pair)."""
+    trained, after = trained_pair(ranks), {}
     for step in (1, 2, 3):
         train(trained, step)
         after[step] = everything_of(trained)
         if step < 3:
             save(run, step, trained, ranks, kl_coef=0.1 * step, best=None)
-    with full_disk() if ranks.rank == ranks.world - 1 else contextlib.nullcontext():
-        seen["slices do not fit"] = refused(save, run, 3, trained, ranks)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "write_json", out_of_space)  # what only rank 0 does
-        seen["the manifest does not fit"] = refused(save, run, 3, trained, ranks)
-    dist.barrier()
-    seen["folders"] = sorted(path.name for path in (run / "checkpoints").iterdir())
-    again = trained_pair(ranks, seed=7)
-    seen["equal"] = [same(everything_of(again), after[2])]
-    seen["state"] = checkpoint.load(run, again, ranks)
-    seen["equal"].append(same(everything_of(again), after[2]))
-    train(again, 3)
-    seen["equal"].append(same(everything_of(again), after[3]))
+    return after, trained
+
+
+# ----------------------------------------------------------------------- ranks that are forks first
+
+
+@ranked(1, 2)
+def test_a_loaded_checkpoint_is_bit_equal_and_so_is_the_next_step(ranks, tmp_path):
+    (after, _), trained = write_run(tmp_path, ranks), trained_pair(ranks, seed=7)
+    assert not same(everything_of(trained), after[2])
+    state = checkpoint.load(tmp_path, trained, ranks)
+    assert state == {"step": 2, "kl_coef": 0.2, "best": None}
+    assert same(everything_of(trained), after[2])
+    train(trained, 3)
+    assert same(everything_of(trained), after[3])
     assert any("exp_avg_sq" in name for name in after[3])  # the moments are compared too
-    return after, seen
+
+
+@ranked(1, 2)
+def test_a_full_disk_under_one_rank_is_one_error_on_all_and_leaves_the_last_one(
+    ranks, tmp_path, monkeypatch
+):
+    _, trained = write_run(tmp_path, ranks)
+    with full_disk() if ranks.rank == ranks.world - 1 else contextlib.nullcontext():
+        slices = refused(save, tmp_path, 3, trained, ranks)
+    monkeypatch.setattr(checkpoint, "write_json", out_of_space)  # what only rank 0 does
+    manifest = refused(save, tmp_path, 3, trained, ranks)
+    for message, reason in ((slices, "File too large"), (manifest, "No space left on device")):
+        assert message.startswith(f"{tmp_path}/checkpoints/step_3: cannot save with ")
+        assert reason in message and message.endswith("/step_2")  # the last complete one
+    dist.barrier()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_1", "step_2"}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(a run, {step: everything after it}, what each of two ranks has seen)"""
-    folder = tmp_path_factory.mktemp("two")
+    """(a run of two ranks with an export of its actor, {step: everything after it})"""
+    run = tmp_path_factory.mktemp("two") / "run"
 
     def work(ranks):
-        after, seen = life(folder, ranks)
-        trained = trained_pair(ranks, seed=7)
-        checkpoint.load(folder / "run", trained, ranks)
-        lm, tokenizer = trained["actor"][0].lm, tiny_tokenizer()
-        export.write(lm, folder / "policy", empty_causal_lm(lm.config), tokenizer, ranks)
-        return after, seen
+        after, trained = write_run(run, ranks)
+        lm = trained["actor"][0].lm
+        export.write(lm, run / "policy", empty_causal_lm(lm.config), tiny_tokenizer(), ranks)
+        return after
 
-    (after, first), (_, second) = forked(work)
-    return folder / "run", after, first, second
+    return run, forked(work)[0]
 
 
 @pytest.fixture(scope="module")
-def saved(ranks, tmp_path_factory):
-    """(a run with checkpoints after steps 1 and 2, {step: everything after it}, what was seen)"""
-    folder = tmp_path_factory.mktemp("one")
-    after, seen = life(folder, ranks)
+def saved(two, ranks, tmp_path_factory):
+    """(a run of one rank, {step: everything after it}); two ranks have been forked before."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    after, _ = write_run(run, ranks)
     for name in ("metrics.jsonl", "samples.jsonl"):
-        append_jsonl(folder / "run" / name, [{"step": step, "x": 0.5} for step in (1, 1, 2, 3)])
-    return folder / "run", after, seen
+        append_jsonl(run / name, [{"step": step, "x": 0.5} for step in (1, 1, 2, 3)])
+    return run, after
 
 
 @pytest.fixture
@@ -137,30 +149,8 @@ def run(saved, tmp_path):
     return Path(shutil.copytree(saved[0], tmp_path / "run"))
 
 
-@pytest.fixture(params=["two", "saved"])
-def seen(request):
-    """What each of so many ranks has seen."""
-    return request.getfixturevalue(request.param)[2:]
-
-
-def test_a_loaded_checkpoint_is_bit_equal_and_so_is_the_next_step(seen):
-    for rank in seen:
-        assert rank["state"] == {"step": 2, "kl_coef": 0.2, "best": None}
-        assert rank["equal"] == [False, True, True]  # before it is loaded, after, after a step
-
-
-@pytest.mark.parametrize("where", ["slices do", "the manifest does"])
-def test_a_full_disk_under_one_rank_is_one_error_on_all_and_leaves_the_last_one(seen, where):
-    reason = {"slices do": "File too large", "the manifest does": "No space left on device"}[where]
-    for rank in seen:
-        message = rank[f"{where} not fit"]
-        assert "/checkpoints/step_3: cannot save with " in message and reason in message
-        assert message.endswith("step_2")  # the last complete one
-        assert rank["folders"] == ["step_1", "step_2"]
-
-
 def test_one_rank_goes_on_with_a_checkpoint_and_an_export_of_two(two, ranks):
-    (run, after, *_), trained = two, trained_pair(ranks, seed=7)
+    (run, after), trained = two, trained_pair(ranks, seed=7)
     assert checkpoint.load(run, trained, ranks)["step"] == 2
     assert same(everything_of(trained), after[2])
     train(trained, 3)
@@ -168,8 +158,8 @@ def test_one_rank_goes_on_with_a_checkpoint_and_an_export_of_two(two, ranks):
     assert numbers.keys() == after[3].keys()
     for name, value in numbers.items():
         torch.testing.assert_close(value, after[3][name], rtol=1e-5, atol=1e-6)
-    policy = AutoModelForCausalLM.from_pretrained(run.with_name("policy")).named_parameters()
-    assert all(torch.equal(value, after[2][f"actor lm.{name}"]) for name, value in policy)
+    policy = AutoModelForCausalLM.from_pretrained(run / "policy").named_parameters()
+    assert all(torch.equal(value, after[3][f"actor lm.{name}"]) for name, value in policy)
 
 
 @pytest.mark.parametrize("where", ["at once", "in the thread"])
