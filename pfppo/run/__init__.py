@@ -1,4 +1,4 @@
-r"""Before, during and after a run: its options, folder, checkpoints, end; memory; export; selfcheck.
+r"""Before, during and after a run: options, folder, checkpoints, end; memory; export; selfcheck.
 
 What stands here is all that the rest of pfppo uses of this folder.
 
