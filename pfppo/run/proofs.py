@@ -15,6 +15,7 @@ from pfppo.rollout import collate, seeded
 from pfppo.sampler import decode_one, prefill
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 def prove_models(models, tokens, args, device):
@@ -99,3 +100,30 @@ def prove_scalar(scalar, tokens, option, path, device):
                 share = (differences.abs().max() / scalars.abs().mean()).item()
                 far = f"scalars of a row alone and beside a longer one differ by {share:.2g} of it"
                 require(share <= 0.05, far)
+
+
+def plain(cls, path, dtype, rows):
+    """A model as transformers reads its folder, without a pad id; and rows of ids one by one."""
+    model = cls.from_pretrained(path, dtype=dtype).to(rows.ids.device).eval()
+    model.config.get_text_config().pad_token_id = None
+    ends = (rows.prompt_lengths + rows.lengths).tolist()
+    return model, [ids[None, :end] for ids, end in zip(rows.ids, ends, strict=True)]
+
+
+@torch.no_grad()
+def plain_logp(path, rows, dtype, never, temperature):
+    """Log-probs of all response tokens, [tokens], by transformers' own reading of a folder."""
+    lm, alone = plain(AutoModelForCausalLM, path, dtype, rows)
+    parts = []
+    for ids, start in zip(alone, rows.prompt_lengths.tolist(), strict=True):
+        logits = lm(input_ids=ids).logits[0, start - 1 : -1].float()
+        logits[:, never] = LEAST
+        parts.append((logits / temperature).log_softmax(-1).gather(1, ids[0, start:, None])[:, 0])
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def plain_scores(path, rows, dtype):
+    """Scores of a reward model's folder, [B], by transformers' own reading of it."""
+    scalar, alone = plain(AutoModelForSequenceClassification, path, dtype, rows)
+    return torch.stack([scalar(input_ids=ids).logits[0, 0].float() for ids in alone])
