@@ -116,27 +116,24 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
     # 2. Score: by the tests to know the truth, by the reward slot to learn from.
     problems, asked = ([part[i] for i, _ in keys] for part in (train.problems, train.prompts))
     texts = tokens.decode(asked, samples.ids)
-    rows = rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp)
     answers = reward.Answers(
         problems,
         texts,
         scores=examiner.run_tests(problems, texts),  # [B]
         finished=torch.tensor(samples.finished),
-        rows=rows,
+        rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp),
         seed=args.seed,
         reward_model=models.reward_model,
         microbatch=args.microbatch,
     )
     with fsdp.agreed(ranks):  # a user's reward may fail on one rank
-        answers.rewards = reward_of(answers)
-    answers.rewards = answers.rewards - args.missing_eos_penalty * ~answers.finished  # [B]
+        answers.rewards = reward_of(answers) - args.missing_eos_penalty * ~answers.finished  # [B]
     meter.lap("score")
     return answers
 
 
 def backward(trained, rows, args, ranks):
-    """Gradients of both losses over one minibatch, sums that microbatches and ranks do not change.
-    Returns this rank's part of every metric."""
+    """Gradients of both losses over one minibatch, and this rank's sums for every metric."""
     sums = Counter()
     for mb in rows.microbatches(args.microbatch):
         for name, (model, _) in trained.items():  # one model's activations at a time
@@ -235,8 +232,7 @@ def main(args, ranks=None):
         meter.samples(answers, rewards, weights)
         row = meter.row(state)
         if args.kl_target and meter.updates:
-            now = state.kl_coef, row["kl_k1"]
-            state.kl_coef = ppo.adapted_kl_coef(*now, args.kl_target, P * N)
+            state.kl_coef = ppo.adapted_kl_coef(state.kl_coef, row["kl_k1"], args.kl_target, P * N)
         if state.step % args.eval_every == 0 or state.step == args.steps:
             row["validation"] = session.look(models, examiner, inputs.validation, state)
         meter.lap("validation")

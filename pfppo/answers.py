@@ -306,7 +306,7 @@ def judge(args, reward_of, problems, rows, results):
         mean, std = (0.0, 1.0) if known else spread_of(raw, f"--reward_model {args.reward_model}")
         answers.by_model = (raw - mean) / std
     if args.reward != "model":
-        reward_of.mean, reward_of.std = spread_of(reward_of.raw(answers), f"--reward {args.reward}")
+        reward_of.measure(answers)
     rewards = reward_of(answers)
     for row, reward, score in zip(rows, rewards.tolist(), scores.tolist(), strict=True):
         if row.get("reward", reward) != reward:

@@ -179,13 +179,12 @@ class Models:
             if measured[1]:
                 probe = replace(probe)  # a reward model's rewards are in other units now
                 with fsdp.agreed(ranks):
-                    raw = reward_of.raw(probe)
-                kind = f"--reward {reward_of.spec}"
-                if raw.std() > 0:
-                    state.scale = spread_of(raw, kind)
+                    reward_of.measure(probe)
+                state.scale = [reward_of.mean, reward_of.std]
                 what = "mean {:.3g}, standard deviation {:.3g}".format(*state.scale)
-                what = what if raw.std() > 0 else "no spread, so they are taken as they are"
-                ranks.say(f"{kind}: rewards of {len(raw)} samples of the SFT policy: {what}")
+                what = what if state.scale != [0.0, 1.0] else "no spread, so they stay as they are"
+                said = f"rewards of {len(probe.texts)} samples of the SFT policy: {what}"
+                ranks.say(f"--reward {reward_of.spec}: {said}")
         reward_of.mean, reward_of.std = state.scale
 
 

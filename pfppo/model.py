@@ -41,18 +41,6 @@ transformers.logging.set_verbosity_error()  # its warnings are for other uses th
 transformers.logging.disable_progress_bar()
 
 
-def apart(logp, expected, dtype):
-    """(how far log-probs [tokens] are apart, the limit of what rounding explains), in nats.
-
-    In fp32 the largest difference counts; in bf16 the mean, as single tokens may be far off. An
-    error e of the logits moves a log-prob by about e (1 - p), so the mean's limit is in 1 - p.
-    """
-    differences = (logp - expected).abs().double()
-    if dtype == torch.float32:
-        return differences.max().item(), 1e-3
-    return differences.mean().item(), 0.03 * max((1 - expected.exp()).mean().item(), 1e-3)
-
-
 def positions_of(hidden, positions):
     """hidden [B, L, D], positions [B, K] -> [B, K, D]; positions off the end are cut to the end."""
     positions = positions.clamp(max=hidden.shape[1] - 1)
@@ -163,11 +151,8 @@ def read_generation_config(path, option="policy"):
 
 
 def stored_tensors(folder, option):
-    """{name: file} of all tensors in a folder's safetensors, whose headers are read; {} where there
-    are none. As transformers has it, a single file comes before an index with shards.
-
-    Raises UserError naming the file that is missing, cut short or damaged.
-    """
+    """{name: file} of all tensors in a folder's safetensors, by their headers. As transformers has
+    it, a single file comes before an index. Raises UserError naming the file that is damaged."""
     folder, names = Path(folder), []
     if (folder / SINGLE).is_file():
         names = [SINGLE]
@@ -210,9 +195,9 @@ def check_cache(path, option="policy"):
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     stateful = odd or getattr(kind, "_is_stateful", False)
     what = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
-    what = f"--{option} {path}: {config.model_type} is {what}, expected a decoder with plain keys "
-    what += "and values in its cache, as sampling here needs them"
-    require(not config.is_encoder_decoder and not stateful, what)
+    expected = "expected a decoder whose cache is plain keys and values, as sampling needs them"
+    fits = not config.is_encoder_decoder and not stateful
+    require(fits, f"--{option} {path}: {config.model_type} is {what}, {expected}")
 
 
 def rows_of(path, option):

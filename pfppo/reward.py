@@ -248,6 +248,12 @@ class Slot:
         require(not found, f"--reward {self.spec}: {expected}")
         return rewards
 
+    def measure(self, answers):
+        """Take mean and sd from samples of the SFT policy; what has no spread stays as it is."""
+        raw = self.raw(answers)
+        if raw.std() > 0:
+            self.mean, self.std = spread_of(raw, f"--reward {self.spec}")
+
     def __call__(self, answers):
         return ((self.raw(answers) - self.mean) / self.std).clamp(-self.clip, self.clip)
 

@@ -10,12 +10,24 @@ Not covered: what shows beyond seven tokens, such as frequencies that change wit
 import contextlib
 
 from pfppo.config import UserError, reason, require
-from pfppo.model import LEAST, apart
+from pfppo.model import LEAST
 from pfppo.rollout import collate, seeded
 from pfppo.sampler import decode_one, prefill
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+def apart(logp, expected, dtype):
+    """(how far log-probs [tokens] are apart, the limit of what rounding explains), in nats.
+
+    In fp32 the largest difference counts; in bf16 the mean, as single tokens may be far off. An
+    error e of the logits moves a log-prob by about e (1 - p), so the mean's limit is in 1 - p.
+    """
+    differences = (logp - expected).abs().double()
+    if dtype == torch.float32:
+        return differences.max().item(), 1e-3
+    return differences.mean().item(), 0.03 * max((1 - expected.exp()).mean().item(), 1e-3)
 
 
 def prove_models(models, tokens, args, device):

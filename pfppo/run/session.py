@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pfppo import fsdp, metrics
 from pfppo.config import require
 from pfppo.files import append_jsonl, whole_lines
-from pfppo.model import apart
 from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
 from pfppo.run.folder import claim, open_folder
 from pfppo.run.memory import require_fits
+from pfppo.run.proofs import apart
 from pfppo.run.stopping import Stop
 
 
