@@ -175,7 +175,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tm
 # ------------------------------------------------------------------------ all families there are
 
 EQUAL = """afmoe apertus arcee aria_text beam bert-generation biogpt bitnet bloom codegen cohere
-cohere2 cohere2_moe ctrl cwm diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon
+cohere2 cohere2_moe ctrl cwm diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe
+falcon
 flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4
 glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
 granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
