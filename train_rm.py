@@ -81,8 +81,9 @@ def pairs_by_tests(args, tokens, ranks):
 
 
 def make_for_lab(folder, ranks):
-    """The lab's reward model, on any number of ranks."""
-    main(Args(run_dir=folder, batch=math.ceil(16 / ranks.world) * ranks.world), ranks)
+    """The lab's reward model, on any number of ranks; held_out: its accuracy is told by 400 pairs."""
+    batch = math.ceil(16 / ranks.world) * ranks.world
+    main(Args(run_dir=folder, batch=batch, held_out=0.4), ranks)
 
 
 def main(args, ranks=None):
@@ -158,11 +159,12 @@ def main(args, ranks=None):
     config.pad_token_id = tokens.classifier_pad
     unsharded, extra = empty_classifier(config), [card.save, write_pairs]
     run.write(model.classifier, folder, unsharded, tokens.tokenizer, ranks, extra)
-    unseen = f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs"
+    unseen = (
+        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs" if held_out else "none held out"
+    )
     ranks.say(
-        f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, "
-        f"{unseen if held_out else 'none held out'}; normaliser mean {card.mean:.3f}, "
-        f"standard deviation {card.std:.3f} over {len(rows)} responses"
+        f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, {unseen}; "
+        f"normaliser mean {card.mean:.3f}, sd {card.std:.3f} over {len(rows)} responses"
     )
 
 
