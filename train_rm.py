@@ -81,7 +81,7 @@ def pairs_by_tests(args, tokens, ranks):
 
 
 def make_for_lab(folder, ranks):
-    """The lab's reward model, on any number of ranks; held_out: its accuracy is told by 400 pairs."""
+    """The lab's reward model, on any number of ranks; 400 pairs tell its accuracy."""
     batch = math.ceil(16 / ranks.world) * ranks.world
     main(Args(run_dir=folder, batch=batch, held_out=0.4), ranks)
 
@@ -112,8 +112,7 @@ def main(args, ranks=None):
     # Model: the SFT policy's backbone, a new scalar head
     model = loading.new_scalar(args, ranks)
     run.prove_scalar(model, tokens, "policy", args.policy, ranks.device)
-    optimizer = fsdp.adamw(model, args.lr)
-    steps = per_epoch * args.epochs
+    optimizer, steps = fsdp.adamw(model, args.lr), per_epoch * args.epochs
     ranks.say(
         f"reward model: {len(training)} pairs for training, {len(held_out)} held out, "
         f"{steps} steps of {size} -> {share} per rank -> microbatches of {microbatch}"
@@ -159,9 +158,8 @@ def main(args, ranks=None):
     config.pad_token_id = tokens.classifier_pad
     unsharded, extra = empty_classifier(config), [card.save, write_pairs]
     run.write(model.classifier, folder, unsharded, tokens.tokenizer, ranks, extra)
-    unseen = (
-        f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs" if held_out else "none held out"
-    )
+    unseen = f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs"
+    unseen = unseen if held_out else "none held out"
     ranks.say(
         f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, {unseen}; "
         f"normaliser mean {card.mean:.3f}, sd {card.std:.3f} over {len(rows)} responses"
