@@ -7,7 +7,6 @@ import math
 import random
 from pathlib import Path
 
-from pfppo.config import UserError
 from pfppo.files import read_jsonl
 from pfppo.problems import Problem, assemble, check_of, load_pairs, load_problems, load_prompts
 from pfppo.problems.contamination import grams, overlaps, report_overlap
@@ -24,6 +23,7 @@ from pfppo.sandbox import Sandbox
 
 import numpy as np
 import pytest
+from ranks import refused
 from test_extract import BARE, CODEX, STUB
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -43,9 +43,10 @@ def run(check):
         names["check"](eval(check.entry_point, names))
 
 
-def passed(*checks):
+@pytest.fixture(scope="module")
+def passed():
     with Sandbox(workers=1) as sandbox:
-        return [verdict.passed for verdict in sandbox.run(list(checks))]
+        yield lambda *checks: [verdict.passed for verdict in sandbox.run(list(checks))]
 
 
 def write(folder, *rows):
@@ -55,15 +56,7 @@ def write(folder, *rows):
     return path
 
 
-def refused(function, *args, **options):
-    """The one line that a call ends in."""
-    with pytest.raises(UserError) as caught:
-        function(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_humaneval_references_pass_in_three_styles_and_pass_alone_fails():
+def test_humaneval_references_pass_in_three_styles():
     problems = load_problems(data("HumanEval.jsonl.gz"), "humaneval")
     assert len(problems) == 164 and load_prompts(data("HumanEval.jsonl.gz")) == problems
     for problem in problems:
@@ -74,8 +67,6 @@ def test_humaneval_references_pass_in_three_styles_and_pass_alone_fails():
         bare = assemble(problem, f"Here you are:\n\n{whole}\nThat's it.")
         for check in (body, fenced, bare):
             run(check)
-        with pytest.raises((AssertionError, TypeError, AttributeError)):
-            run(assemble(problem, "    pass\n"))
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the references
@@ -155,7 +146,7 @@ CONTEST = {"task_id": "c", "prompt": STUB.prompt, "prompt_sft": "Do it.", "test"
 BY_FORM = {"humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": CONTEST}
 
 
-def test_leetcodes_usual_names_need_no_import(tmp_path):
+def test_leetcodes_usual_names_need_no_import(tmp_path, passed):
     (problem,) = load_problems(write(tmp_path, CONTEST))
     names = "deque, heappush, bisect_left, accumulate, lru_cache, Optional, inf, re, math.comb"
     run(assemble(problem, f"{names}\n        return pow(2, 5, 27) if gcd(4, 6) == 2 else 0\n"))
@@ -222,7 +213,7 @@ PLUS |= {"plus_input": [[-3], [[1, [0.1]]], ["a'\"\\n"]]}
 PLUS |= {"prompt": 'def root(x):\n    return x**0.5\n\ndef two(x):\n    """Twice."""\n'}
 
 
-def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(tmp_path):
+def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(tmp_path, passed):
     (problem,) = load_problems(write(tmp_path, PLUS))
     bodies = {
         "return 2 * x": True,
@@ -237,7 +228,7 @@ def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(t
     assert passed(reference_check(problem), *checks) == [True, *bodies.values()]
 
 
-def test_a_problem_may_lack_entry_point_and_reference(tmp_path):
+def test_a_problem_may_lack_entry_point_and_reference(tmp_path, passed):
     row = {"task_id": "A", "prompt": "", "test": "assert f(1) == 2", "entry_point": None}
     (problem,) = load_problems(write(tmp_path, row))
     assert (problem.entry_point, problem.canonical_solution) == ("f", "")
@@ -271,16 +262,11 @@ def test_a_reference_leaves_a_given_program_alone_and_may_replace_the_signature(
 # ------------------------------------------------------------------------- one's own prompts
 
 
-def test_a_prompt_alone_is_enough_and_is_named_by_its_line(tmp_path):
-    first, second = load_prompts(write(tmp_path, {"prompt": "a"}, "", {"prompt": [ASK]}))
-    assert (first.prompt, first.test, first.entry_point) == ("a", "", "")
-    assert (second.prompt, second.messages, second.question) == ("", [ASK], "q")
-    assert [first.task_id, second.task_id] == ["line 1", "line 3"]
-
-
 @pytest.mark.parametrize(
     "row, wanted",
     [
+        ({"prompt": "a"}, {"prompt": "a", "test": "", "entry_point": "", "task_id": "line 2"}),
+        ({"prompt": [ASK]}, {"prompt": "", "messages": [ASK], "question": "q"}),
         (HUMANEVAL | {"task_id": 7}, {"task_id": "7", "entry_point": "two"}),
         (HUMANEVAL | {"test": None}, {"test": "", "entry_point": "two"}),
         (HUMANEVAL | {"setup": "x = 1\n", "instruction": "Do."}, {"setup": "x = 1\n"}),
@@ -296,11 +282,11 @@ def test_a_prompt_alone_is_enough_and_is_named_by_its_line(tmp_path):
     ],
 )
 def test_a_row_of_ones_own_is_read_by_the_fields_it_has(tmp_path, row, wanted):
-    (problem,) = load_prompts(write(tmp_path, row))
+    (problem,) = load_prompts(write(tmp_path, "", row))
     assert {name: getattr(problem, name) for name in wanted} == wanted
 
 
-def test_tests_alone_make_a_problem_and_code_in_a_prompt_stays_code(tmp_path):
+def test_tests_alone_make_a_problem_and_code_in_a_prompt_stays_code(tmp_path, passed):
     tests = {"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
     stub = 'def add(a, b):\n    """Add."""\n'
     rows = ({"prompt": prompt} | tests for prompt in ("Add.", stub))
@@ -321,6 +307,7 @@ def test_a_named_form_refuses_rows_of_other_forms(tmp_path, form):
         else:
             message = refused(load_problems, path, form)
             assert f"line 2: expected a row of {form}, found one of {other} (has: " in message
+    assert "'apps' is unknown: expected leetcode, mbpp, " in refused(load_problems, path, "apps")
 
 
 BROKEN = [  # row or line, what the message says of it
@@ -371,6 +358,7 @@ def test_a_repeated_task_id_names_both_lines_and_a_benchmark_needs_tests(tmp_pat
 @pytest.mark.parametrize(
     "content, message",
     [
+        (None, ": cannot be read (No such file"),
         (b"", ": no rows"),
         (b"\n \n", ": no rows"),
         (b'[{"a": 1},', ", line 1: not JSON"),
@@ -380,18 +368,12 @@ def test_a_repeated_task_id_names_both_lines_and_a_benchmark_needs_tests(tmp_pat
         (gzip.compress(b'{"a": 1}')[:-6], ": cannot be read (Compressed file ended"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, content, message):
+def test_a_file_that_is_broken_or_missing_is_named(tmp_path, content, message):
     path = tmp_path / "broken.jsonl"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     for load in (load_problems, load_prompts, load_pairs):
         assert refused(load, path).startswith(f"{path}{message}")
-
-
-def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
-    path = tmp_path / "none.jsonl"
-    for load in (load_problems, load_prompts, load_pairs):
-        assert f"{path}: cannot be read (No such file" in refused(load, path)
-    assert "'apps' is unknown: expected leetcode, mbpp, " in refused(load_problems, path, "apps")
 
 
 def test_gzip_blank_lines_byte_order_mark_and_one_array_are_read(tmp_path):
