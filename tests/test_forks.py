@@ -66,7 +66,8 @@ def script_of(folder):
 
 def words_of(tiny, name, run_dir, **changed):
     own = {k: tiny / v if v == "rm" else v for k, v in OPTIONS.get(name, {}).items()}
-    return options(tiny, run_dir, **{"test": ""} | own | changed)
+    chosen = {"test": "", "validation": "", "save_every": 2} | own | changed
+    return options(tiny, run_dir, **chosen)
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
@@ -91,7 +92,7 @@ def test_lora_exports_what_it_sampled_from_and_resumes(tiny, tmp_path, monkeypat
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     words = []
     for folder, steps in ((run_dir, 2), (run_dir, 4), (whole, 4)):
-        argv = words_of(tiny, "lora", folder, steps=steps, validation="", save_every=2)
+        argv = words_of(tiny, "lora", folder, steps=steps)
         words += [*argv, *(["--resume"] if steps == 4 and folder == run_dir else []), "--"]
     exported, before = tmp_path / "out", load_file(tiny / "policy/model.safetensors")
     words += ["--run_dir", run_dir, "--export", exported]
