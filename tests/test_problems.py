@@ -319,23 +319,17 @@ BROKEN = [  # row or line, what the message says of it
     ({"prompt": 3}, "field 'prompt': expected a string or a list, found 3"),
     ({"prompt": None}, "field 'prompt' is missing (expected a string or a list; has: no field)"),
     ({"prompt": " \n"}, "field 'prompt' is empty, expected some text"),
-    ({"prompt": []}, "field 'prompt': expected a system turn or none, then user and assistant"),
     ({"messages": [ASK, YES]}, "field 'messages': expected a system turn or none"),
     ({"prompt": "a", "task_id": 7.5}, "field 'task_id': expected a number or a string, found 7.5"),
     (HUMANEVAL | {"test": ["x"]}, "field 'test': expected a string, found ['x']"),
-    (HUMANEVAL | {"entry_point": 1}, "field 'entry_point': expected a string, found 1"),
-    (HUMANEVAL | {"canonical_solution": {}}, "field 'canonical_solution': expected a string"),
     (HUMANEVAL | {"entry_point": ""}, "field 'entry_point' is missing: 'test' defines check"),
     (PLUS | {"base_input": 3}, "field 'base_input': expected a list, found 3"),
-    (MBPP | {"text": 1}, "field 'text': expected a string, found 1"),
     (MBPP | {"test_list": []}, "field 'test_list': expected a list, found []"),
     (MBPP | {"test_list": ["a", 2]}, "field 'test_list': expected a list of strings, found ['2']"),
-    (MBPP | {"test_list": "assert"}, "field 'test_list': expected a list, found 'assert'"),
     (MBPP | {"code": "two = 2"}, "expected a call of what the reference defines, found 'assert"),
     ({"prompt": "q", "test_list": ["x"]}, "expected a call of what is asked for defines"),
     (MBPP | {"test_setup_code": 1}, "field 'test_setup_code': expected a string or a list, found"),
     (CONTEST | {"test": "assert f()"}, "field 'test': expected a call 'my_solution.NAME(...)'"),
-    (CONTEST | {"prompt": ""}, "field 'prompt': expected a string, found ''"),
 ]
 
 
@@ -417,8 +411,7 @@ def test_other_orders_and_roles_are_refused_with_what_was_found(roles, last):
     [
         (3, "here: expected a string or a list of messages, found 3"),
         ([], "here: expected a system turn or none, then"),
-        (["a"], "here, message 1: expected an object with 'role' and 'content', found 'a'"),
-        ([{"from": "human", "value": "a"}], "found {'from': 'human'"),
+        ([{"from": "human"}], "message 1: expected an object with 'role' and 'content', found {'f"),
         ([turn("user", " \n")], "here, message 1: 'content' is empty"),
         ([turn("user", [])], "here, message 1: 'content' is empty"),
         ([turn("user", None)], "message 1: 'content': expected a string or parts of text only, f"),
@@ -471,23 +464,16 @@ def test_a_response_may_be_empty_as_text_and_as_a_turn():
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ({"chosen": [ASK, YES], "rejected": [SYSTEM, NO]}, ": expected a system turn or none"),
         ({"chosen": [ASK, YES], "rejected": [OTHER, NO]}, "differ before their last messages (1 a"),
         ({"chosen": HH.format("a"), "rejected": f"{SHORT} b"}, "(3 and 1 messages there)"),
-        ({"chosen": [ASK, YES], "rejected": "no"}, "(1 and 0 messages there)"),
         ({"chosen": [YES], "rejected": [NO]}, ": field 'prompt' (or 'instruction'): expected a s"),
-        ({"chosen": "yes", "rejected": "no"}, "expected a string or a list of messages, found n"),
-        ({"prompt": [], "chosen": "yes", "rejected": "no"}, "found an empty list"),
-        ({"prompt": "", "chosen": "yes", "rejected": "no"}, "is empty: expected some text, found"),
         ({"prompt": "x", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "start with, found 'x' in"),
         ({"prompt": [OTHER], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "(or 'instruction'): e"),
         ({"prompt": [ASK, YES], "chosen": "a", "rejected": "b"}, "the last one user, found user"),
         ({"prompt": "q", "chosen": [ASK], "rejected": [ASK]}, "'chosen' (or 'pos'): expected a s"),
         ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, ": chosen and rejected are the same"),
-        ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "list of messages, found 3"),
         ({"prompt": "q", "rejected": "no"}, "'chosen' (or 'pos'): expected a string or a list of"),
         ({"prompt": "q", "chosen": "a", "neg": 3}, "'rejected' (or 'neg'): expected a string or"),
-        ({"prompt": "q", "chosen": ["a"], "rejected": ""}, "'chosen' (or 'pos'), message 1: expe"),
         ({"instruction": "q", "input": "r", "pos": "a", "neg": "b"}, "one text of both, in 'prom"),
         ({"system": 3, "question": "q", "pos": "a", "neg": "b"}, "field 'system' and the prompt"),
     ],
@@ -666,10 +652,10 @@ def test_a_problem_is_found_whether_its_solution_follows_its_prompt_or_stands_el
 
 def test_texts_are_read_once_and_searched_for_all_problems_together():
     draw = random.Random(0)
-    words = [f"name_{i}" for i in range(3000)]
-    texts = [" ".join(draw.choices(words, k=100)) for _ in range(300)]
+    words = [f"name_{i}" for i in range(1000)]
+    texts = [" ".join(draw.choices(words, k=100)) for _ in range(100)]
     found = overlaps(((i, text) for i, text in enumerate(texts * 3)), list(map(grams, texts)))
-    assert found == [(1.0, i) for i in range(300)]
+    assert found == [(1.0, i) for i in range(100)]
 
 
 @pytest.mark.parametrize(
