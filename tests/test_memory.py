@@ -63,10 +63,13 @@ def test_ranks_of_a_group_share_what_is_held_and_each_has_the_gathered_copy(plan
         assert shared.policy.copy == plan.policy.copy
 
 
-def test_offloading_moves_bytes_from_device_to_host_and_bfloat16_halves_the_copy(plan, tmp_path):
+def test_offloading_moves_bytes_from_device_to_host_and_loses_none(plan, tmp_path):
     away = plan_of(tmp_path, offload_ref=True, offload_reward=True, offload_optimizer=True)
     assert set(away.device.values()) == {0}
     assert away.host - plan.host == sum(plan.device.values())
+
+
+def test_bfloat16_halves_the_copy_and_leaves_master_weights(plan, tmp_path):
     half = plan_of(tmp_path, dtype=torch.bfloat16)
     assert half.device == plan.device and half.policy.copy * 2 == plan.policy.copy
 
@@ -238,17 +241,18 @@ def test_short_prompts_count_as_they_are(plan, tmp_path):
     assert short.scalar.passes(4, False) == plan.scalar.passes(4, False)
 
 
-def test_offloading_more_than_the_host_has_is_refused_and_without_a_limit_nothing_is_estimated(
-    tmp_path, ranks, monkeypatch
-):
+def test_on_a_cpu_without_a_limit_nothing_is_estimated(tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(memory, "Plan", None)
+    require_fits(arguments(tmp_path), ranks)
+
+
+def test_offloading_more_than_the_host_has_is_refused(tmp_path, ranks, monkeypatch):
     monkeypatch.setattr(Plan, "phases", lambda plan: {"update": 0})
     args = arguments(tmp_path, offload_ref=True)
     require_fits(args, ranks)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}.get)
     message = "offloading: the ranks of this node need .* host memory"
     assert re.match(message, refused(require_fits, args, ranks))
-    monkeypatch.setattr(memory, "Plan", None)
-    require_fits(arguments(tmp_path), ranks)
 
 
 class Choosing(torch.nn.Module):

@@ -120,12 +120,13 @@ def test_four_ranks_live_with_any_lengths_and_any_filter(tiny, tmp_path):
 def test_what_saves_memory_changes_no_metric(tiny, finished, tmp_path):
     words = ["--gradient_checkpointing"]
     words += [f"--offload_{what}" for what in ("ref", "reward", "optimizer")]
-    run(train_ppo, *options(tiny, tmp_path / "run", **LONG), *words)
+    run(train_ppo, *options(tiny, tmp_path / "run", **LONG | {"test": ""}), *words)
     assert numbers(tmp_path / "run") == numbers(finished)
 
 
 def test_at_the_papers_learning_rate_master_weights_move_and_bf16_ones_would_not(tiny, tmp_path):
     changed = {"actor_lr": 5e-7, "warmup": 0, "steps": 3, "test": "", "validation": ""}
+    changed |= {"save_every": 3}
     run(train_ppo, *options(tiny, tmp_path / "run", **changed), "--param_dtype", "bfloat16")
     before = AutoModelForCausalLM.from_pretrained(tiny / "policy").state_dict()
     moved, lost, total = 0, 0, 0
@@ -157,26 +158,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "room, called, done", [(sampler, "draw_tokens", 1), (train_ppo, "backward", 2)]
-)
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(
-    tiny, finished, tmp_path, monkeypatch, capsys, room, called, done
+    tiny, finished, tmp_path, monkeypatch, capsys
 ):
-    """Asked in step 2: while it samples the step is given up, in its update it is the last one."""
-    argv, original = options(tiny, tmp_path / "run", steps=4, save_every=100), getattr(room, called)
+    """Asked twice in step 2: while it samples the step is given up, in its update it is ended."""
+    argv = options(tiny, tmp_path / "run", steps=4, save_every=100, test="")
+    metrics = tmp_path / "run/metrics.jsonl"
 
-    def asked(*args):
-        metrics = tmp_path / "run/metrics.jsonl"
-        if metrics.exists() and len(read(metrics)) == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return original(*args)
+    def asking(work):
+        def asked(*args):
+            if metrics.exists() and len(read(metrics)) == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return work(*args)
 
-    monkeypatch.setattr(room, called, asked)
-    run(train_ppo, *argv)
-    monkeypatch.undo()
-    assert f"SIGTERM, saved after step {done}; go on with --resume" in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step_{done}"]
+        return asked
+
+    for done, room, called in ((1, sampler, "draw_tokens"), (2, train_ppo, "backward")):
+        with monkeypatch.context() as patched:
+            patched.setattr(room, called, asking(getattr(room, called)))
+            run(train_ppo, *argv, "--resume")
+        assert f"SIGTERM, saved after step {done}; go on with --resume" in capsys.readouterr().out
+        assert (tmp_path / f"run/checkpoints/step_{done}").exists() and len(read(metrics)) == done
     run(train_ppo, *argv, "--resume")
     assert numbers(tmp_path / "run") == numbers(finished)
     first, second = last_actor(tmp_path / "run"), last_actor(finished)
