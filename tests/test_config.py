@@ -87,7 +87,6 @@ def test_options_are_taken_with_underscores_or_dashes_and_have_their_fields_type
         (["--batch_size"], ["--batch_size"]),
         (["--learning_share", "nan"], ["--learning_share", "'nan'", "float"]),
         (["--learning_share=-inf"], ["--learning_share", "'-inf'"]),
-        (["--learning-share=inf"], ["--learning_share", "'inf'"]),
         (["--prompt_style", "poem"], ["--prompt_style", "'poem'", "'plain'", "'chat'"]),
         (["--fast_mode=yes"], ["--fast_mode", "'yes'"]),
         (["stray"], ["stray"]),

@@ -81,6 +81,7 @@ def test_a_fork_is_small_trains_and_passes_the_selfcheck(tiny, tmp_path, path, m
     check = (*argv, "--run_dir", tmp_path / "no", "--selfcheck")
     statuses, said = forked(script, *argv, "--", *check, ranks=1)
     assert statuses == [0] and "nothing FAILED" in said, said
+    assert not (tmp_path / "no").exists()  # a selfcheck writes nothing
     rows = read(tmp_path / "run/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["ratio_first_minibatch"] in (1.0, None)
 

@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import train_ppo
 from pfppo import sampler
@@ -263,14 +262,3 @@ def test_an_export_says_what_is_wrong_in_one_line(finished, tmp_path):
     ):
         words = train_ppo, "--run_dir", run_dir, "--export", folder
         assert re.match(expected, refused(run, *words))
-
-
-def test_a_shard_that_was_cut_short_is_named_before_anything_is_written(tiny, tmp_path):
-    policy = Path(shutil.copytree(tiny / "policy", tmp_path / "policy"))
-    AutoModelForCausalLM.from_pretrained(policy).save_pretrained(policy, max_shard_size="60KB")
-    (policy / "model.safetensors").unlink(missing_ok=True)
-    shard = sorted(policy.glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-9])
-    message = refused(run, train_ppo, *options(tiny, tmp_path / "run", policy=policy))
-    assert message.startswith(f"--policy {shard}: damaged or cut short")
-    assert not (tmp_path / "run").exists()

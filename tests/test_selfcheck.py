@@ -153,16 +153,6 @@ def test_recomputed_blocks_and_one_row_per_microbatch_pass_without_a_reward_mode
     assert words == dict.fromkeys(NAMES, "ok") | {REWARDS: "skipped"}
 
 
-def test_the_script_ends_with_status_0_and_writes_nothing(ranks, folders, tmp_path, capsys):
-    files = {name: folders / name for name in ("policy", "reward_model")}
-    files |= {"prompts": folders / "prompts.jsonl", "run_dir": tmp_path / "run"}
-    sizes = {"prompts_per_step": 8, "minibatch": 4, "microbatch": 4, "max_new_tokens": 12}
-    files = {name: str(path) for name, path in files.items()}
-    args = train_ppo.Args(**files, **sizes, selfcheck=True, device="cpu")
-    assert train_ppo.main(args, ranks) == 0 and not list(tmp_path.iterdir())
-    assert words_of(capsys.readouterr().out) == dict.fromkeys(NAMES, "ok")
-
-
 # ---------------------------------------------------------------------------------- what is broken
 
 

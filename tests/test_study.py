@@ -17,7 +17,7 @@ import train_ppo
 from pfppo.config import UserError
 from pfppo.lab import cells, figures, study
 from pfppo.lab.cells import read_cell, run_cells
-from pfppo.lab.study import Args, cells_of, interval, main, markdown, measure, rank_correlation
+from pfppo.lab.study import Args, cells_of, main, markdown, measure, rank_correlation
 from pfppo.run import comparison
 
 import numpy as np
@@ -183,14 +183,6 @@ def test_one_seed_has_no_verdict(args, asked, tmp_path):
     main(args)
     assert table_of(tmp_path)["filters"][1]["selected_greedy"] == pytest.approx([0.15, None, None])
     assert "one seed: no interval" in (tmp_path / "table.md").read_text()
-
-
-def test_an_interval_holds_the_mean_and_shrinks_with_seeds():
-    values = np.random.default_rng(0).normal(size=50)
-    widths = [interval(values[:n])[2] - interval(values[:n])[1] for n in (5, 50)]
-    assert widths[1] < widths[0]
-    mean, low, high = interval(values)
-    assert low < mean < high
 
 
 def test_the_rank_correlation_needs_three_filters_with_both():
