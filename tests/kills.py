@@ -29,6 +29,31 @@ from safetensors.torch import load_file  # noqa: E402
 CHANGED = {"steps": 60, "save_every": 1, "eval_every": 2, "keep": 2, "test": ""}
 
 
+def ended(tiny, run_dir, ranks=0, seconds=600.0):
+    """Begin a run or go on with it, for so long at most. Whether it came to its end."""
+    process = started("train_ppo.py", tiny, run_dir, "--resume", ranks=ranks, **CHANGED)
+    try:
+        said = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return False
+    assert process.returncode == 0, said[-2000:]
+    return True
+
+
+def moment(run_dir, steps):
+    """What a run that had made so many steps was doing when it was killed."""
+    if list(run_dir.glob("checkpoints/*.tmp")) or list(run_dir.glob("*.tmp")):
+        return "while saving"
+    return "in a step" if steps_of(run_dir) > steps else "starting"
+
+
+def steps_of(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
 def everything(run_dir):
     """What two runs must have in common."""
     newest = checkpoint.complete(run_dir)[0]
@@ -37,62 +62,31 @@ def everything(run_dir):
     return weights, rest
 
 
-def whole_run(tiny, run_dir, ranks):
-    """Run to the end and return the seconds it took."""
-    begin = time.monotonic()
-    process = started("train_ppo.py", tiny, run_dir, "--resume", ranks=ranks, **CHANGED)
-    said = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, said[-2000:]
-    return time.monotonic() - begin
-
-
-def killed_run(tiny, run_dir, ranks, kills, longest, draw):
-    """Kill at most so many times, then run to the end. Returns what was going on at each kill."""
-    moments, metrics = [], run_dir / "metrics.jsonl"
-
-    def steps():
-        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
-
-    while len(moments) < kills:
-        before = steps()
-        process = started("train_ppo.py", tiny, run_dir, "--resume", ranks=ranks, **CHANGED)
-        try:
-            process.communicate(timeout=draw.uniform(0.2, 1.2) * longest)
-            return moments  # it came to its end before
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-        saving = list(run_dir.glob("checkpoints/*.tmp")) or list(run_dir.glob("*.tmp"))
-        moments.append(
-            "while saving" if saving else "in a step" if steps() > before else "starting"
-        )
-    whole_run(tiny, run_dir, ranks)
-    return moments
-
-
-def equal(first, second):
-    (weights, rest), (others, other_rest) = everything(first), everything(second)
-    same = weights.keys() == others.keys()
-    return same and rest == other_rest and all(torch.equal(weights[n], others[n]) for n in weights)
+def equal(*run_dirs):
+    (weights, rest), (others, other_rest) = map(everything, run_dirs)
+    same = weights.keys() == others.keys() and rest == other_rest
+    return same and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=0)
+    for name, default in (("kills", 20), ("seed", 0), ("ranks", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
+    draw, moments, same, runs = random.Random(args.seed), Counter(), True, 0
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        (folder / "tiny").mkdir()
-        tiny = make_tiny(folder / "tiny")
-        longest = whole_run(tiny, folder / "whole", args.ranks)
-        draw, moments, same, runs = random.Random(args.seed), Counter(), True, 0
+        whole, tiny = Path(folder, "whole"), make_tiny(Path(folder))
+        begin = time.monotonic()
+        ended(tiny, whole, args.ranks)
+        longest = time.monotonic() - begin
         while same and moments.total() < args.kills:
-            runs += 1
-            left, run_dir = args.kills - moments.total(), folder / f"killed {runs}"
-            moments.update(killed_run(tiny, run_dir, args.ranks, left, longest, draw))
-            same = equal(folder / "whole", run_dir)
+            runs, run_dir = runs + 1, Path(folder, f"killed {runs}")
+            steps, limit = 0, longest
+            while not ended(tiny, run_dir, args.ranks, draw.uniform(0.2, 1.2) * limit):
+                moments[moment(run_dir, steps)] += 1
+                steps = steps_of(run_dir)
+                limit = longest if moments.total() < args.kills else 1000
+            same = equal(whole, run_dir)
             print(f"run {runs}: {dict(moments)}", flush=True)
     print(f"{moments.total()} kills in {runs} runs of {CHANGED['steps']} steps: {dict(moments)}")
     print("metrics, samples, checkpoint and policy are", "equal" if same else "NOT equal")

@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pfppo.problems.benchmarks import load_problems, reference_check  # noqa: E402
-from pfppo.sandbox.pool import Sandbox  # noqa: E402
+from pfppo.problems import load_problems  # noqa: E402
+from pfppo.problems.programs import reference_check  # noqa: E402
+from pfppo.sandbox import Sandbox  # noqa: E402
 
 COMPARISONS = [ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq]
 OPERATORS = [ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod]
@@ -35,17 +36,11 @@ def edits(tree):
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
-            found += [
-                lambda n=node, k=kind: n.ops.__setitem__(0, k())
-                for kind in COMPARISONS
-                if not isinstance(node.ops[0], kind)
-            ]
+            others = [kind for kind in COMPARISONS if kind is not type(node.ops[0])]
+            found += [lambda n=node, k=kind: n.ops.__setitem__(0, k()) for kind in others]
         elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            found += [
-                lambda n=node, k=kind: setattr(n, "op", k())
-                for kind in OPERATORS
-                if not isinstance(node.op, kind)
-            ]
+            others = [kind for kind in OPERATORS if kind is not type(node.op)]
+            found += [lambda n=node, k=kind: setattr(n, "op", k()) for kind in others]
         elif isinstance(node, ast.Constant) and type(node.value) is int:
             found += [lambda n=node, d=step: setattr(n, "value", n.value + d) for step in (-1, 1)]
         elif isinstance(node, (ast.If, ast.While)):
@@ -81,15 +76,9 @@ def fresh_process(check, seconds):
         file = Path(folder) / "program.py"
         file.write_text(f"{check.program}\n{check.test}{call}")
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(file)],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                preexec_fn=limits,
-                timeout=10 * seconds,
-            )
+            command, closed = [sys.executable, "-I", str(file)], subprocess.DEVNULL
+            how = {"cwd": folder, "preexec_fn": limits, "timeout": 10 * seconds}
+            done = subprocess.run(command, stdin=closed, stdout=closed, stderr=closed, **how)
         except subprocess.TimeoutExpired:
             return False
         return done.returncode == 0

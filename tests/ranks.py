@@ -9,8 +9,11 @@ in its file.
 import gc
 import inspect
 import os
+import signal
 import socket
+import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 # A fork of a process whose backward pass knows a GPU cannot run backward.
@@ -23,7 +26,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 (what an optimizer imports at its first step)
 import torch.distributed as dist  # noqa: E402
-from torch.multiprocessing import start_processes  # noqa: E402
 
 
 def refused(call, *args, **options):
@@ -53,24 +55,62 @@ def ranked(*worlds, **options):
 
 def forked(work, world=2, **options):
     """[work(ranks) of every rank]; options: those of `init_ranks`."""
-    assert not dist.is_initialized()
-    gc.collect()  # what is left of process groups would wait for threads that no child has
-    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        job = work, {"minutes": 5.0} | options, address | {"WORLD_SIZE": str(world)}, Path(folder)
-        try:
-            start_processes(_rank, job, world, start_method="fork")
-        finally:
-            gc.unfreeze()
+
+        def save():
+            ranks = init_ranks("cpu", **{"minutes": 5.0} | options)
+            torch.save(work(ranks), Path(folder) / f"{ranks.rank}.pt")
+            dist.destroy_process_group()
+
+        statuses, said = fork(save, world)
+        assert not any(statuses), said
         files = [Path(folder) / f"{rank}.pt" for rank in range(world)]
         return [torch.load(file, weights_only=False) for file in files]
 
 
-def _rank(rank, work, options, names, folder):
-    os.environ |= names | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    result = work(init_ranks("cpu", **options))
-    torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def fork(work, world):
+    """work() in forks of this process, which are to it as workers of torchrun:
+    (exit statuses, what they printed)."""
+    assert not dist.is_initialized()
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port(), "WORLD_SIZE": world}
+    children = []
+    gc.collect()  # what is left of process groups would wait for threads that no child has
+    gc.freeze()
+    with tempfile.TemporaryFile("w+") as output:
+        for rank in range(world):
+            if child := os.fork():
+                children.append(child)
+            else:
+                names |= {"RANK": rank, "LOCAL_RANK": rank}
+                os.environ |= {name: str(value) for name, value in names.items()}
+                _end_with(work, output.fileno())
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        gc.unfreeze()
+        output.seek(0)
+        return statuses, output.read()
+
+
+def _end_with(work, output):
+    """The end of this process after work(), with the status that Python gives it."""
+    status = 1
+    try:
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        signal.alarm(240)
+        work()
+        status = 0
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def find_free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -1,16 +1,11 @@
 """How the tests run the three scripts: on a tiny random checkpoint, with tiny numbers."""
 
 import dataclasses
-import gc
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import train_rm
@@ -23,6 +18,7 @@ from pfppo.run import launch
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from ranks import fork
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -35,44 +31,15 @@ def run(script, *argv):
             dist.destroy_process_group()
 
 
-def forked(script, *argv, ranks=2, timeout=120, **environment):
+def forked(script, *argv, ranks=2):
     """The script on several ranks, forked from this process, which has imported all there is:
     (exit statuses, what they printed)."""
-    port, children = find_free_port(), []
-    gc.collect()  # what is left of process groups would wait for threads that no child has
-    gc.freeze()
-    with tempfile.TemporaryFile("w+") as output:
-        for rank in range(ranks):
-            if child := os.fork():
-                children.append(child)
-                continue
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
-                for descriptor in (1, 2):
-                    os.dup2(output.fileno(), descriptor)
-                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-                sys.argv = [Path(script.__file__).name, *map(str, argv)]
-                signal.alarm(timeout)
-                launch(script.main, script.Args)
-                os._exit(0)
-            except SystemExit as error:
-                sys.stderr.flush()
-                os._exit(error.code or 0)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        output.seek(0)
-        gc.unfreeze()
-        return statuses, output.read()
 
+    def work():
+        sys.argv = [Path(script.__file__).name, *map(str, argv)]
+        launch(script.main, script.Args)
 
-def find_free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    return fork(work, ranks)
 
 
 def write_rows(path, rows):

@@ -4,7 +4,6 @@ answers.txt has what models write, each answer below a line === NAME [PROBLEM] V
 is a constant of this file, CODEX where none is named; the answer passes, `fails`, or `gives N`.
 """
 
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -124,13 +123,10 @@ HUGE = [
 ]
 
 
+SURE = f"Sure, it's:\n```python\nimport os\n{SIGNATURE}    s = '''a\n'''\n    return 1\n```\n"
+
+
 @pytest.mark.parametrize("problem", [CODEX, STUB, BARE], ids=["codex", "stub", "bare"])
-def test_no_response_raises_or_stalls(problem):
-    for response in HOSTILE + HUGE:
+def test_no_response_and_no_beginning_of_one_raises_or_stalls(problem):
+    for response in HOSTILE + HUGE + [SURE[:end] for end in range(len(SURE))]:
         assert isinstance(extract_code(response, problem), str)
-
-
-def test_every_cut_of_an_answer_is_taken():
-    answer = f"Sure, it's:\n```python\nimport os\n{SIGNATURE}    s = '''a\n'''\n    return 1\n```\n"
-    for problem, end in itertools.product((CODEX, STUB, BARE), range(len(answer))):
-        assert isinstance(extract_code(answer[:end], problem), str)

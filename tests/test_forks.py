@@ -66,7 +66,8 @@ def script_of(folder):
 
 def words_of(tiny, name, run_dir, **changed):
     own = {k: tiny / v if v == "rm" else v for k, v in OPTIONS.get(name, {}).items()}
-    return options(tiny, run_dir, **{"test": ""} | own | changed)
+    chosen = {"test": "", "validation": "", "save_every": 2} | own | changed
+    return options(tiny, run_dir, **chosen)
 
 
 @pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
@@ -80,6 +81,7 @@ def test_a_fork_is_small_trains_and_passes_the_selfcheck(tiny, tmp_path, path, m
     check = (*argv, "--run_dir", tmp_path / "no", "--selfcheck")
     statuses, said = forked(script, *argv, "--", *check, ranks=1)
     assert statuses == [0] and "nothing FAILED" in said, said
+    assert not (tmp_path / "no").exists()  # a selfcheck writes nothing
     rows = read(tmp_path / "run/metrics.jsonl")
     assert len(rows) == 2 and rows[0]["ratio_first_minibatch"] in (1.0, None)
 
@@ -91,7 +93,7 @@ def test_lora_exports_what_it_sampled_from_and_resumes(tiny, tmp_path, monkeypat
     run_dir, whole = tmp_path / "run", tmp_path / "whole"
     words = []
     for folder, steps in ((run_dir, 2), (run_dir, 4), (whole, 4)):
-        argv = words_of(tiny, "lora", folder, steps=steps, validation="", save_every=2)
+        argv = words_of(tiny, "lora", folder, steps=steps)
         words += [*argv, *(["--resume"] if steps == 4 and folder == run_dir else []), "--"]
     exported, before = tmp_path / "out", load_file(tiny / "policy/model.safetensors")
     words += ["--run_dir", run_dir, "--export", exported]

@@ -7,7 +7,6 @@ import math
 import random
 from pathlib import Path
 
-from pfppo.config import UserError
 from pfppo.files import read_jsonl
 from pfppo.problems import Problem, assemble, check_of, load_pairs, load_problems, load_prompts
 from pfppo.problems.contamination import grams, overlaps, report_overlap
@@ -24,6 +23,7 @@ from pfppo.sandbox import Sandbox
 
 import numpy as np
 import pytest
+from ranks import refused
 from test_extract import BARE, CODEX, STUB
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -43,9 +43,10 @@ def run(check):
         names["check"](eval(check.entry_point, names))
 
 
-def passed(*checks):
+@pytest.fixture(scope="module")
+def passed():
     with Sandbox(workers=1) as sandbox:
-        return [verdict.passed for verdict in sandbox.run(list(checks))]
+        yield lambda *checks: [verdict.passed for verdict in sandbox.run(list(checks))]
 
 
 def write(folder, *rows):
@@ -55,15 +56,7 @@ def write(folder, *rows):
     return path
 
 
-def refused(function, *args, **options):
-    """The one line that a call ends in."""
-    with pytest.raises(UserError) as caught:
-        function(*args, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def test_humaneval_references_pass_in_three_styles_and_pass_alone_fails():
+def test_humaneval_references_pass_in_three_styles():
     problems = load_problems(data("HumanEval.jsonl.gz"), "humaneval")
     assert len(problems) == 164 and load_prompts(data("HumanEval.jsonl.gz")) == problems
     for problem in problems:
@@ -74,8 +67,6 @@ def test_humaneval_references_pass_in_three_styles_and_pass_alone_fails():
         bare = assemble(problem, f"Here you are:\n\n{whole}\nThat's it.")
         for check in (body, fenced, bare):
             run(check)
-        with pytest.raises((AssertionError, TypeError, AttributeError)):
-            run(assemble(problem, "    pass\n"))
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in the references
@@ -155,7 +146,7 @@ CONTEST = {"task_id": "c", "prompt": STUB.prompt, "prompt_sft": "Do it.", "test"
 BY_FORM = {"humaneval": HUMANEVAL, "mbpp": MBPP, "leetcode": CONTEST}
 
 
-def test_leetcodes_usual_names_need_no_import(tmp_path):
+def test_leetcodes_usual_names_need_no_import(tmp_path, passed):
     (problem,) = load_problems(write(tmp_path, CONTEST))
     names = "deque, heappush, bisect_left, accumulate, lru_cache, Optional, inf, re, math.comb"
     run(assemble(problem, f"{names}\n        return pow(2, 5, 27) if gcd(4, 6) == 2 else 0\n"))
@@ -222,7 +213,7 @@ PLUS |= {"plus_input": [[-3], [[1, [0.1]]], ["a'\"\\n"]]}
 PLUS |= {"prompt": 'def root(x):\n    return x**0.5\n\ndef two(x):\n    """Twice."""\n'}
 
 
-def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(tmp_path):
+def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(tmp_path, passed):
     (problem,) = load_problems(write(tmp_path, PLUS))
     bodies = {
         "return 2 * x": True,
@@ -237,7 +228,7 @@ def test_evalplus_own_humaneval_form_compares_with_the_reference_on_all_inputs(t
     assert passed(reference_check(problem), *checks) == [True, *bodies.values()]
 
 
-def test_a_problem_may_lack_entry_point_and_reference(tmp_path):
+def test_a_problem_may_lack_entry_point_and_reference(tmp_path, passed):
     row = {"task_id": "A", "prompt": "", "test": "assert f(1) == 2", "entry_point": None}
     (problem,) = load_problems(write(tmp_path, row))
     assert (problem.entry_point, problem.canonical_solution) == ("f", "")
@@ -271,16 +262,11 @@ def test_a_reference_leaves_a_given_program_alone_and_may_replace_the_signature(
 # ------------------------------------------------------------------------- one's own prompts
 
 
-def test_a_prompt_alone_is_enough_and_is_named_by_its_line(tmp_path):
-    first, second = load_prompts(write(tmp_path, {"prompt": "a"}, "", {"prompt": [ASK]}))
-    assert (first.prompt, first.test, first.entry_point) == ("a", "", "")
-    assert (second.prompt, second.messages, second.question) == ("", [ASK], "q")
-    assert [first.task_id, second.task_id] == ["line 1", "line 3"]
-
-
 @pytest.mark.parametrize(
     "row, wanted",
     [
+        ({"prompt": "a"}, {"prompt": "a", "test": "", "entry_point": "", "task_id": "line 2"}),
+        ({"prompt": [ASK]}, {"prompt": "", "messages": [ASK], "question": "q"}),
         (HUMANEVAL | {"task_id": 7}, {"task_id": "7", "entry_point": "two"}),
         (HUMANEVAL | {"test": None}, {"test": "", "entry_point": "two"}),
         (HUMANEVAL | {"setup": "x = 1\n", "instruction": "Do."}, {"setup": "x = 1\n"}),
@@ -296,11 +282,11 @@ def test_a_prompt_alone_is_enough_and_is_named_by_its_line(tmp_path):
     ],
 )
 def test_a_row_of_ones_own_is_read_by_the_fields_it_has(tmp_path, row, wanted):
-    (problem,) = load_prompts(write(tmp_path, row))
+    (problem,) = load_prompts(write(tmp_path, "", row))
     assert {name: getattr(problem, name) for name in wanted} == wanted
 
 
-def test_tests_alone_make_a_problem_and_code_in_a_prompt_stays_code(tmp_path):
+def test_tests_alone_make_a_problem_and_code_in_a_prompt_stays_code(tmp_path, passed):
     tests = {"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
     stub = 'def add(a, b):\n    """Add."""\n'
     rows = ({"prompt": prompt} | tests for prompt in ("Add.", stub))
@@ -321,6 +307,7 @@ def test_a_named_form_refuses_rows_of_other_forms(tmp_path, form):
         else:
             message = refused(load_problems, path, form)
             assert f"line 2: expected a row of {form}, found one of {other} (has: " in message
+    assert "'apps' is unknown: expected leetcode, mbpp, " in refused(load_problems, path, "apps")
 
 
 BROKEN = [  # row or line, what the message says of it
@@ -332,23 +319,17 @@ BROKEN = [  # row or line, what the message says of it
     ({"prompt": 3}, "field 'prompt': expected a string or a list, found 3"),
     ({"prompt": None}, "field 'prompt' is missing (expected a string or a list; has: no field)"),
     ({"prompt": " \n"}, "field 'prompt' is empty, expected some text"),
-    ({"prompt": []}, "field 'prompt': expected a system turn or none, then user and assistant"),
     ({"messages": [ASK, YES]}, "field 'messages': expected a system turn or none"),
     ({"prompt": "a", "task_id": 7.5}, "field 'task_id': expected a number or a string, found 7.5"),
     (HUMANEVAL | {"test": ["x"]}, "field 'test': expected a string, found ['x']"),
-    (HUMANEVAL | {"entry_point": 1}, "field 'entry_point': expected a string, found 1"),
-    (HUMANEVAL | {"canonical_solution": {}}, "field 'canonical_solution': expected a string"),
     (HUMANEVAL | {"entry_point": ""}, "field 'entry_point' is missing: 'test' defines check"),
     (PLUS | {"base_input": 3}, "field 'base_input': expected a list, found 3"),
-    (MBPP | {"text": 1}, "field 'text': expected a string, found 1"),
     (MBPP | {"test_list": []}, "field 'test_list': expected a list, found []"),
     (MBPP | {"test_list": ["a", 2]}, "field 'test_list': expected a list of strings, found ['2']"),
-    (MBPP | {"test_list": "assert"}, "field 'test_list': expected a list, found 'assert'"),
     (MBPP | {"code": "two = 2"}, "expected a call of what the reference defines, found 'assert"),
     ({"prompt": "q", "test_list": ["x"]}, "expected a call of what is asked for defines"),
     (MBPP | {"test_setup_code": 1}, "field 'test_setup_code': expected a string or a list, found"),
     (CONTEST | {"test": "assert f()"}, "field 'test': expected a call 'my_solution.NAME(...)'"),
-    (CONTEST | {"prompt": ""}, "field 'prompt': expected a string, found ''"),
 ]
 
 
@@ -371,6 +352,7 @@ def test_a_repeated_task_id_names_both_lines_and_a_benchmark_needs_tests(tmp_pat
 @pytest.mark.parametrize(
     "content, message",
     [
+        (None, ": cannot be read (No such file"),
         (b"", ": no rows"),
         (b"\n \n", ": no rows"),
         (b'[{"a": 1},', ", line 1: not JSON"),
@@ -380,18 +362,12 @@ def test_a_repeated_task_id_names_both_lines_and_a_benchmark_needs_tests(tmp_pat
         (gzip.compress(b'{"a": 1}')[:-6], ": cannot be read (Compressed file ended"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, content, message):
+def test_a_file_that_is_broken_or_missing_is_named(tmp_path, content, message):
     path = tmp_path / "broken.jsonl"
-    path.write_bytes(content)
+    if content is not None:
+        path.write_bytes(content)
     for load in (load_problems, load_prompts, load_pairs):
         assert refused(load, path).startswith(f"{path}{message}")
-
-
-def test_a_missing_file_and_an_unknown_form_are_named(tmp_path):
-    path = tmp_path / "none.jsonl"
-    for load in (load_problems, load_prompts, load_pairs):
-        assert f"{path}: cannot be read (No such file" in refused(load, path)
-    assert "'apps' is unknown: expected leetcode, mbpp, " in refused(load_problems, path, "apps")
 
 
 def test_gzip_blank_lines_byte_order_mark_and_one_array_are_read(tmp_path):
@@ -435,8 +411,7 @@ def test_other_orders_and_roles_are_refused_with_what_was_found(roles, last):
     [
         (3, "here: expected a string or a list of messages, found 3"),
         ([], "here: expected a system turn or none, then"),
-        (["a"], "here, message 1: expected an object with 'role' and 'content', found 'a'"),
-        ([{"from": "human", "value": "a"}], "found {'from': 'human'"),
+        ([{"from": "human"}], "message 1: expected an object with 'role' and 'content', found {'f"),
         ([turn("user", " \n")], "here, message 1: 'content' is empty"),
         ([turn("user", [])], "here, message 1: 'content' is empty"),
         ([turn("user", None)], "message 1: 'content': expected a string or parts of text only, f"),
@@ -489,23 +464,16 @@ def test_a_response_may_be_empty_as_text_and_as_a_turn():
 @pytest.mark.parametrize(
     "row, expected",
     [
-        ({"chosen": [ASK, YES], "rejected": [SYSTEM, NO]}, ": expected a system turn or none"),
         ({"chosen": [ASK, YES], "rejected": [OTHER, NO]}, "differ before their last messages (1 a"),
         ({"chosen": HH.format("a"), "rejected": f"{SHORT} b"}, "(3 and 1 messages there)"),
-        ({"chosen": [ASK, YES], "rejected": "no"}, "(1 and 0 messages there)"),
         ({"chosen": [YES], "rejected": [NO]}, ": field 'prompt' (or 'instruction'): expected a s"),
-        ({"chosen": "yes", "rejected": "no"}, "expected a string or a list of messages, found n"),
-        ({"prompt": [], "chosen": "yes", "rejected": "no"}, "found an empty list"),
-        ({"prompt": "", "chosen": "yes", "rejected": "no"}, "is empty: expected some text, found"),
         ({"prompt": "x", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "start with, found 'x' in"),
         ({"prompt": [OTHER], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "(or 'instruction'): e"),
         ({"prompt": [ASK, YES], "chosen": "a", "rejected": "b"}, "the last one user, found user"),
         ({"prompt": "q", "chosen": [ASK], "rejected": [ASK]}, "'chosen' (or 'pos'): expected a s"),
         ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, ": chosen and rejected are the same"),
-        ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "list of messages, found 3"),
         ({"prompt": "q", "rejected": "no"}, "'chosen' (or 'pos'): expected a string or a list of"),
         ({"prompt": "q", "chosen": "a", "neg": 3}, "'rejected' (or 'neg'): expected a string or"),
-        ({"prompt": "q", "chosen": ["a"], "rejected": ""}, "'chosen' (or 'pos'), message 1: expe"),
         ({"instruction": "q", "input": "r", "pos": "a", "neg": "b"}, "one text of both, in 'prom"),
         ({"system": 3, "question": "q", "pos": "a", "neg": "b"}, "field 'system' and the prompt"),
     ],
@@ -684,10 +652,10 @@ def test_a_problem_is_found_whether_its_solution_follows_its_prompt_or_stands_el
 
 def test_texts_are_read_once_and_searched_for_all_problems_together():
     draw = random.Random(0)
-    words = [f"name_{i}" for i in range(3000)]
-    texts = [" ".join(draw.choices(words, k=100)) for _ in range(300)]
+    words = [f"name_{i}" for i in range(1000)]
+    texts = [" ".join(draw.choices(words, k=100)) for _ in range(100)]
     found = overlaps(((i, text) for i, text in enumerate(texts * 3)), list(map(grams, texts)))
-    assert found == [(1.0, i) for i in range(300)]
+    assert found == [(1.0, i) for i in range(100)]
 
 
 @pytest.mark.parametrize(

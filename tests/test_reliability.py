@@ -7,7 +7,6 @@ from itertools import product
 from types import SimpleNamespace
 
 from pfppo import reliability
-from pfppo.config import UserError
 from pfppo.filters import FILTERS
 from pfppo.reliability import auc, binned_r2, bootstrap_r2, spearman
 from pfppo.run import comparison
@@ -15,6 +14,8 @@ from pfppo.run.comparison import read_judged
 
 import numpy as np
 import pytest
+from ranks import refused
+from running import write_rows as write
 
 table = reliability.reliability_table
 ROW = {"task_id": "a", "reward": 0.5, "score": 1.0}
@@ -257,11 +258,6 @@ def test_text_is_aligned_and_shows_a_dash_where_undefined():
     assert reliability.format_table([]).startswith("filter")
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def drawn(prompts, samples):
     """`noisy_middle` as rows of a file."""
     numbers = np.stack(noisy_middle(prompts, samples), -1).reshape(-1, 2).tolist()
@@ -324,10 +320,8 @@ def test_verdicts_are_scores_and_samples_without_tests_are_left_out(tmp_path, ca
 )
 def test_a_file_that_was_not_judged_is_one_line(tmp_path, rows, said):
     path = tmp_path / "s.jsonl"
-    with pytest.raises(UserError) as error:
-        read_judged(path if rows is None else write(path, rows))
-    assert str(error.value).startswith(str(path)) and said in str(error.value)
-    assert "\n" not in str(error.value)
+    message = refused(read_judged, path if rows is None else write(path, rows))
+    assert message.startswith(str(path)) and said in message
 
 
 def test_all_filters_are_those_that_take_so_many_samples(capsys):
@@ -347,16 +341,13 @@ def test_random_choices_count_with_their_expectation():
     assert found["best_random"][:, :4].mean(0) == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_report_has_every_filter_and_repetition_prints_them_and_gives_the_papers_order(
-    report, capsys
-):
-    found, out = report(drawn(2000, 5)), capsys.readouterr().out
-    r2 = {row["filter"]: row["r2"] for row in found["filters"]}
-    assert list(r2) == [name for name in FILTERS if name != "single"]
-    assert r2["best_worst"] > r2["none"] > r2["best_of_n"]
+def test_a_report_has_every_filter_and_repetition_and_prints_them(report, capsys):
+    found, out = report(drawn(60, 5)), capsys.readouterr().out
+    names = [row["filter"] for row in found["filters"]]
+    assert names == [name for name in FILTERS if name != "single"]
     assert [len(line["mean_score"]) for line in found["repetitions"]] == [10] * 3
-    assert found["problems"] == 2000 and "2000 x 5 samples of 2000 problems" in out
-    assert all(name in out for name in r2) and "pip install matplotlib" in out
+    assert found["problems"] == 60 and "60 x 5 samples of 60 problems" in out
+    assert all(name in out for name in names) and "pip install matplotlib" in out
 
 
 @pytest.mark.parametrize("bins, kind", [(1, "equal_count"), (2, "equal_width")])
