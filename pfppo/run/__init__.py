@@ -29,6 +29,7 @@ Slurm       One torchrun per node (not tried on a cluster):
         [ "${SLURM_RESTART_COUNT:-0}" -ge 5 ] || scontrol requeue "$SLURM_JOB_ID"
 """
 
+import os
 import sys
 
 from pfppo import config
@@ -52,6 +53,8 @@ import torch.distributed as dist
 
 def answer(args):
     """What --export and --plan ask: a checkpoint for transformers, or the memory of a run."""
+    if int(os.environ.get("RANK", 0)):  # one answer is enough, and needs no process group
+        return None
     if args.export:
         return from_run(args.run_dir, args.export)
     return show(args)

@@ -9,7 +9,6 @@ Not covered: adapters, quantised weights.
 
 import copy
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -72,11 +71,9 @@ def from_run(run, folder):
     """Write the policy of a run's newest checkpoint to `folder`, and its reward model (with the
     normaliser that the run used) to `folder`/reward_model.
 
-    run: a run directory, or one of its checkpoints/step_N. Only rank 0 works; no process group is
-    needed. Raises UserError.
+    run: a run directory, or one of its checkpoints/step_N. No process group is needed. Raises
+    UserError.
     """
-    if int(os.environ.get("RANK", 0)):
-        return
     run, folder = Path(run), Path(folder)
     step = run if run.name.startswith("step_") else next(iter(checkpoint.complete(run)), run)
     require(checkpoint.is_whole(step), f"--run_dir {run}: no complete checkpoint")
