@@ -388,5 +388,6 @@ def test_steps_of_one_prompt_are_resampled_together(report):
 
 def test_the_figure_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    said = comparison.draw_reliability(tmp_path / "r.png", [([0, 1], [0.2, 0.8])] * 2)
+    line = {"mean_reward": [0, 1], "mean_score": [0.2, 0.8]}
+    said = comparison.draw_reliability(tmp_path / "r.png", [line] * 2)
     assert said == "r.png, 2 repetitions" and (tmp_path / "r.png").stat().st_size

@@ -20,8 +20,7 @@ LABELS |= {"reward_all": "reward of all samples", "validation": "greedy pass@1, 
 def draw_study(folder, results, rows, correlation):
     """Three figures of a study. results: {filter: [`read_cell` of each seed]}; rows: the table's;
     correlation: of R^2 and pass@1. Returns one line about what was written."""
-    plot = pyplot()
-    if plot is None:
+    if not (plot := pyplot()):
         return HINT
     figure, axes = plot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for row, y in zip(axes, ("reward_all", "validation"), strict=True):
@@ -62,8 +61,7 @@ def draw_study(folder, results, rows, correlation):
 def draw_rewards(folder, tables, base):
     """Greedy pass@1 minus that of the filter `base`, paired by seed. tables: {reward: rows}.
     Returns one line about what was written."""
-    plot = pyplot()
-    if plot is None:
+    if not (plot := pyplot()):
         return HINT
     figure, axis = plot.subplots(figsize=(7, 4.5), layout="constrained")
     differences = {}  # {filter: [(mean, low, high) under each reward]}

@@ -42,7 +42,7 @@ from pfppo.run.comparison import (
     read_judged,
 )
 from pfppo.run.export import from_run, write
-from pfppo.run.folder import check_shared, claim, open_folder
+from pfppo.run.folder import check_shared, claim, differences, open_folder
 from pfppo.run.memory import show
 from pfppo.run.options import LongRun, Machine
 from pfppo.run.selfcheck import selfcheck
