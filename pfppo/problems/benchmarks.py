@@ -94,11 +94,10 @@ class _Row(dict):
 
 
 def load_problems(path, form="", test_split=False):
-    """The problems of a file, in its order. All have tests.
+    """The problems of a file, in its order. All have tests. Raises UserError.
 
     form: a key of FORMS that every row must have; "": any. test_split: of Google's MBPP only the
     test split (if any of it is there); MBPP+, a selection, is taken whole, as it is published.
-    UserError: file, line and field with what was found and expected; a repeated task_id.
     """
     require(form in ("", *FORMS), f"form {form!r} is unknown: expected {', '.join(FORMS)}")
     pairs = _read(path, form, tested=True)
@@ -107,11 +106,8 @@ def load_problems(path, form="", test_split=False):
 
 
 def load_prompts(path, split=""):
-    """What is sampled from: problems of any form, with tests or without. Raises UserError.
-
-    split: of MBPP's tasks only those of "train", "validation" or "test", told by their ids (if any
-    of these is there), so that one file serves for all three.
-    """
+    """What is sampled from: problems of any form, with tests or without. split: of MBPP's tasks
+    only those of "train", "validation" or "test" (if any is there). Raises UserError."""
     problems = [problem for _, problem in _read(path)]
     return [p for p in problems if not split or in_split(p, split)] or problems
 
