@@ -31,10 +31,7 @@ VISIBLE = 10.0  # seconds that a network file system may take to show a new file
 
 def claim(args, ranks, default, option="run_dir", files=None):
     """Name the folder of --`option` (default: `numbered`), and return its Path if it is free or
-    holds this very run. Raises UserError.
-
-    files: the names that matter in it (None: all, so another folder's files are in the way).
-    """
+    holds this very run. files: the names that matter in it; None: all. Raises UserError."""
     resume = getattr(args, "resume", False)
     folder = Path(from_main(getattr(args, option) or numbered(default, resume), ranks))
     setattr(args, option, str(folder))
@@ -98,11 +95,8 @@ def numbered(folder, last=False):
 
 
 def check_shared(folder, what, ranks):
-    """Raise UserError, on all ranks, unless `folder` is the same one on all nodes. A collective.
-
-    It need not exist: the nearest of rank 0's parents that does is looked at. what: names it in the
-    message, as "--run_dir runs/x".
-    """
+    """Raise UserError on all ranks unless `folder`, or the nearest of rank 0's parents that exists,
+    is the same one on all nodes. what: its name in the message. A collective."""
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # nodes that torchrun runs on
         return
     places = (Path(folder).absolute(), *Path(folder).absolute().parents)

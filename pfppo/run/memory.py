@@ -266,9 +266,7 @@ def show(args):
 
 def require_fits(args, ranks, prompt=None):
     """Raise UserError if a run cannot fit into its devices, or what it offloads into host memory.
-
-    prompt: tokens of the longest one. Nothing is estimated where no limit is known. A collective.
-    """
+    prompt: tokens of the longest. Nothing is estimated where no limit is known. A collective."""
     memory = device_bytes(args)
     offloads = args.offload_ref or args.offload_reward or args.offload_optimizer
     with fsdp.agreed(ranks):
