@@ -98,10 +98,9 @@ def parse_words(words):
         else:
             require(name and options[name] is None, f"-- {word}: expected --option value ...")
             options[name] = word
-    require(
-        options.get("prompts", "lab") == "lab" or options.get("test"),
-        "-- --prompts: the table is of pass rates on test problems, expected --test FILE too",
-    )
+    tested = options.get("prompts", "lab") == "lab" or options.get("test")
+    what = "the table is of pass rates on test problems, expected --test FILE too"
+    require(tested, f"-- --prompts: {what}")
     return options
 
 

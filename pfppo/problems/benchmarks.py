@@ -1,7 +1,7 @@
 """Problems in HumanEval form, out of benchmark files and out of people's own.
 
 Every row becomes a `Problem`: `setup + prompt + canonical_solution` is a Python program, and `test`
-is run against a candidate program. What form a row has is told by its fields:
+is run against a candidate program. A row's fields tell its form:
 
     prompt_sft, starter_code   LeetCode: DeepSeek-Coder's contests, newfacade's LeetCodeDataset
     test_list, assertion       MBPP, full and sanitized; MBPP+ of EvalPlus and of Hugging Face
