@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -273,7 +274,7 @@ def report(tmp_path, monkeypatch):
     """(rows, filters, options) -> reliability.json, with few draws and resamples and no figure."""
     monkeypatch.setattr(comparison, "DRAWS", 40)
     monkeypatch.setattr(comparison, "reliability_table", partial(table, resamples=20))
-    monkeypatch.setattr(comparison, "pyplot", lambda: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def reported(rows, names="all", bins=10, kind="equal_count"):
         samples = read_judged(write(tmp_path / "s.jsonl", rows))

@@ -18,10 +18,14 @@ from pfppo.config import UserError
 from pfppo.lab import cells, figures, study
 from pfppo.lab.cells import read_cell, run_cells
 from pfppo.lab.study import Args, cells_of, interval, main, markdown, measure, rank_correlation
-from pfppo.run import comparison
 
 import numpy as np
 import pytest
+
+try:
+    import matplotlib as MATPLOTLIB
+except ImportError:
+    MATPLOTLIB = None
 
 R2 = {"r2": 0.9, "r2_low": 0.8, "r2_high": 0.95, "kept": 0.4}
 
@@ -60,7 +64,7 @@ def asked(monkeypatch, tmp_path):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cells, "run_script", run_script)
-    monkeypatch.setattr(figures, "pyplot", lambda: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     return asked
 
 
@@ -290,8 +294,9 @@ def test_words_are_options_and_flags():
 
 @pytest.mark.parametrize("seeds, reward", [(1, "model"), (2, "noisy:middle,noisy:tails")])
 def test_figures_are_written(args, asked, tmp_path, monkeypatch, seeds, reward):
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(figures, "pyplot", comparison.pyplot)
+    if MATPLOTLIB is None:
+        pytest.skip("matplotlib is not installed")
+    monkeypatch.setitem(sys.modules, "matplotlib", MATPLOTLIB)
     args.seeds, args.reward = seeds, reward
     main(args)
     written = Counter(path.name for path in tmp_path.rglob("*.png"))

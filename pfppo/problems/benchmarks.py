@@ -58,7 +58,8 @@ class _Row(dict):
 
     def __init__(self, fields, path, line):
         super().__init__((name, value) for name, value in fields.items() if value is not None)
-        self.where, self.line, self.used = f"{path}, line {line}", line, set()
+        self.where, self.used = f"{path}, line {line}", set()
+        self.task_id = str(self("task_id", int, str, default=f"line {line}"))
 
     def require(self, condition, message):
         require(condition, f"{self.where}: {message}")
@@ -80,9 +81,6 @@ class _Row(dict):
         odd = [short(part) for part in value if not isinstance(part, str)]
         self.require(not odd, f"field '{name}': expected a list of strings, found {odd[:1]} in it")
         return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
-
-    def task_id(self):
-        return str(self("task_id", int, str, default=f"line {self.line}"))
 
     def asked(self):
         """(prompt, messages): a text, or a dialogue under either name."""
@@ -159,8 +157,8 @@ def _humaneval(row):
     row.require(given, "field 'entry_point' is missing: 'test' defines check(candidate)")
     if re.search(r"\bSolution\(\)", test):
         setup = setup or PREAMBLE
-    task, name = row.task_id(), name or _called(test)
-    return Problem(task, prompt, name, solution, test, setup, instruction, turns)
+    name = name or _called(test)
+    return Problem(row.task_id, prompt, name, solution, test, setup, instruction, turns)
 
 
 PLUS_TEST = """\
@@ -189,7 +187,7 @@ def _mbpp(row):
     Hugging Face (`test`), and rows of one's own, which may lack a reference. The task id is
     "Mbpp/11" in all, as EvalPlus has it; the prompt is a docstring unless it is code, the
     instruction the sentence of the MBPP paper, both with the asserts of the file."""
-    number = row.task_id().removeprefix("Mbpp/")
+    number = row.task_id.removeprefix("Mbpp/")
     task = f"Mbpp/{number}" if number.isdecimal() else number
     text, turns = (row("text"), []) if "text" in row else row.asked()
     code = row("canonical_solution" if "canonical_solution" in row else "code", default="")
@@ -221,7 +219,7 @@ def _docstring(text):
 def _leetcode(row):
     """DeepSeek-Coder's contest form (`prompt_sft`; no reference solutions), or newfacade's
     LeetCodeDataset (`starter_code`). The prompt is the statement as a docstring, then the stub."""
-    task, prompt, test = row.task_id(), row("prompt"), row("test")
+    task, prompt, test = row.task_id, row("prompt"), row("test")
     if "prompt_sft" in row:
         method = re.search(r"\bmy_solution\.(\w+)\(", test)
         row.require(method, "field 'test': expected a call 'my_solution.NAME(...)'")

@@ -119,8 +119,8 @@ def read_pair(row, where):
     if row.get("system") and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": row["system"]}, *prompt]
         prompt = read_turns(prompt, f"{where}: field 'system' and the prompt", "user")
-    one = [turn["role"] for turn in prompt] == ["user"]
-    return prompt[0]["content"] if one else prompt, chosen["content"], rejected["content"]
+    prompt = prompt[0]["content"] if len(prompt) == 1 else prompt
+    return prompt, chosen["content"], rejected["content"]
 
 
 def _transcript(value):

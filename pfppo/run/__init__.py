@@ -33,14 +33,7 @@ import os
 import sys
 
 from pfppo import config
-from pfppo.run.comparison import (
-    HINT,
-    compare_filters,
-    judged_rows,
-    load_filters,
-    pyplot,
-    read_judged,
-)
+from pfppo.run.comparison import compare_filters, judged_rows, load_filters, plotting, read_judged
 from pfppo.run.export import from_run, write
 from pfppo.run.folder import check_shared, claim, differences, open_folder
 from pfppo.run.memory import show

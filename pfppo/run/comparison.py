@@ -24,7 +24,6 @@ import torch
 DRAWS = 2000  # of a filter that keeps at random: its expected weights are known to about 0.01
 LARGEST = 1e9  # rewards are squared, in fp32
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
-HINT = "no figures: pip install matplotlib, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -140,27 +139,31 @@ def compare_filters(args, chosen, samples, out):
     print(draw_reliability(out / "reliability.png", lines))
 
 
-def pyplot():
-    """matplotlib's pyplot without a screen, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plot
+def plotting(draw):
+    """draw(plot, ...) as a function that needs no `plot`: matplotlib's pyplot, without a screen. It
+    returns a line on what was written, or on what to install."""
 
-    return plot
+    def drawn(*args):
+        try:
+            import matplotlib
+        except ImportError:
+            return "no figures: pip install matplotlib, and run the same command again"
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plot
+
+        written = draw(plot, *args)
+        plot.close("all")
+        return written
+
+    return drawn
 
 
-def draw_reliability(path, lines):
-    """The paper's Fig. 1. lines: {"mean_reward": [bins], "mean_score": [bins]} of each repetition.
-    Returns one line about what was written."""
-    if not (plot := pyplot()):
-        return HINT
+@plotting
+def draw_reliability(plot, path, lines):
+    """The paper's Fig. 1. lines: {"mean_reward": [bins], "mean_score": [bins]} of repetitions."""
     figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
     for line in lines:
         axis.plot(line["mean_reward"], line["mean_score"], marker=".", alpha=0.6, color="tab:blue")
     axis.set(xlabel="mean reward of the bin", ylabel="mean actual score of the bin")
     figure.savefig(path, dpi=120)
-    plot.close("all")
     return f"{path.name}, {len(lines)} repetitions"
