@@ -70,9 +70,9 @@ def _check(folder, args, option, files):
         raise UserError(f"{what}: {why}") from error
     free = {*free_options(args), option}
     asked = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    other = f"{what}: holds a run with other arguments ({differences(known, asked)}): choose"
-    other += " another name, or give --resume and the arguments of that run"
-    require(not differences(known, asked), other)
+    differ = differences(known, asked)
+    other = f"holds a run with other arguments ({differ}): choose another name, or give --resume"
+    require(not differ, f"{what}: {other} and the arguments of that run")
     again = "holds a run with these arguments: give --resume to go on with it, or another name"
     require(args.resume, f"{what}: {again}")
 
