@@ -4,7 +4,6 @@ Its folder and its checkpoints, the choice of the best policy by validation, the
 and its end, regular or by SIGTERM. It never calls the script: the order of steps is the script's.
 """
 
-import contextlib
 import os
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
 from pfppo.run.folder import claim, open_folder
 from pfppo.run.memory import require_fits
-from pfppo.run.stopping import Stop, Stopped
+from pfppo.run.stopping import Stop
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Session:
 
     def may_give_up(self):
         """A context of a phase that changes nothing: `check_stop` in it ends it early."""
-        return contextlib.suppress(Stopped)
+        return self.stop.giving_up()
 
     def stops(self):
         """Whether any rank has been asked to end."""

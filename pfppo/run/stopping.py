@@ -11,6 +11,7 @@ Whoever sends SIGTERM sends SIGKILL some time later; so a run that has not saved
 Not covered: other signals; Ctrl-C ends a run as it is.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -53,6 +54,10 @@ class Stop:
         """Raise Stopped if this rank has been asked."""
         if self.asked:
             raise Stopped
+
+    def giving_up(self):
+        """A context in which Stopped ends the block and nothing else."""
+        return contextlib.suppress(Stopped)
 
     def agreed(self):
         """Whether any rank has been asked. A collective."""
