@@ -22,8 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pfppo.problems import load_problems  # noqa: E402
-from pfppo.problems.programs import reference_check  # noqa: E402
+from pfppo.problems import check_of, load_problems  # noqa: E402
 from pfppo.sandbox import Sandbox  # noqa: E402
 
 COMPARISONS = [ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq]
@@ -49,6 +48,11 @@ def edits(tree):
         if isinstance(body, list) and len(body) > 1:
             found += [lambda b=body, i=i: b.pop(i) for i in range(len(body))]
     return found
+
+
+def reference_check(problem):
+    """The problem's own solution as the candidate."""
+    return check_of(problem, check_of(problem, "").reference)
 
 
 def mutants(check, count, rng):

@@ -53,9 +53,9 @@ def test_a_folder_that_nodes_do_not_share_is_refused_on_all_of_them(ranks, tmp_p
     own = tmp_path / f"node_{ranks.rank}"
     own.mkdir()
     monkeypatch.chdir(tmp_path)
-    check_shared("runs/x", "--run_dir runs/x")
+    check_shared("runs/x", "--run_dir runs/x", ranks)
     monkeypatch.chdir(own)
-    message = refused(check_shared, "runs/x", "--run_dir runs/x")
+    message = refused(check_shared, "runs/x", "--run_dir runs/x", ranks)
     assert message.startswith("--run_dir runs/x: ") and "node_1 of " in message
     assert message.endswith("expected a file system that all nodes share")
     dist.barrier()
@@ -64,7 +64,7 @@ def test_a_folder_that_nodes_do_not_share_is_refused_on_all_of_them(ranks, tmp_p
 
 def test_one_node_shares_its_folders_with_itself(monkeypatch):
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    check_shared("/there/is/no/such/folder", "--run_dir x")  # asks no process group: there is none
+    check_shared("/there/is/no/such/folder", "--run_dir x", None)  # asks no process group
 
 
 # ----------------------------------------------------------------------------------- run directory

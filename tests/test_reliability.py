@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -269,7 +270,7 @@ def report(tmp_path, monkeypatch):
     """(rows, filters, options) -> reliability.json, with few draws and resamples and no figure."""
     monkeypatch.setattr(comparison, "DRAWS", 40)
     monkeypatch.setattr(comparison, "reliability_table", partial(table, resamples=20))
-    monkeypatch.setattr(comparison, "pyplot", lambda: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def reported(rows, names="all", bins=10, kind="equal_count"):
         samples = read_judged(write(tmp_path / "s.jsonl", rows))
@@ -379,5 +380,6 @@ def test_steps_of_one_prompt_are_resampled_together(report):
 
 def test_the_figure_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    said = comparison.draw_reliability(tmp_path / "r.png", [([0, 1], [0.2, 0.8])] * 2)
+    line = {"mean_reward": [0, 1], "mean_score": [0.2, 0.8]}
+    said = comparison.draw_reliability(tmp_path / "r.png", [line] * 2)
     assert said == "r.png, 2 repetitions" and (tmp_path / "r.png").stat().st_size

@@ -1,9 +1,8 @@
 """Cells of a study: runs of train_ppo.py, several at once, and what they left.
 
 A cell is the options of its run, {name: value}, `run_dir` a folder of its own. One that has a
-`result.json` there is finished and is not made again; one that was killed goes on, because every
-cell is started with --resume. When the study ends, whatever ends it, its cells are sent SIGTERM:
-they save, and end too.
+`result.json` there is finished; one that was killed goes on, as every cell is started with
+--resume. When the study ends, whatever ends it, its cells are sent SIGTERM: they save, and end too.
 
 Not covered: several machines; cells of several ranks.
 """
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import accumulate
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require
 from pfppo.files import whole_lines
 from pfppo.fsdp import PR_SET_PDEATHSIG
 
-import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[2]
@@ -110,11 +109,10 @@ def read_cell(cell):
             raise ValueError(f"metrics.jsonl has not the steps 1 to {steps}")
         kept = [round(row["kept"] * drawn) for row in rows]
         updates = [passes * max(n > 0, round(n / cell["minibatch"])) for n in kept]
-        result |= {name: [row[name] for row in rows] for name in CURVES}
-        result["samples"] = [drawn * row["step"] for row in rows]
-        result["updates"] = np.cumsum(updates).tolist()
         seconds = [row[name] for row in rows for name in row if name.startswith("seconds_")]
-        result["minutes"] = sum(filter(None, seconds)) / 60
+        result |= {name: [row[name] for row in rows] for name in CURVES}
+        result |= {"samples": [drawn * row["step"] for row in rows]}
+        result |= {"updates": list(accumulate(updates)), "minutes": sum(filter(None, seconds)) / 60}
         return result
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{folder}: not a run of this version ({reason(error)})") from error

@@ -66,7 +66,7 @@ def make(args, ranks, make_reward_model=None):
             read_config(path, name)
         elif name not in used and name != "problems":
             load_prompts(path)
-    check_shared(FOLDER, f"the lab's folder {FOLDER}")
+    check_shared(FOLDER, f"the lab's folder {FOLDER}", ranks)
     if ranks.is_main:
         make_problems()
         if used & {"policy", "reward_model"} and not (FOLDER / "policy").exists():

@@ -8,7 +8,7 @@
 The numbers behind them are in `table.json` and `metrics.jsonl`.
 """
 
-from pfppo.run import HINT, pyplot
+from pfppo.run import plotting
 
 import numpy as np
 
@@ -17,12 +17,10 @@ LABELS = {"samples": "samples drawn", "updates": "optimizer steps"}
 LABELS |= {"reward_all": "reward of all samples", "validation": "greedy pass@1, validation"}
 
 
-def draw_study(folder, results, rows, correlation):
+@plotting
+def draw_study(plot, folder, results, rows, correlation):
     """Three figures of a study. results: {filter: [`read_cell` of each seed]}; rows: the table's;
-    correlation: of R^2 and pass@1. Returns one line about what was written."""
-    plot = pyplot()
-    if plot is None:
-        return HINT
+    correlation: of R^2 and pass@1."""
     figure, axes = plot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     for row, y in zip(axes, ("reward_all", "validation"), strict=True):
         for axis, x in zip(row, ("samples", "updates"), strict=True):
@@ -55,16 +53,12 @@ def draw_study(folder, results, rows, correlation):
     axis.set(title=f"Spearman correlation {correlation:.2f}")
     axis.legend()
     figure.savefig(folder / "r2.png", dpi=120)
-    plot.close("all")
     return "curves.png, optimization.png, r2.png"
 
 
-def draw_rewards(folder, tables, base):
-    """Greedy pass@1 minus that of the filter `base`, paired by seed. tables: {reward: rows}.
-    Returns one line about what was written."""
-    plot = pyplot()
-    if plot is None:
-        return HINT
+@plotting
+def draw_rewards(plot, folder, tables, base):
+    """Greedy pass@1 minus that of the filter `base`, paired by seed. tables: {reward: rows}."""
     figure, axis = plot.subplots(figsize=(7, 4.5), layout="constrained")
     differences = {}  # {filter: [(mean, low, high) under each reward]}
     for row in sum(tables.values(), []):
@@ -78,7 +72,6 @@ def draw_rewards(folder, tables, base):
     axis.set(ylabel=f"greedy pass@1 on test problems, minus {base}", xlabel="reward")
     axis.legend()
     figure.savefig(folder / "rewards.png", dpi=120)
-    plot.close("all")
     return "rewards.png"
 
 

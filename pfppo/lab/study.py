@@ -20,9 +20,8 @@ Compute is matched in one of two ways:
 `single`, PPO-S, draws one sample of N times the prompts. Its samples have the same distribution as
 those of `none`, hence the same R^2.
 
-Statistics: a cell's policy is selected on validation only; differences are paired by seed against
-`none`, with a 95 % bootstrap interval over seeds. An interval that holds 0 is no verdict; and with
-five seeds resampling is optimistic: of normal values it covers the mean in about 85 % of the cases.
+A cell's policy is selected on validation only. Intervals are 95 % bootstrap intervals over seeds;
+with five seeds they are optimistic: of normal values about 85 % cover the mean.
 
 What follows `--` goes to every cell: `-- --policy DIR --reward_model DIR --prompts FILE
 --validation FILE --test FILE` is the study with models of one's own.
@@ -43,11 +42,11 @@ from pfppo.filters import FILTERS, kept_per_prompt, load_filter
 from pfppo.lab import cells, default, figures
 from pfppo.reliability import spearman
 from pfppo.reward import load_reward
-from pfppo.run import Machine
+from pfppo.run import Machine, differences
 
 import numpy as np
 
-NO_WORD = re.compile(r"[^a-zA-Z0-9_]+")  # what no folder is named by
+NO_WORD = re.compile(r"\W+", re.ASCII)  # what no folder is named by
 BASE = "none"  # what the others are compared with: PPO-M, all samples kept
 KEYS = [f"{when}_{kind}" for when in ("selected", "last") for kind in ("greedy", "sampled")]
 JUDGED = ("r2", "r2_low", "r2_high", "kept")  # of the reliability table
@@ -99,10 +98,9 @@ def parse_words(words):
         else:
             require(name and options[name] is None, f"-- {word}: expected --option value ...")
             options[name] = word
-    require(
-        options.get("prompts", "lab") == "lab" or options.get("test"),
-        "-- --prompts: the table is of pass rates on test problems, expected --test FILE too",
-    )
+    tested = options.get("prompts", "lab") == "lab" or options.get("test")
+    what = "the table is of pass rates on test problems, expected --test FILE too"
+    require(tested, f"-- --prompts: {what}")
     return options
 
 
@@ -142,8 +140,8 @@ def interval(values, seed=0, resamples=10_000):
 
 
 def summarize(results, reliability):
-    """The table: one dict per filter, plain numbers for JSON. results: {filter: what the cell of
-    each seed says}."""
+    """The table: one dict per filter, plain numbers for JSON. results: {filter: [`read_cell` of
+    each seed]}."""
     rows = []
     for name, mine in results.items():
         row = {"filter": name, "seeds": len(mine)}
@@ -161,8 +159,7 @@ def summarize(results, reliability):
 
 
 def rank_correlation(rows):
-    """Spearman of R^2 before training and greedy pass@1 after it, over filters; NaN of less than 3
-    filters that have both."""
+    """Spearman of R^2 before training and greedy pass@1 after it; NaN of less than 3 filters."""
     both = [(row["r2"], row["selected_greedy"][0]) for row in rows if row["r2"] is not None]
     return spearman(*np.array(both).T) if len(both) > 2 else float("nan")
 
@@ -175,19 +172,17 @@ def markdown(args, rows, hours):
         bounds = "" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
         return "-" if mean is None else f"{mean:{sign}.3f}{bounds}"
 
-    head = ["filter", "samples", "updates", "minutes", "greedy, selected", f"minus {BASE}"]
-    head += ["sampled, selected", f"minus {BASE}", "greedy, last", "sampled, last"]
-    head += ["R^2 before training"]
-    lines = [head, ["---"] * len(head)]
+    minus = f"minus {BASE}"
+    head = f"filter | samples | updates | minutes | greedy, selected | {minus} | sampled, selected"
+    head += f" | {minus} | greedy, last | sampled, last | R^2 before training"
+    lines = [head, " | ".join(["---"] * (head.count("|") + 1))]
     for row in rows:
-        line = [row["filter"], f"{row['samples']:,}", f"{row['updates']:,}"]
-        line += [f"{row['minutes']:.1f}"]
-        for kind in ("greedy", "sampled"):
-            line += [shown(row[f"selected_{kind}"])]
-            line += [shown(row.get(f"selected_{kind}_difference"), "+")]
-        line += [f"{row[f'last_{kind}'][0]:.3f}" for kind in ("greedy", "sampled")]
-        lines.append([*line, shown([row["r2"], row["r2_low"], row["r2_high"]])])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        line = f"{row['filter']} | {row['samples']:,} | {row['updates']:,} | {row['minutes']:.1f}"
+        for key in ("selected_greedy", "selected_sampled"):
+            line += f" | {shown(row[key])} | {shown(row.get(key + '_difference'), '+')}"
+        line += f" | {row['last_greedy'][0]:.3f} | {row['last_sampled'][0]:.3f}"
+        lines.append(f"{line} | {shown([row['r2'], row['r2_low'], row['r2_high']])}")
+    table = "\n".join(f"| {line} |" for line in lines)
     mean = "one seed: no interval, and so no verdict."
     if args.seeds > 1:
         mean = f"""mean over {args.seeds} seeds with a 95 % bootstrap interval over seeds; \
@@ -213,9 +208,7 @@ def check_study(args, given):
     here = {n: v for n, v in asdict(args).items() if n not in args.FREE} | {"given": given}
     path = out / "study.json"
     try:
-        there = json.loads(path.read_text()) if path.exists() else here
-        differ = [n for n in here if there.get(n) != here[n]]
-        differ = "; ".join(f"{n} {there.get(n)!r} there, {here[n]!r} here" for n in differ)
+        differ = differences(json.loads(path.read_text()) if path.exists() else here, here)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({reason(error)})") from error
     other = f"--out {out}: a study with other arguments ({differ}): choose another name"
@@ -227,9 +220,8 @@ def check_study(args, given):
 def study(args, names, given):
     """One reward: run what is missing, write table and figures. Returns the table's rows."""
     planned, out = cells_of(args, names), Path(args.out)
-    for name in (*planned[0], "resume", "export", "plan", "selfcheck"):
-        own = f"-- --{name}: the study itself sets this option of its cells"
-        require(name not in given, own)
+    own = sorted(given.keys() & {*planned[0], "resume", "export", "plan", "selfcheck"})
+    require(not own, f"-- --{' --'.join(own)}: the study itself sets this option of its cells")
     check_study(args, given)
     for cell in filter(cells.is_finished, planned):
         cells.read_cell(cell)  # what does not fit is told before hours of training

@@ -1,7 +1,7 @@
 """Problems in HumanEval form, out of benchmark files and out of people's own.
 
 Every row becomes a `Problem`: `setup + prompt + canonical_solution` is a Python program, and `test`
-is run against a candidate program. What form a row has is told by its fields:
+is run against a candidate program. A row's fields tell its form:
 
     prompt_sft, starter_code   LeetCode: DeepSeek-Coder's contests, newfacade's LeetCodeDataset
     test_list, assertion       MBPP, full and sanitized; MBPP+ of EvalPlus and of Hugging Face
@@ -58,7 +58,8 @@ class _Row(dict):
 
     def __init__(self, fields, path, line):
         super().__init__((name, value) for name, value in fields.items() if value is not None)
-        self.where, self.line, self.used = f"{path}, line {line}", line, set()
+        self.where, self.used = f"{path}, line {line}", set()
+        self.task_id = str(self("task_id", int, str, default=f"line {line}"))
 
     def require(self, condition, message):
         require(condition, f"{self.where}: {message}")
@@ -81,9 +82,6 @@ class _Row(dict):
         self.require(not odd, f"field '{name}': expected a list of strings, found {odd[:1]} in it")
         return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
 
-    def task_id(self):
-        return str(self("task_id", int, str, default=f"line {self.line}"))
-
     def asked(self):
         """(prompt, messages): a text, or a dialogue under either name."""
         name = "messages" if "messages" in self and "prompt" not in self else "prompt"
@@ -94,11 +92,10 @@ class _Row(dict):
 
 
 def load_problems(path, form="", test_split=False):
-    """The problems of a file, in its order. All have tests.
+    """The problems of a file, in its order. All have tests. Raises UserError.
 
     form: a key of FORMS that every row must have; "": any. test_split: of Google's MBPP only the
     test split (if any of it is there); MBPP+, a selection, is taken whole, as it is published.
-    UserError: file, line and field with what was found and expected; a repeated task_id.
     """
     require(form in ("", *FORMS), f"form {form!r} is unknown: expected {', '.join(FORMS)}")
     pairs = _read(path, form, tested=True)
@@ -107,11 +104,8 @@ def load_problems(path, form="", test_split=False):
 
 
 def load_prompts(path, split=""):
-    """What is sampled from: problems of any form, with tests or without. Raises UserError.
-
-    split: of MBPP's tasks only those of "train", "validation" or "test", told by their ids (if any
-    of these is there), so that one file serves for all three.
-    """
+    """What is sampled from: problems of any form, with tests or without. split: of MBPP's tasks
+    only those of "train", "validation" or "test" (if any is there). Raises UserError."""
     problems = [problem for _, problem in _read(path)]
     return [p for p in problems if not split or in_split(p, split)] or problems
 
@@ -163,8 +157,8 @@ def _humaneval(row):
     row.require(given, "field 'entry_point' is missing: 'test' defines check(candidate)")
     if re.search(r"\bSolution\(\)", test):
         setup = setup or PREAMBLE
-    task, name = row.task_id(), name or _called(test)
-    return Problem(task, prompt, name, solution, test, setup, instruction, turns)
+    name = name or _called(test)
+    return Problem(row.task_id, prompt, name, solution, test, setup, instruction, turns)
 
 
 PLUS_TEST = """\
@@ -193,7 +187,7 @@ def _mbpp(row):
     Hugging Face (`test`), and rows of one's own, which may lack a reference. The task id is
     "Mbpp/11" in all, as EvalPlus has it; the prompt is a docstring unless it is code, the
     instruction the sentence of the MBPP paper, both with the asserts of the file."""
-    number = row.task_id().removeprefix("Mbpp/")
+    number = row.task_id.removeprefix("Mbpp/")
     task = f"Mbpp/{number}" if number.isdecimal() else number
     text, turns = (row("text"), []) if "text" in row else row.asked()
     code = row("canonical_solution" if "canonical_solution" in row else "code", default="")
@@ -225,7 +219,7 @@ def _docstring(text):
 def _leetcode(row):
     """DeepSeek-Coder's contest form (`prompt_sft`; no reference solutions), or newfacade's
     LeetCodeDataset (`starter_code`). The prompt is the statement as a docstring, then the stub."""
-    task, prompt, test = row.task_id(), row("prompt"), row("test")
+    task, prompt, test = row.task_id, row("prompt"), row("test")
     if "prompt_sft" in row:
         method = re.search(r"\bmy_solution\.(\w+)\(", test)
         row.require(method, "field 'test': expected a call 'my_solution.NAME(...)'")

@@ -62,10 +62,8 @@ def strings(value):
 
 
 def report_overlap(path, problems, out, limit, shown=10):
-    """Print how much of each problem stands in the JSONL file `path`, write it to `out`.
-
-    Returns the exit status: 1 if a problem overlaps by more than `limit`. Raises UserError.
-    """
+    """Print how much of each problem stands in the JSONL file `path`, write it to `out`. Returns
+    the exit status: 1 if a problem overlaps by more than `limit`. Raises UserError."""
     training = tqdm(read_jsonl(path), "training texts", mininterval=1)
     texts = ((line, "\n".join(strings(row))) for line, row in training)
     shares = overlaps(texts, [grams(p.question, p.canonical_solution) for p in problems])
@@ -84,7 +82,7 @@ def report_overlap(path, problems, out, limit, shown=10):
     if len(touched) > shown:
         print(f"... and {len(touched) - shown} more")
     out.mkdir(parents=True, exist_ok=True)
-    report = {"training": str(path), "limit": limit, "problems": rows}
-    write_json(out / "contamination.json", report)
+    written = {"training": str(path), "limit": limit, "problems": rows}
+    write_json(out / "contamination.json", written)
     print(f"\n{out}: contamination.json")
     return int(above > 0)

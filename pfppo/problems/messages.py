@@ -27,6 +27,9 @@ from pfppo.problems.extract import definition_of
 # "instruction, pos, neg" are the PF-PPO authors', "question" and "input" Orca's
 NAMES = {"prompt": ("instruction", "question", "input"), "chosen": ("pos",), "rejected": ("neg",)}
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+# The roles of a dialogue by that of its last turn; a response may stand there without its prompt.
+ORDERS = {"user": r"(system, )?(user, assistant, )*user"}
+ORDERS["assistant"] = r"(system, )?(user, assistant, )*user, assistant|assistant"
 MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # the three examples of the MBPP paper
 # The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
 INSTRUCTION = """\
@@ -45,10 +48,7 @@ def short(value):
 
 def read_turns(value, where, last):
     """The turns of a dialogue, role and content alone; a string is one turn. `last` is the role of
-    the last one: only a response may be empty, or stand there without its prompt.
-
-    Raises UserError, beginning with `where`, unless roles and contents are as the module says.
-    """
+    the last one; only a response may be empty. Raises UserError, beginning with `where`."""
     expected = f"expected a string or a list of messages, found {short(value)}"
     require(isinstance(value, str | list), f"{where}: {expected}")
     given = [{"role": last, "content": value}] if isinstance(value, str) else value
@@ -57,33 +57,31 @@ def read_turns(value, where, last):
         place = f"{where}, message {number}"
         fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
         require(fits, f"{place}: expected an object with 'role' and 'content', found {short(turn)}")
-        content = turn["content"]
+        content, place = turn["content"], f"{place}: 'content'"
         parts = content if isinstance(content, list) else [{"text": content}]
-        texts = [
-            p.get("text") for p in parts if isinstance(p, dict) and p.get("type", "text") == "text"
-        ]
-        fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-        expected = "expected a string or parts of text only"
-        require(fits, f"{place}: 'content': {expected}, found {short(content)}")
-        response = last == "assistant" and number == len(given)
-        empty = f"{place}: 'content' is empty: expected some text, found {short(content)}"
-        require(response or "".join(texts).strip(), empty)
-        turns.append({"role": turn["role"], "content": "".join(texts)})
-    roles = [turn["role"] for turn in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    by_turns = spoken == (["user", "assistant"] * len(spoken))[: len(spoken)]
+        texts = [p["text"] for p in parts if _is_text(p)]
+        only = f"{place}: expected a string or parts of text only, found {short(content)}"
+        require(len(texts) == len(parts), only)
+        text, may_be_empty = "".join(texts), last == "assistant" and number == len(given)
+        empty = f"{place} is empty: expected some text, found {short(content)}"
+        require(may_be_empty or text.strip(), empty)
+        turns.append({"role": turn["role"], "content": text})
+    roles = ", ".join(str(turn["role"]) for turn in turns)
     expected = "expected a system turn or none, then user and assistant by turns, the last one"
-    found = ", ".join(map(str, roles)) or "an empty list"
-    fits = (by_turns and roles[-1:] == [last]) or roles == ["assistant"] == [last]
-    require(fits, f"{where}: {expected} {last}, found {found}")
+    found = f"{where}: {expected} {last}, found {roles or 'an empty list'}"
+    require(re.fullmatch(ORDERS[last], roles), found)
     return turns
 
 
-def only_text(prompt):
-    """A prompt as text: a string as it stands, a dialogue if it is one user's turn.
+def _is_text(part):
+    """Whether a part of a content is {"type": "text", "text": ...}; the type may be missing."""
+    text = isinstance(part, dict) and part.get("type", "text") == "text" and part.get("text")
+    return isinstance(text, str)
 
-    Raises UserError where it has several turns or a system turn, which need a chat template.
-    """
+
+def only_text(prompt):
+    """A prompt as text: a string as it stands, or one user's turn. Raises UserError where there are
+    several turns or a system turn, which need a chat template."""
     roles = ["user"] if isinstance(prompt, str) else [turn["role"] for turn in prompt]
     several = f"a prompt of {len(roles)} messages ({', '.join(roles)}), expected one user's turn"
     advice = "a system turn and several turns need --prompt_style chat"
@@ -92,8 +90,8 @@ def only_text(prompt):
 
 
 def read_pair(row, where):
-    """(prompt, chosen, rejected) of one object of a file: prompt is text, or a dialogue where it is
-    more than one user's turn; the responses are texts. Raises UserError beginning with `where`."""
+    """(prompt, chosen, rejected) of one object of a file: texts, but for a prompt that is more than
+    one user's turn, a dialogue. Raises UserError beginning with `where`."""
     both = row.get("instruction") and row.get("input")
     require(not both, f"{where}: 'instruction' and 'input': expected one text of both, in 'prompt'")
     values, places = {}, {}
@@ -104,28 +102,25 @@ def read_pair(row, where):
         values = {name: _transcript(value) for name, value in values.items()}
     *before, chosen = read_turns(values["chosen"], places["chosen"], "assistant")
     *other, rejected = read_turns(values["rejected"], places["rejected"], "assistant")
-    counts = f"({len(before)} and {len(other)} messages there)"
-    differ = f"chosen and rejected differ before their last messages {counts}"
-    require(before == other, f"{where}: {differ}, expected two responses to one prompt")
+    differ = f"{where}: chosen and rejected differ before their last messages ({len(before)} and "
+    differ += f"{len(other)} messages there), expected two responses to one prompt"
+    require(before == other, differ)
     same = f"{where}: chosen and rejected are the same, expected two responses"
     require(chosen != rejected, same)
     prompt = before
     if values["prompt"] or not before:
         prompt = read_turns(values["prompt"], places["prompt"], "user")
         asked = [turn["content"].strip() for turn in before if turn["role"] == "user"]
-        agree = (
-            not before
-            or prompt == before
-            or (len(prompt) == 1 and only_text(prompt).strip() in asked)
-        )
+        is_asked = len(prompt) == 1 and prompt[0]["content"].strip() in asked
         expected = f"expected what chosen and rejected start with, found {short(values['prompt'])}"
-        require(agree, f"{places['prompt']}: {expected} in it and {short(asked[-1:])} in them")
+        other = f"{places['prompt']}: {expected} in it and {short(asked[-1:])} in them"
+        require(is_asked or before in ([], prompt), other)
         prompt = before or prompt
     if row.get("system") and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": row["system"]}, *prompt]
         prompt = read_turns(prompt, f"{where}: field 'system' and the prompt", "user")
-    one = [turn["role"] for turn in prompt] == ["user"]
-    return prompt[0]["content"] if one else prompt, chosen["content"], rejected["content"]
+    prompt = prompt[0]["content"] if len(prompt) == 1 else prompt
+    return prompt, chosen["content"], rejected["content"]
 
 
 def _transcript(value):
@@ -154,9 +149,7 @@ def prompt_text(problem, style):
 
 def few_shot_prompts(problems, all_problems):
     """The MBPP paper's prompts for base models: tasks 2, 3 and 4 solved, then the task in question.
-
-    UserError where `all_problems` does not hold these three.
-    """
+    UserError where `all_problems` does not hold these three."""
     known = {problem.task_id: problem for problem in all_problems}
     missing = [task for task in MBPP_SHOTS if task not in known]
     require(not missing, f"--prompt_style few_shot: the problems have no task {missing}")

@@ -26,13 +26,6 @@ def check_of(problem, program):
     return Check(program, problem.test, problem.entry_point, _reference(problem))
 
 
-def reference_check(problem):
-    """The problem's own solution as the candidate. UserError where the benchmark has none."""
-    has = problem.canonical_solution.strip()
-    require(has, f"{problem.task_id} has no reference solution")
-    return check_of(problem, _reference(problem))
-
-
 @functools.lru_cache(maxsize=4096)
 def _reference(problem):
     """Trusted source of the names that the tests use; "" if the file's own is not Python."""
@@ -89,20 +82,16 @@ def sample_row(problem, number, response):
 
 
 def pass_at_k(n, c, k):
-    """Unbiased chance that one of k samples passes, from c passes among n: 1 - C(n-c, k) / C(n, k).
-
-    arXiv 2107.03374, eq. 1, as a stable product. UserError unless 1 <= k <= n and 0 <= c <= n.
-    """
+    """Unbiased chance that one of k samples passes, from c passes among n: 1 - C(n-c, k) / C(n, k)
+    (arXiv 2107.03374, eq. 1) as a stable product. UserError unless 1 <= k <= n and 0 <= c <= n."""
     require(1 <= k <= n, f"pass@{k} needs at least {max(k, 1)} samples of each problem, found {n}")
     require(0 <= c <= n, f"{c} of {n} samples passed: expected 0 to {n}")
     return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
 def pass_at_k_interval(counts, k, resamples=1000, seed=0):
-    """(mean, low, high) of pass@k over problems [(n, c), ...]: 95 % bootstrap over problems.
-
-    The interval speaks of the choice of problems, not of sampling; equal problems give width 0.
-    """
+    """(mean, low, high) of pass@k over problems [(n, c), ...]: 95 % bootstrap over problems. The
+    interval speaks of the choice of problems, not of sampling; equal problems give width 0."""
     values = np.array([pass_at_k(n, c, k) for n, c in counts])
     require(len(values), "pass@k of no problems")
     rng = np.random.default_rng(seed)
@@ -116,11 +105,10 @@ def summary(results, ks):
     c = Counter(row["task_id"] for row in results if row["passed"])
     lines = [f"{len(results)} samples of {len(n)} problems"]
     for k in ks:
-        counts = [(n[task], c[task]) for task in n if n[task] >= k]
-        rate = f"no problem has {k} samples"
+        rate, counts = f"no problem has {k} samples", [(n[t], c[t]) for t in n if n[t] >= k]
         if counts:
-            interval = "{:.3f} [{:.3f}, {:.3f}]".format(*pass_at_k_interval(counts, k))
-            rate = f"{interval}  {len(counts)} problems"
+            mean, low, high = pass_at_k_interval(counts, k)
+            rate = f"{mean:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems"
         lines.append(f"pass@{k:<4} {rate}")
     lines.append("\noutcome        samples   share")
     for name, count in Counter(row["outcome"] for row in results).most_common():

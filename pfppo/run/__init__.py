@@ -29,19 +29,13 @@ Slurm       One torchrun per node (not tried on a cluster):
         [ "${SLURM_RESTART_COUNT:-0}" -ge 5 ] || scontrol requeue "$SLURM_JOB_ID"
 """
 
+import os
 import sys
 
 from pfppo import config
-from pfppo.run.comparison import (
-    HINT,
-    compare_filters,
-    judged_rows,
-    load_filters,
-    pyplot,
-    read_judged,
-)
+from pfppo.run.comparison import compare_filters, judged_rows, load_filters, plotting, read_judged
 from pfppo.run.export import from_run, write
-from pfppo.run.folder import check_shared, claim, open_folder
+from pfppo.run.folder import check_shared, claim, differences, open_folder
 from pfppo.run.memory import show
 from pfppo.run.options import LongRun, Machine
 from pfppo.run.proofs import prove_models, prove_policy, prove_scalar
@@ -53,6 +47,8 @@ import torch.distributed as dist
 
 def answer(args):
     """What --export and --plan ask: a checkpoint for transformers, or the memory of a run."""
+    if int(os.environ.get("RANK", 0)):  # one answer is enough, and needs no process group
+        return None
     if args.export:
         return from_run(args.run_dir, args.export)
     return show(args)

@@ -37,10 +37,8 @@ BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on
 
 
 class Saver:
-    """Writes checkpoints of one run, one at a time. Every method is a collective.
-
-    All raise UserError where a checkpoint cannot be written; earlier ones are then untouched.
-    """
+    """Writes checkpoints of one run, one at a time. Methods are collectives, and raise UserError
+    where one cannot be written; earlier ones are then untouched."""
 
     def __init__(self, run, ranks, keep, newest=None):
         self.run, self.ranks, self.keep = run, ranks, keep

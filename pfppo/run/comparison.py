@@ -24,7 +24,6 @@ import torch
 DRAWS = 2000  # of a filter that keeps at random: its expected weights are known to about 0.01
 LARGEST = 1e9  # rewards are squared, in fp32
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
-HINT = "no figures: pip install matplotlib, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,9 @@ def load_filters(names, samples, say):
 
 
 def read_judged(path, say=print):
-    """Judged from a JSONL file. Raises UserError.
-
-    The samples of one problem (and of one `step`, where there are steps) are a group; all need
-    equally many. Those of problems without tests, with score null, are left out.
-    """
+    """Judged from a JSONL file. The samples of one problem (and of one `step`, where there are
+    steps) are a group; those of problems without tests, with score null, are left out. Raises
+    UserError where groups are not equally large."""
     groups, untested = {}, 0
     for line, row in read_jsonl(path):
         place = f"{path}, line {line}"
@@ -116,58 +113,57 @@ def expected_weights(chosen, rewards, seed):
 
 
 def compare_filters(args, chosen, samples, out):
-    """Print the table, write `reliability.json` and the figure below `out`, say what was written.
-
-    samples: Judged; args: bins, bin_kind, repetitions, seed.
-    """
+    """Print the table, write `reliability.json` and the figure below `out`. samples: Judged; args:
+    bins, bin_kind, repetitions, seed."""
     rewards, scores, prompts = samples.rewards, samples.scores, samples.prompts
-    expected = expected_weights(chosen, rewards, args.seed)
-    how = {"kind": args.bin_kind, "prompts": prompts}
-    rows = reliability_table(rewards, scores, expected, args.bins, seed=args.seed, **how)
-    P, N = rewards.shape
-    count = len(np.unique(prompts))
+    (P, N), count = rewards.shape, len(np.unique(prompts))
     spread = f"mean {rewards.mean():.3f}, standard deviation {rewards.std():.3f}"
     print(f"\n{P} x {N} samples of {count} problems: {scores.mean():.3f} pass; rewards: {spread}")
     print(f"R^2 over {args.bins} bins of {NAMES[args.bin_kind]}; 95 %: percentiles over resampled ")
     print("prompts, which lie low where bins hold few samples (reliability.py)")
+    bins = {"bins": args.bins, "kind": args.bin_kind, "prompts": prompts}
+    expected = expected_weights(chosen, rewards, args.seed)
+    rows = reliability_table(rewards, scores, expected, seed=args.seed, **bins)
     print(format_table(rows))
-    everything = rewards, scores, np.ones_like(rewards), args.bins
-    how |= {"resamples": args.repetitions, "rng": np.random.default_rng(args.seed)}
-    drawn = resampled_bins(*everything, **how)
-    lines = [(binned.mean_reward.tolist(), binned.mean_score.tolist()) for binned in drawn]
-    known = {"problems": count, "groups": P, "samples_per_problem": N}
-    known |= {"bins": args.bins, "bin_kind": args.bin_kind, "filters": rows}
-    known |= {"repetitions": [{"mean_reward": r, "mean_score": s} for r, s in lines]}
+    bins |= {"resamples": args.repetitions, "rng": np.random.default_rng(args.seed)}
+    drawn = resampled_bins(rewards, scores, np.ones_like(rewards), **bins)
+    lines = [
+        {"mean_reward": binned.mean_reward.tolist(), "mean_score": binned.mean_score.tolist()}
+        for binned in drawn
+    ]
+    known = {"problems": count, "groups": P, "samples_per_problem": N, "bins": args.bins}
+    known |= {"bin_kind": args.bin_kind, "filters": rows, "repetitions": lines}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "reliability.json", known)
     print(f"\n{out}: reliability.json; ", end="")
     print(draw_reliability(out / "reliability.png", lines))
 
 
-def pyplot():
-    """matplotlib's pyplot without a screen, or None."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plot
+def plotting(draw):
+    """draw(plot, ...) as a function that needs no `plot`: matplotlib's pyplot, without a screen. It
+    returns a line on what was written, or on what to install."""
 
-    return plot
+    def drawn(*args):
+        try:
+            import matplotlib
+        except ImportError:
+            return "no figures: pip install matplotlib, and run the same command again"
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plot
+
+        written = draw(plot, *args)
+        plot.close("all")
+        return written
+
+    return drawn
 
 
-def draw_reliability(path, lines):
-    """The paper's Fig. 1. lines: [(mean rewards [bins], mean scores [bins])], one per repetition.
-
-    Returns one line about what was written.
-    """
-    plot = pyplot()
-    if plot is None:
-        return HINT
+@plotting
+def draw_reliability(plot, path, lines):
+    """The paper's Fig. 1. lines: {"mean_reward": [bins], "mean_score": [bins]} of repetitions."""
     figure, axis = plot.subplots(figsize=(6, 5), layout="constrained")
-    for reward, score in lines:
-        axis.plot(reward, score, marker=".", alpha=0.6, color="tab:blue")
+    for line in lines:
+        axis.plot(line["mean_reward"], line["mean_score"], marker=".", alpha=0.6, color="tab:blue")
     axis.set(xlabel="mean reward of the bin", ylabel="mean actual score of the bin")
     figure.savefig(path, dpi=120)
-    plot.close("all")
     return f"{path.name}, {len(lines)} repetitions"

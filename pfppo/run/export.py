@@ -9,7 +9,6 @@ Not covered: adapters, quantised weights.
 
 import copy
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -37,9 +36,8 @@ def write_best(models, folder, tokens, ranks, best):
 def write(sharded, folder, unsharded, tokenizer, ranks, extra=()):
     """Write a sharded model in Hugging Face form, whole or not at all. A collective.
 
-    unsharded: its structure, for `save_pretrained` and its config; extra: functions called with the
-    temporary folder on rank 0, to write more files into it. Raises UserError where it cannot be
-    written.
+    unsharded: its structure and config; extra: functions called with the temporary folder on rank
+    0, to write more files into it. Raises UserError where it cannot be written.
     """
     weights = full_state(sharded)
     on_main(ranks, _write, Path(folder), unsharded, weights, tokenizer, extra)
@@ -70,13 +68,10 @@ def _save(unsharded, folder, weights, tokenizer):
 
 def from_run(run, folder):
     """Write the policy of a run's newest checkpoint to `folder`, and its reward model (with the
-    normaliser that the run used) to `folder`/reward_model.
+    normaliser that the run used) to `folder`/reward_model. Raises UserError.
 
-    run: a run directory, or one of its checkpoints/step_N. Only rank 0 works; no process group is
-    needed. Raises UserError.
+    run: a run directory, or one of its checkpoints/step_N. No process group is needed.
     """
-    if int(os.environ.get("RANK", 0)):
-        return
     run, folder = Path(run), Path(folder)
     step = run if run.name.startswith("step_") else next(iter(checkpoint.complete(run)), run)
     require(checkpoint.is_whole(step), f"--run_dir {run}: no complete checkpoint")

@@ -23,26 +23,20 @@ from pathlib import Path
 
 from pfppo.config import UserError, reason, require
 from pfppo.files import check_writable, write_json
-from pfppo.fsdp import from_main, on_main
+from pfppo.fsdp import from_main, gather_lists, on_main
 from pfppo.run.options import free_options
-
-import torch.distributed as dist
 
 VISIBLE = 10.0  # seconds that a network file system may take to show a new file
 
 
 def claim(args, ranks, default, option="run_dir", files=None):
-    """Name the folder of --`option` (default: the first of `default`, -2, ... that is free, or the
-    last that is not, with --resume), and return its Path if it is free or holds this very run.
-
-    files: the names that matter in it (None: all, so another folder's files are in the way). Raises
-    UserError.
-    """
+    """Name the folder of --`option` (default: `numbered`), and return its Path if it is free or
+    holds this very run. files: the names that matter in it; None: all. Raises UserError."""
     resume = getattr(args, "resume", False)
     folder = Path(from_main(getattr(args, option) or numbered(default, resume), ranks))
     setattr(args, option, str(folder))
     on_main(ranks, _check, folder, args, option, files)
-    check_shared(folder, f"--{option} {folder}")
+    check_shared(folder, f"--{option} {folder}", ranks)
     return folder
 
 
@@ -74,18 +68,21 @@ def _check(folder, args, option, files):
     except (OSError, ValueError) as error:
         why = "is not empty and holds no run (no readable args.json), choose another name"
         raise UserError(f"{what}: {why}") from error
-    differ = [
-        f"{name} {known.get(name)!r} there, {value!r} here"
-        for name, value in dataclasses.asdict(args).items()
-        if name not in {*free_options(args), option} and known.get(name) != value
-    ]
-    require(
-        not differ,
-        f"{what}: holds a run with other arguments ({'; '.join(differ)}): choose another name, or "
-        "give --resume and the arguments of that run",
-    )
+    free = {*free_options(args), option}
+    asked = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
+    differ = differences(known, asked)
+    other = f"holds a run with other arguments ({differ}): choose another name, or give --resume"
+    require(not differ, f"{what}: {other} and the arguments of that run")
     again = "holds a run with these arguments: give --resume to go on with it, or another name"
     require(args.resume, f"{what}: {again}")
+
+
+def differences(known, asked):
+    """Which of the arguments that are asked for stand otherwise in a folder, as text."""
+    pairs = ((name, known.get(name), value) for name, value in asked.items())
+    return "; ".join(
+        f"{name} {old!r} there, {new!r} here" for name, old, new in pairs if old != new
+    )
 
 
 def numbered(folder, last=False):
@@ -97,38 +94,30 @@ def numbered(folder, last=False):
     return folders[-2:][0] if last else folders[-1]
 
 
-def check_shared(folder, what):
-    """Raise UserError, on all ranks, unless `folder` is the same one on all nodes. A collective.
-
-    It need not exist: the nearest of rank 0's parents that does is looked at. what: names it in the
-    message, as "--run_dir runs/x".
-    """
+def check_shared(folder, what, ranks):
+    """Raise UserError on all ranks unless `folder`, or the nearest of rank 0's parents that exists,
+    is the same one on all nodes. what: its name in the message. A collective."""
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) == 1:  # nodes that torchrun runs on
         return
     places = (Path(folder).absolute(), *Path(folder).absolute().parents)
-    box = [None]
-    if dist.get_rank() == 0:
+
+    def make_token():
         level = next(level for level, path in enumerate(places) if path.exists())
         try:
             descriptor, token = tempfile.mkstemp(prefix=".shared-", dir=places[level])
-            os.close(descriptor)
-            box = [(level, os.path.basename(token))]
         except OSError as error:
-            box = [f"{what}: cannot be written: {reason(error)}"]
-    dist.broadcast_object_list(box, 0)
-    require(not isinstance(box[0], str), box[0])
-    level, name = box[0]
+            raise UserError(f"{what}: cannot be written: {reason(error)}") from error
+        os.close(descriptor)
+        return level, os.path.basename(token)
+
+    level, name = on_main(ranks, make_token)
     token = places[min(level, len(places) - 1)] / name
     deadline = time.monotonic() + VISIBLE
     while not (seen := token.exists()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    views = [None] * dist.get_world_size()
-    dist.all_gather_object(views, (seen, socket.gethostname(), str(token.parent)))
-    if dist.get_rank() == 0:
+    views = gather_lists([(seen, f"{token.parent} of {socket.gethostname()}")], ranks)
+    if ranks.is_main:
         token.unlink()
-    blind = [f"{place} of {host}" for seen, host, place in views if not seen]
-    require(
-        not blind,
-        f"{what}: {blind and blind[0]} is another folder than {views[0][2]} of {views[0][1]}, "
-        "expected a file system that all nodes share",
-    )
+    blind = [place for seen, place in views if not seen]
+    shared = f"is another folder than {views[0][1]}, expected a file system that all nodes share"
+    require(not blind, f"{what}: {blind[:1] and blind[0]} {shared}")

@@ -1,5 +1,4 @@
-"""The memory of a run, estimated before it is spent: `train_ppo.py --plan`, and the check before a
-run loads its models.
+"""The memory of a run, estimated: `train_ppo.py --plan`, and the check before it loads its models.
 
 What a rank holds is arithmetic. With n_p and n_s parameters of policy and scalar model, sharded
 over S ranks, and c bytes of a number in forward passes:
@@ -11,8 +10,7 @@ over S ranks, and c bytes of a number in forward passes:
 
 Activations, logits and KV cache come from no formula that knows one architecture: the very model
 runs on fake tensors, which have shapes and no numbers, and a counter follows the storages that are
-alive. A phase needs what is held and what its passes add; the peak is the largest phase, and may
-take `USABLE` of a device's memory: allocator and context (about 1 GB on a GPU) need the rest.
+alive. The largest phase may take `USABLE` of a device's memory.
 
 Not covered: what kernels use for themselves; L x L scores of attention, which fused kernels do not
 keep, where a GPU has none for a model (heads of unusual width). Responses count at full length.
@@ -37,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 GB = 1e9
-USABLE = 0.92  # share of a device's memory
+USABLE = 0.92  # share of a device; allocator and context (about 1 GB on a GPU) need the rest
 FULL = 4  # bytes of a master weight, of a gradient, of each of Adam's moments
 
 
@@ -53,12 +51,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-                    self.add(storage.nbytes())
+        tensors = (leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        for storage in map(torch.Tensor.untyped_storage, tensors):
+            if storage._cdata not in self.known:
+                self.known[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.add(storage.nbytes())
         return out
 
     def add(self, size):
@@ -67,15 +64,14 @@ class LiveBytes(TorchDispatchMode):
         if self.now > self.peak:  # the dead are looked for only where they could matter
             dead = [key for key, (storage, _) in self.known.items() if storage.expired()]
             self.now -= sum(self.known.pop(key)[1] for key in dead)
-            self.peak = max(self.peak, self.now)
+        self.peak = max(self.peak, self.now)
 
 
 class FakeModel:
     """A policy or scalar model (`net`, on meta) on fake tensors. All sizes are bytes.
 
-    Passes count what FSDP gathers too: the root all the time, blocks in turn (the next one is on
-    its way where there are several `shards`), and a unit's whole gradients. They raise UserError
-    naming `path` where the model needs numbers.
+    Passes count what FSDP gathers: the root all the time, blocks in turn (two where there are
+    several `shards`), a unit's whole gradients. UserError where the model needs numbers.
     """
 
     def __init__(self, net, path, args, shards, prompt):
@@ -161,11 +157,8 @@ class FakeModel:
 
 
 class Plan:
-    """What a command line needs on `world` ranks, with forward passes in `dtype`: bytes per rank.
-
-    prompt: tokens of the longest prompt, None: --max_prompt_tokens. Raises UserError where a
-    model's config.json cannot be read.
-    """
+    """Bytes per rank that a command line needs on `world` ranks, with forward passes in `dtype`.
+    prompt: tokens of the longest prompt, None: --max_prompt_tokens. Raises UserError."""
 
     def __init__(self, args, world, dtype, prompt=None):
         self.args, self.world, shards = args, world, args.shard_group_size or world
@@ -185,9 +178,8 @@ class Plan:
         trained, frozen = policy + scalar, policy + scalar * bool(rm)
         offloaded = policy * args.offload_ref + scalar * bool(rm) * args.offload_reward
         here = 0 if args.offload_optimizer else trained
-        numbers = {"parameters": here + frozen - offloaded, "gradients": here}
-        numbers["optimizer"] = 2 * here
-        self.device = {name: FULL * n // shards for name, n in numbers.items()}
+        held = {"parameters": here + frozen - offloaded, "gradients": here, "optimizer": 2 * here}
+        self.device = {name: FULL * n // shards for name, n in held.items()}
         # With a copy of weights and moments, which is written as a checkpoint.
         self.host = FULL * (offloaded + 4 * (trained - here) + 3 * trained) // shards
 
@@ -222,9 +214,9 @@ class Plan:
         N = self.args.samples_per_prompt
         divisors = [n for n in range(1, self.share + 1) if self.share % n == 0]
         multiples = range(N, self.sampled + 1, N)
-        microbatches = bisect_right(divisors, limit, key=lambda n: self.phases(n)["update"])
+        fitting = bisect_right(divisors, limit, key=lambda n: self.phases(n)["update"])
         batches = bisect_right(multiples, limit, key=lambda n: self.phases(0, n)["sampling"])
-        return [0, *divisors][microbatches], [0, *multiples][batches]
+        return [0, *divisors][fitting], batches * N
 
 
 def ranks_of_node(world):
@@ -241,14 +233,12 @@ def device_bytes(args):
 
 def show(args):
     """`--plan`: print what a run on --world_size ranks would need. No ranks, no weights."""
-    if int(os.environ.get("RANK", 0)):
-        return
     world, N = args.world_size or int(os.environ.get("WORLD_SIZE", 1)), args.samples_per_prompt
     shards, memory = args.shard_group_size or world, device_bytes(args)
     kept = filters.kept_per_prompt(filters.load_filter(args.filter, N), N)
     print(rollout.check_sizes(args, kept, world))
-    message = f"--shard_group_size {shards}: does not divide the {world} ranks there are"
-    require(world % shards == 0, message)
+    divides = f"--shard_group_size {shards}: does not divide the {world} ranks there are"
+    require(world % shards == 0, divides)
     on_gpu = args.device == "cuda" or (args.device == "auto" and memory)
     dtype = {"auto": "bfloat16" if on_gpu else "float32"}.get(args.param_dtype, args.param_dtype)
     plan = Plan(args, world, getattr(torch, dtype))
@@ -263,24 +253,20 @@ def show(args):
     sizes = plan.device | {"gathered copy": plan.policy.copy, "KV cache": cache, "logits": logits}
     sizes |= {"activations": passes} | {f"phase {name}": size for name, size in phases.items()}
     sizes |= {"peak": max(phases.values()), "host memory": plan.host}
-    sizes |= {"host memory of a node": plan.host * ranks_of_node(world)}
+    sizes["host memory of a node"] = plan.host * ranks_of_node(world)
     rows = {name: f"{size / GB:.3f}" for name, size in sizes.items()}
     if limit := USABLE * memory:
         fits = f"fits into {USABLE:.0%} of {memory / GB:.4g} GB"
         rows[fits] = "yes" if sizes["peak"] <= limit else "no"
-        microbatch, sampling_batch = plan.largest(limit)
-        rows["largest microbatch"] = microbatch or "none"
-        rows["largest sampling batch"] = sampling_batch or "none"
+        largest = [size or "none" for size in plan.largest(limit)]
+        rows["largest microbatch"], rows["largest sampling batch"] = largest
     for name, value in rows.items():
         print(f"    {name:26} {value:>10}")
 
 
 def require_fits(args, ranks, prompt=None):
     """Raise UserError if a run cannot fit into its devices, or what it offloads into host memory.
-
-    prompt: tokens of the longest prompt. Nothing is estimated where no limit is known: on a CPU
-    without --device_memory and without offloading. A collective.
-    """
+    prompt: tokens of the longest. Nothing is estimated where no limit is known. A collective."""
     memory = device_bytes(args)
     offloads = args.offload_ref or args.offload_reward or args.offload_optimizer
     with fsdp.agreed(ranks):

@@ -1,14 +1,12 @@
 """SIGTERM (preemption, end of a time slot): a run saves what it has and leaves with exit status 0.
 
 A step changes models only in its last phase. So a run that is told to end while it samples or
-scores gives the step up: what it has to save is the state before the step. In the update it goes on
-to the end of the step. All ranks decide together (`agreed`), whichever was told first. Before
-training begins and after the last checkpoint there is nothing to save, and a process leaves at
-once.
+scores gives the step up, and saves the state before it; in the update it goes on to the end of the
+step. All ranks decide together (`agreed`), whichever was told first. Before training begins and
+after the last checkpoint there is nothing to save, and a process leaves at once.
 
 Whoever sends SIGTERM sends SIGKILL some time later; so a run that has not saved within
-`--grace_seconds` ends by itself, with exit status 1. The last complete checkpoint is what it then
-has.
+`--grace_seconds` ends by itself, with exit status 1 and its last complete checkpoint.
 
 Not covered: other signals; Ctrl-C ends a run as it is.
 """

