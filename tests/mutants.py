@@ -22,8 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pfppo.problems.benchmarks import load_problems, reference_check  # noqa: E402
-from pfppo.sandbox.pool import Sandbox  # noqa: E402
+from pfppo.problems.benchmarks import load_problems
+from pfppo.problems.programs import reference_check  # noqa: E402
+from pfppo.sandbox import Sandbox  # noqa: E402
 
 COMPARISONS = [ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.Eq, ast.NotEq]
 OPERATORS = [ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod]

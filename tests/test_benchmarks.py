@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pfppo.problems.benchmarks import Problem, assemble, check_of, few_shot_prompts, instruction_of, load_problems, pass_at_k, pass_at_k_interval, read_jsonl, reference_check
 from pfppo.config import UserError
-from pfppo.sandbox.pool import Sandbox
+from pfppo.sandbox import Sandbox
 
 import numpy as np
 import pytest

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pfppo import evaluation
 from pfppo.problems.benchmarks import Problem
 from pfppo.config import UserError
-from pfppo.sandbox.pool import Sandbox, Verdict
+from pfppo.sandbox import Sandbox, Verdict
 
 import pytest
 

@@ -4,7 +4,7 @@ import math
 
 from pfppo.problems.benchmarks import Problem
 from pfppo.examine import Examiner, execute, scores_of
-from pfppo.sandbox.pool import Sandbox, Verdict
+from pfppo.sandbox import Sandbox, Verdict
 from pfppo.lab.world import draw_problems
 
 import pytest

@@ -13,7 +13,7 @@ import time
 
 from pfppo.sandbox import isolation
 from pfppo.config import UserError
-from pfppo.sandbox.pool import Check, Sandbox
+from pfppo.sandbox import Check, Sandbox
 
 import pytest
 from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from pfppo.sandbox.pool import OUTCOMES, Check, Sandbox
+from pfppo.sandbox import OUTCOMES, Check, Sandbox
 
 import pytest
 

@@ -34,8 +34,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from pfppo.problems.benchmarks import load_problems, reference_check  # noqa: E402
-from pfppo.sandbox.pool import Check, Sandbox  # noqa: E402
+from pfppo.problems.benchmarks import load_problems
+from pfppo.problems.programs import reference_check  # noqa: E402
+from pfppo.sandbox import Check, Sandbox  # noqa: E402
 
 from mutants import fresh_process  # noqa: E402
 

@@ -1,8 +1,8 @@
 """What a candidate cannot do: the layers that a process enters, and never leaves.
 
-    isolation = Isolation({"timeout": 3.0, "memory_mb": 512, "without": [], "temporary": "/tmp"})
-    layers = isolation.enter()  # the server, once: names of the layers; from here on it is inside
-    isolation.confine(sock)  # each forked child, before it sees untrusted code
+    walls = Walls({"timeout": 3.0, "memory_mb": 512, "without": [], "directory": "/tmp/x"})
+    layers = walls.enter()  # the server, once: names of the layers; from here on it is inside
+    walls.confine(sock)  # each forked child, before it sees untrusted code
 
 Layers, each used where the kernel allows it:
   namespaces  own mounts (a read-only root with Python's own files and an empty tmpfs /tmp), own
@@ -10,15 +10,17 @@ Layers, each used where the kernel allows it:
   landlock    no file but those same ones, no TCP, no abstract sockets (counts without namespaces)
   seccomp     an allow-list of system calls: no fork or exec, no signal but to itself, no socket
               but a stream pair, no chmod, no ptrace; so killing one pid is the whole clean-up
-  rlimits     CPU, address space, file size, descriptors, threads; an unprivileged id of its own
+  limits      CPU, address space, file size, descriptors, threads; an unprivileged id of its own
 
+Seccomp with namespaces or with landlock holds untrusted code; less than that is weak isolation.
 Not contained: side channels (timing, caches); bugs of the kernel; more than a few dozen threads of
 an ordinary user's candidate. Without namespaces: how many files a candidate leaves in its own
-directory until its end (each is bounded). Without landlock either: reading what the candidate's
+directory until its end (each is bounded). Weak, without landlock: reading what the candidate's
 user may read (writing is then refused altogether, and an interpreter in a private home of root's
-imports nothing but what is preloaded). With rlimits only: a candidate has no threads, and does
-what its user may do. Measured on x86_64; the numbers for aarch64 are from the kernel's headers.
-Not here: who is forked, killed and swept up after (jail.py). Standard library only, Linux.
+imports nothing but what is preloaded). Weak, with limits only: a candidate has no threads, and
+does what its user may do. Measured on x86_64; the numbers for aarch64 are from the kernel's headers.
+Not here: who is forked, killed and swept up after (candidate.py, judge.py). Standard library only,
+Linux.
 """
 
 import contextlib
@@ -31,7 +33,8 @@ import struct
 import sys
 
 libc = ctypes.CDLL(None, use_errno=True)
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP = 1, 4, 21, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
     1, 2, 4, 32, 4096, 16384, 1 << 18,
 )  # fmt: skip
@@ -155,83 +158,63 @@ def enter_landlock(paths, directory):
     os.close(ruleset)
 
 
-# Two filters. The server's own, inherited: the system calls that Python, numpy, threads and asyncio
-# use and the few that a server needs. Not in it, hence refused (EPERM): execve, ptrace, socket,
-# connect, utime, link, mount, keyctl, bpf, io_uring, memfd_create, process_vm_*, pidfd_*, shm*, ...
+# System calls that Python, numpy, threads and asyncio use. Not in it, hence refused (EPERM): execve,
+# fork, ptrace, socket, connect, chmod, utime, link, mount, keyctl, bpf, io_uring, memfd_create, ...
 _ALLOWED = {
-    "x86_64": "0-28 32-40 44-48 51-56 60-63 72-77 79-85 87 89-90 92 96-100 102 104 107-108 110-111"
-    " 115-118 120 126-128 130-131 137-138 140 143 145 149-150 157-158 160 186 202 204 217-218"
-    " 228-234 247 257-258 260 262-264 267-271 273-274 281 285 290-293 302 316 318 324 326 332 334"
-    " 436 439 449",
-    "aarch64": "17 19-25 29 32 34-35 38 43-50 53-57 59 61-68 71-73 78-80 82-83 91 93-96 98-103"
-    " 113-115 120-121 123-124 129 131-139 141 147-148 150 153 158-160 163-165 167 169 172-179 199"
-    " 204-212 214-216 220 222 226-229 232-233 260-261 276 278 283 285 291 293 436 439 449",
+    "x86_64": "0-28 32-40 44-48 51-56 60-63 72-77 79-85 87 89 96-100 102 104 107-108 110-111 115"
+    " 118 120 127-128 130-131 137-138 140 143 145 149-150 157-158 160 186 202 204 217-218 228-234"
+    " 247 257-258 262-264 267 269-271 273-274 281 285 290-293 302 316 318 324 326 332 334 436 439"
+    " 449",
+    "aarch64": "17 19-25 29 32 34-35 38 43-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-103 113-115"
+    " 120-121 123-124 129 131-139 141 148 150 153 158 160 163-165 167 169 172-179 199 204-212"
+    " 214-216 220 222 226-229 232-233 260-261 276 278 283 285 291 293 436 439 449",
 }
-# The candidate's, on top: arguments of some calls, and nothing of what is the server's alone.
 _OWN_PID = 0x5EC0DE5E  # stands for the candidate's pid in the filter made ahead of time
-_THREADS = "threads only"
-_RULES = {  # name: ((numbers on x86_64 and aarch64), [(argument, allowed values)])
-    "clone": ((56, 220), _THREADS),
-    "kill": ((62, 129), [(0, [_OWN_PID])]),
-    "tgkill": ((234, 131), [(0, [_OWN_PID])]),
-    "socketpair": ((53, 199), [(0, [1]), (1, [1, 0x801, 0x80001, 0x80801])]),  # local streams
-    "ioctl": ((16, 29), [(1, [0x5401, 0x541B, 0x5421, 0x5450, 0x5451])]),  # tty? blocking? ...
-    "fcntl": ((72, 25), [(1, [0, 1, 2, 3, 4, 5, 6, 7, 1030])]),  # not F_SETOWN: signals to others
-    "prctl": ((157, 167), [(0, [15, 16])]),  # a thread's name
-    "prlimit": ((302, 261), [(0, [0, _OWN_PID])]),
-    "chmod": ((90, None), []),
-    "fchmodat": ((268, 53), []),
-    "fchown": ((92, None), []),
-    "fchownat": ((260, 54), []),
-    "setgroups": ((116, 159), []),
-    "setresuid": ((117, 147), []),
-    "capset": ((126, 91), []),
+_ARGUMENTS = {  # of (calls on x86_64 and aarch64): (argument, its allowed values)
+    "kill": ((62, 129), (0, [_OWN_PID])),
+    "tgkill": ((234, 131), (0, [_OWN_PID])),
+    "prlimit": ((302, 261), (0, [0, _OWN_PID])),
+    "socketpair": ((53, 199), (1, [1, 0x801, 0x80001, 0x80801])),  # streams; only local ones exist
+    "ioctl": ((16, 29), (1, [0x5401, 0x541B, 0x5421, 0x5450, 0x5451])),  # tty? blocking? ...
+    "fcntl": ((72, 25), (1, [0, 1, 2, 3, 4, 5, 6, 7, 1030])),  # not F_SETOWN: signals to others
+    "prctl": ((157, 167), (0, [15, 16])),  # a thread's name
 }
-_NO_BITS = "none of the bits"
-_WRITES = {  # refused as well where no file system and no landlock of ours stands in the way
-    "open": ((2, None), [(1, _NO_BITS)]),
-    "openat": ((257, 56), [(2, _NO_BITS)]),
-    **{name: (numbers, []) for name, numbers in {
-        "creat": (85, None), "truncate": (76, 45), "rename": (82, None), "renameat": (264, 38),
-        "renameat2": (316, 276), "mkdir": (83, None), "mkdirat": (258, 34), "rmdir": (84, None),
-        "unlink": (87, None), "unlinkat": (263, 35),
-    }.items()},
-}  # fmt: skip
+_THREAD = 0x10000  # the bit of `clone` that makes a thread
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+_NO_WRITES = {  # where no walls for files stand: `open` without these bits (x86_64, aarch64) ...
+    "x86_64": "76 82-85 87 258 263-264 316",  # and none of truncate, rename, mkdir, unlink, ...
+    "aarch64": "34-35 38 45 276",
+}
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050001, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06
 
 
-def seccomp_filters(may_write):
-    """(the server's filter, the candidate's) as bytes, the latter with _OWN_PID in it."""
+def seccomp_filter(may_write):
+    """The candidate's filter as bytes, with _OWN_PID in it."""
     machine = platform.machine()
     audit = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
-    start = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+    arm = machine == "aarch64"
     allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE)
-    server = [(_EQUAL, 0, 1, 435), (_RETURN, 0, 0, _REFUSE + 37)]  # clone3: ENOSYS, use clone
-    for part in _ALLOWED[machine].split():
-        low, _, high = part.partition("-")
-        server += [(_AT_LEAST, 0, 2, int(low)), (_ABOVE, 1, 0, int(high or low)), allow]
-    candidate = []
-    for numbers, rules in (_RULES if may_write else _RULES | _WRITES).values():
-        number = numbers[machine == "aarch64"]
-        if rules is _THREADS:
-            block = [(_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, 0x10000), allow, refuse]
-        else:
-            block = []
-            for argument, values in rules:
-                block.append((_LOAD, 0, 0, 16 + 8 * argument))
-                if values is _NO_BITS:
-                    block += [(_ANY_BIT, 0, 1, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)]
-                    block += [refuse]
-                    continue
-                left = len(values)
-                block += [(_EQUAL, left - i, 0, value) for i, value in enumerate(values)]
-                block.append(refuse)
-            block.append(allow if rules else refuse)
-        if number is not None:
-            candidate += [(_EQUAL, 0, len(block), number), *block]
-    programs = [*start, *server, refuse], [*start, *candidate, allow]
-    return [b"".join(struct.pack("HBBI", *line) for line in program) for program in programs]
+    program = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
+
+    def where(number, *block):
+        program.extend([(_EQUAL, 0, len(block), number), *block])
+
+    for numbers, (argument, values) in _ARGUMENTS.values():
+        tests = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
+        where(numbers[arm], (_LOAD, 0, 0, 16 + 8 * argument), *tests, refuse, allow)
+    where(220 if arm else 56, (_LOAD, 0, 0, 16), (_ANY_BIT, 0, 1, _THREAD), allow, refuse)
+    where(435, (_RETURN, 0, 0, _REFUSE + 37))  # clone3: ENOSYS, use clone
+    refused = "" if may_write else _NO_WRITES[machine]
+    if not may_write:
+        for number, argument in ((257, 2), (2, 1)) if not arm else ((56, 2),):
+            flags = _LOAD, 0, 0, 16 + 8 * argument
+            where(number, flags, (_ANY_BIT, 0, 1, _WRITES), refuse, allow)
+    for parts, verdict in (refused, refuse), (_ALLOWED[machine], allow):
+        for part in parts.split():
+            low, _, high = part.partition("-")
+            program += [(_AT_LEAST, 0, 2, int(low)), (_ABOVE, 1, 0, int(high or low)), verdict]
+    return b"".join(struct.pack("HBBI", *line) for line in [*program, refuse])
 
 
 def enter_seccomp(program):
@@ -241,7 +224,7 @@ def enter_seccomp(program):
     call("prctl", PR_SET_SECCOMP, 2, header, 0, 0)
 
 
-class Isolation:
+class Walls:
     """One server's layers: entered once by the server, completed in each child that it forks."""
 
     def __init__(self, options):
@@ -249,7 +232,7 @@ class Isolation:
         pages = int(open("/proc/self/statm").read().split()[0])
         self.memory = (options["memory_mb"] << 20) + pages * resource.getpagesize()
         self.uid = (1 << 30) + os.getpid() if os.geteuid() == 0 else None  # no other process's
-        self.filter = None
+        self.directory, self.filter = options["directory"], None
 
     def enter(self):
         """Enter the layers not named in options["without"]; their names. Raises LayerError."""
@@ -263,14 +246,9 @@ class Isolation:
                     self.uid = None  # a user namespace knows one id; capabilities are dropped
             paths = [path for path in paths if os.path.exists(path)]
         else:
-            if self.uid and "landlock" in wanted and not _open_to_others(sys.base_prefix):
+            if self.uid and "landlock" in wanted and not open_to_others(sys.base_prefix):
                 self.uid = None  # it could not import; as root without capabilities it can
-            temporary = self.options["temporary"]
-            os.makedirs(temporary, exist_ok=True)
-            if self.uid and not _open_to_others(temporary):
-                temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
-            self.directory = f"{temporary}/pfppo-jail-{os.urandom(6).hex()}"
-            os.mkdir(self.directory, 0o700)
+            os.makedirs(self.directory, 0o700)
         if self.uid:
             os.chown(self.directory, self.uid, self.uid)
         call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -281,8 +259,8 @@ class Isolation:
         self._limit()
         if "seccomp" in wanted:
             with _layer("seccomp"):
-                ours, self.filter = seccomp_filters(may_write=len(wanted) > 1)
-                enter_seccomp(ours)
+                call("prctl", PR_GET_SECCOMP, 0, 0, 0, 0)
+                self.filter = seccomp_filter(may_write=len(wanted) > 1)
         return wanted
 
     def _limit(self):
@@ -299,7 +277,7 @@ class Isolation:
         """In the child: everything that makes it a candidate; seccomp last."""
         os.dup2(sock.detach(), 3)
         os.closerange(4, 1 << 20)
-        seconds = int(self.options["timeout"]) + 2  # the tester reads the clock; this is a backstop
+        seconds = int(self.options["timeout"]) + 2  # a backstop: others read the clock
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         if self.uid or not self.filter:  # counted per user. Without seccomp: no thread, so no fork
             threads = 64 if self.filter else 1
@@ -326,9 +304,31 @@ def _layer(name):
         raise LayerError(name, f"{type(error).__name__}: {error}") from None
 
 
-def _open_to_others(path):
+def open_to_others(path):
+    """May any user pass through `path`, and through all that is above it?"""
     while path != "/":
         if not os.stat(path).st_mode & 1:
             return False
         path = os.path.dirname(path)
     return True
+
+
+def sweep(directory):
+    """Empty a directory, unreadable folders included. It goes down by single names, as the whole
+    path may be longer than the kernel takes, and deeper than Python recurses."""
+    os.chmod(directory, 0o700)
+    os.chdir(directory)
+    way, left = [], [os.listdir()]  # names of the folders above; names not yet seen in each
+    while way or left[-1]:
+        if not left[-1]:
+            left.pop()
+            os.chdir("..")
+            os.rmdir(way.pop())
+        elif os.path.isdir(name := left[-1].pop()) and not os.path.islink(name):
+            os.chmod(name, 0o700)
+            os.chdir(name)
+            way.append(name)
+            left.append(os.listdir())
+        else:
+            os.unlink(name)
+    os.chdir("/")

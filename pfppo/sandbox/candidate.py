@@ -1,0 +1,270 @@
+"""The side of the sandbox that holds the candidate: a server that forks confined processes.
+
+A process of its own (started by judge.py) -> preloads modules -> enters what walls the kernel
+grants -> forks candidates ahead of time. A candidate compiles and runs one untrusted program and
+then answers requests (call this, read that) over one socket. Nothing it says is believed: it cannot
+give a verdict, only values, and the other end reads them as data.
+
+The server's first message names the layers that it entered. Not here: what those layers are and
+what they do not contain (walls.py), how values travel (values.py), any judgement (judge.py). What
+it needs of pfppo it imports before the walls: afterwards the checkout may be out of reach. Standard
+library only, Linux.
+"""
+
+import _thread
+import contextlib
+import gc
+import importlib
+import itertools
+import operator
+import os
+import signal
+import socket
+import sys
+import types
+
+from pfppo.sandbox.values import Link, json_dumps
+from pfppo.sandbox.walls import PR_SET_PDEATHSIG, LayerError, Walls, call, sweep
+
+# ---- the candidate -------------------------------------------------------------------------------
+
+ABILITIES = (
+    "__call__", "__iter__", "__next__", "__len__", "__bool__", "__contains__", "__getitem__",
+    "__setitem__", "__delitem__", "__enter__", "__exit__",
+)  # fmt: skip
+
+
+def _with_room(function):
+    """A function that may recurse where the program may not: into deeply nested values."""
+
+    def call(*args):
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(min(limit + 8000, 2**31 - 1))
+        try:
+            return function(*args)
+        finally:
+            sys.setrecursionlimit(limit)
+
+    return call
+
+
+class Callback:
+    """A function of the test's (a lambda in an argument), as the program sees it."""
+
+    def __init__(self, link):
+        self._link = link
+
+    def __call__(self, /, *args, **kwargs):
+        link = self._link
+        with link.running:
+            return link.converse("callback", link.refs[id(self)][link.other][0], args, kwargs)
+
+
+class CandidateLink(Link):
+    """The candidate's end: objects of any kind get a number, and questions get answers."""
+
+    side, other, modules = "C", "J", ("candidate",)
+
+    def __init__(self, sock):
+        super().__init__(sock)
+        self.loads, self.dumps = _with_room(self.loads), _with_room(self.dumps)
+        self.running = _thread.RLock()
+        self.late = {}  # id of an iterator -> what it raised while it was read ahead
+        self.operations = OPERATIONS | {"load": self.load, "get": _get, "next": self.next_items}
+
+    def stand_in(self, name, abilities):
+        return Callback(self)
+
+    def describe(self, value):
+        kind = type(value)
+        able = [name for name in ABILITIES if getattr(kind, name, None) is not None]
+        return kind.__name__, " ".join(able)
+
+    def fill(self, instance, fields):
+        for name, value in fields.items():
+            object.__setattr__(instance, name, value)
+
+    def load(self, source, names, shared):
+        """Run the program as a module of its own; {name: value} for those of `names` that it has.
+        The test has classes `shared` as well."""
+        try:
+            code = compile(source.encode("utf-8", "surrogatepass"), "candidate.py", "exec")
+        except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+            raise SyntaxError(str(error)) from None
+        module = sys.modules["candidate"] = types.ModuleType("candidate")
+        module.__file__ = "candidate.py"
+        space = module.__dict__
+        exec(code, space)
+        own = {name: kind for name in shared if isinstance(kind := space.get(name), type)}
+        self.share({name: own.get(name) or type(name, (), {}) for name in shared})
+        return {name: space[name] for name in names if name in space}
+
+    def next_items(self, iterator, count):
+        """Up to `count` next items, at least one; an error waits until they are taken."""
+        if id(iterator) in self.late:
+            raise self.late.pop(id(iterator))
+        items = [next(iterator)]
+        try:
+            for _ in range(count - 1):
+                items.append(next(iterator))
+        except BaseException as error:
+            self.late[id(iterator)] = error
+        return items
+
+    def serve(self, name, target, args, kwargs):
+        """Answer a question: [value, (args, kwargs) if a call has changed them]."""
+        text = self.text
+        try:
+            value, changed = self.operations[name](target, *args, **kwargs), None
+            if name == "call" and not {type(v) for v in (*args, *kwargs.values())} <= _SMALL:
+                same = self.dumps([target, args, kwargs]) == text
+                changed = None if same else [args, kwargs]
+            self.send("ok", [value, changed])
+        except BaseException as error:
+            try:
+                self.send("raise", error)
+            except Exception:  # something in it cannot be packed
+                self.send("raise", Exception(type(error).__name__))
+
+    def live(self, directory):
+        """Answer questions until the server ends this process."""
+        sys.setrecursionlimit(1010)  # a program's own thousand, as in a process of its own
+        while True:
+            try:
+                question, content = self.receive()
+            except (MemoryError, RecursionError) as error:  # in reading what the test gives
+                self.send("raise", error)
+                return
+            if question == "load":
+                os.chdir(directory)
+            self.serve(question, *content)
+
+
+def _get(target, name, ahead):
+    """[attribute, [[object, its fields], ...]]: if it is a field, then with others of the object,
+    and those of up to `ahead` objects that they lead to. Not all fields, but what a node has."""
+    value, kind, rows = getattr(target, name), type(target), []
+    plain = kind.__getattribute__ is object.__getattribute__ and _is_node(target)
+    if not plain or name not in vars(target) or hasattr(kind, name):
+        return [value, []]
+    queue, seen = [target], {id(target)}
+    for node in itertools.islice(queue, ahead):  # which grows meanwhile
+        fields = {n: v for n, v in vars(node).items() if type(v) in _SMALL or _is_node(v)}
+        rows.append([node, {n: v for n, v in fields.items() if not hasattr(type(node), n)}])
+        new = [v for v in fields.values() if _is_node(v) and id(v) not in seen]
+        seen.update(map(id, new))
+        queue += new
+    return [value, rows]
+
+
+def _is_node(value):
+    return type(value).__module__ == "candidate" and hasattr(value, "__dict__")
+
+
+_SMALL = {int, float, str, bool, type(None)}
+OPERATIONS = {
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "set": setattr,
+    "delattr": delattr,
+    "iter": iter,
+    "items": lambda held: [len(held), list(itertools.islice(held, len(held) + 1))],
+    "len": len,
+    "bool": bool,
+    "str": str,
+    "repr": repr,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "enter": lambda manager: type(manager).__enter__(manager),
+    "exit": lambda m, error: type(m).__exit__(m, error and type(error), error, None),
+    "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
+    "seed": lambda module, *args: importlib.import_module(module).seed(*args),
+}
+
+
+# ---- the server ----------------------------------------------------------------------------------
+
+PRELOADED = (
+    "__future__", "bisect", "collections", "copy", "dataclasses", "datetime", "enum", "functools",
+    "heapq", "itertools", "math", "operator", "random", "re", "statistics", "string", "typing",
+)  # fmt: skip
+
+
+class Server:
+    """Forks candidates; keeps one ready beside the one in use. Ending one is kill and wait.
+
+    A candidate sends its process id and the judge's end of its socket over `control` itself, so
+    that the kernel names it there as the other side sees it. A request is the id of one to end; the
+    answer says how it had ended.
+    """
+
+    def __init__(self, control, walls):
+        self.control, self.walls, self.pids = control, walls, set()
+
+    def fork(self):
+        """Fork a candidate; the child confines itself, serves, and never returns."""
+        if pid := os.fork():
+            self.pids.add(pid)
+            return
+        try:
+            ours, theirs = socket.socketpair()
+            hello = json_dumps({"pid": os.getpid()}).encode()
+            socket.send_fds(self.control, [hello], [theirs.fileno()])
+            self.walls.confine(ours)
+            CandidateLink(socket.socket(fileno=3)).live(self.walls.directory)
+        finally:
+            os._exit(1)
+
+    def end(self, pid):
+        """Kill and reap a candidate and clean up after it; how it had ended."""
+        self.pids.remove(pid)
+        os.kill(pid, signal.SIGKILL)
+        _, status, usage = os.wait4(pid, 0)
+        # Where the directory is gone this raises, and so ends the server: the check was not done
+        # fairly, and is repeated with another server.
+        os.chmod(self.walls.directory, 0o700)
+        if os.listdir(self.walls.directory):
+            sweep(self.walls.directory)
+        code = os.waitstatus_to_exitcode(status)
+        return {"code": code, "cpu": usage.ru_utime + usage.ru_stime}
+
+    def run(self):
+        """Serve requests until the other end closes."""
+        self.fork()
+        self.fork()
+        while request := self.control.recv(16):
+            self.control.send(json_dumps(self.end(int(request))).encode())
+            self.fork()
+        for pid in list(self.pids):
+            self.end(pid)
+
+
+def main(options):
+    """The server's process. Descriptor 0 is the control socket."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    control = socket.socket(fileno=os.dup(0))
+    null = os.open("/dev/null", os.O_RDWR)
+    for descriptor in range(3):
+        os.dup2(null, descriptor)
+    os.close(null)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    os.environ.clear()
+    sys.argv = ["candidate.py"]
+    for name in PRELOADED + tuple(options["preload"]):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for name in {"random", "numpy.random"} & sys.modules.keys():
+        sys.modules[name].seed(0)  # every candidate draws the same numbers
+    walls = Walls(options)
+    try:
+        layers = walls.enter()
+    except LayerError as error:
+        control.send(json_dumps({"failed": error.args[0], "why": error.args[1]}).encode())
+        return
+    except Exception as error:
+        control.send(json_dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+        raise
+    control.send(json_dumps({"layers": layers}).encode())
+    gc.collect()
+    gc.freeze()
+    Server(control, walls).run()
