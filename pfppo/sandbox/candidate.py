@@ -182,7 +182,7 @@ OPERATIONS = {
 }
 
 
-# ---- the server ----------------------------------------------------------------------------------
+# ---- the servers ---------------------------------------------------------------------------------
 
 PRELOADED = (
     "__future__", "bisect", "collections", "copy", "dataclasses", "datetime", "enum", "functools",
@@ -191,45 +191,52 @@ PRELOADED = (
 
 
 class Server:
-    """Forks candidates; keeps one ready beside the one in use. Ending one is kill and wait.
+    """Forks candidates, or judges; keeps one ready beside the one in use. Ending one is kill, wait,
+    and emptying its folder.
 
-    A candidate sends its process id and the judge's end of its socket over `control` itself, so
-    that the kernel names it there as the other side sees it. A request is the id of one to end; the
-    answer says how it had ended.
+    A child sends its process id and the other end of its socket over `control` itself, so that the
+    kernel names it there as the keeper sees it. A request is the id of one to end; the answer says
+    how it had ended.
     """
 
-    def __init__(self, control, walls):
-        self.control, self.walls, self.pids = control, walls, set()
+    def __init__(self, control, directory, live):
+        self.control, self.directory, self.live, self.pids = control, directory, live, set()
 
     def fork(self):
-        """Fork a candidate; the child confines itself, serves, and never returns."""
+        """Fork a child, whose life is `live(its socket)`."""
         if pid := os.fork():
             self.pids.add(pid)
             return
         try:
+            call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            os.setpgid(0, 0)
             ours, theirs = socket.socketpair()
             hello = json_dumps({"pid": os.getpid()}).encode()
             socket.send_fds(self.control, [hello], [theirs.fileno()])
-            self.walls.confine(ours)
-            CandidateLink(socket.socket(fileno=3)).live(self.walls.directory)
+            theirs.close()
+            self.live(ours)
         finally:
             os._exit(1)
 
     def end(self, pid):
-        """Kill and reap a candidate and clean up after it; how it had ended."""
+        """How the child had ended, or that it was killed now."""
         self.pids.remove(pid)
-        os.kill(pid, signal.SIGKILL)
+        for kill in os.killpg, os.kill:  # a judge may have children
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         # Where the directory is gone this raises, and so ends the server: the check was not done
         # fairly, and is repeated with another server.
-        os.chmod(self.walls.directory, 0o700)
-        if os.listdir(self.walls.directory):
-            sweep(self.walls.directory)
+        os.chmod(self.directory, 0o700)
+        if os.listdir(self.directory):
+            sweep(self.directory)
         code = os.waitstatus_to_exitcode(status)
         return {"code": code, "cpu": usage.ru_utime + usage.ru_stime}
 
     def run(self):
         """Serve requests until the other end closes."""
+        gc.collect()
+        gc.freeze()
         self.fork()
         self.fork()
         while request := self.control.recv(16):
@@ -239,8 +246,8 @@ class Server:
             self.end(pid)
 
 
-def main(options):
-    """The server's process. Descriptor 0 is the control socket."""
+def begin(options, name):
+    """A server's first steps; its control socket, which comes as descriptor 0."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     control = socket.socket(fileno=os.dup(0))
     null = os.open("/dev/null", os.O_RDWR)
@@ -249,22 +256,31 @@ def main(options):
     os.close(null)
     sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.clear()
-    sys.argv = ["candidate.py"]
-    for name in PRELOADED + tuple(options["preload"]):
+    sys.argv = [name]
+    for module in PRELOADED + tuple(options["preload"]):
         with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    for name in {"random", "numpy.random"} & sys.modules.keys():
-        sys.modules[name].seed(0)  # every candidate draws the same numbers
-    walls = Walls(options)
+            importlib.import_module(module)
+    for module in "random", "numpy.random":
+        if module in sys.modules:
+            sys.modules[module].seed(0)  # every candidate draws the same numbers
+    return control
+
+
+def main(options):
+    """The process of the candidates' server."""
+    control, walls = begin(options, "candidate.py"), Walls(options)
+
+    def live(sock):
+        walls.confine(sock)
+        CandidateLink(socket.socket(fileno=3)).live(walls.directory)
+
     try:
         layers = walls.enter()
     except LayerError as error:
         control.send(json_dumps({"failed": error.args[0], "why": error.args[1]}).encode())
-        return
     except Exception as error:
         control.send(json_dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         raise
-    control.send(json_dumps({"layers": layers}).encode())
-    gc.collect()
-    gc.freeze()
-    Server(control, walls).run()
+    else:
+        control.send(json_dumps({"layers": layers}).encode())
+        Server(control, walls.directory, live).run()

@@ -18,11 +18,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import gc
-import importlib
 import json
+import marshal
 import os
-import re
 import resource
 import select
 import signal
@@ -37,6 +35,7 @@ import warnings
 import zlib
 from multiprocessing.connection import Connection
 
+from pfppo.sandbox.candidate import Server, begin
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc, open_to_others, sweep
 
@@ -77,11 +76,6 @@ def plan_of(test, entry_point, reference):
         queue += (_names(defined[name])[0] & defined.keys()) - {base, *queue}
     classes = {name for name in queue if isinstance(defined[name], ast.ClassDef)}
     functions = {part.co_name for part in code.co_consts if isinstance(part, types.CodeType)}
-    for line in re.findall(r"^ *(?:import|from) +([\w., ]+)", f"{test}\n{reference}", re.M):
-        for module in re.findall(r"\w+", line):
-            if module in TRUSTED and module not in sys.modules:
-                with contextlib.suppress(ImportError):
-                    importlib.import_module(module)  # so that no judge need to
     return Plan(
         test=code,
         reference=compile(_bytes(reference), "reference", "exec") if reference else None,
@@ -237,55 +231,74 @@ def _outcome(link, error, outcome=None):
     return "memory" if named == "memory" else "wrong_answer", detail
 
 
+def judge(sock, options):
+    """A judge's life: one test, whose verdict is all that it says. It never returns."""
+    link = JudgeLink(None, sock)
+    try:
+        _, descriptors, *_ = socket.recv_fds(sock, 1, 1)
+        link.sock = socket.socket(fileno=descriptors[0])
+        with sock.makefile("rb") as file:
+            plan, program = marshal.load(file)
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(open("/proc/self/statm").read().split()[0])
+        memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (memory, limits[1]))
+        signal.setitimer(signal.ITIMER_PROF, options["timeout"])  # the end, by the kernel's hand
+        os.chdir(options["directory"])
+        link.end(*run_test(link, Plan(*plan), program))
+    except BaseException as error:
+        link.end(*_outcome(link, error))
+
+
 # ---- the keeper ----------------------------------------------------------------------------------
 
 
-class Jail:
-    """A server (candidate.py) and its next candidate. Without the layers in `without`, or refused."""
+class Children:
+    """A server's children, as the keeper sees them. Without the layers in `without`, or refused."""
 
-    def __init__(self, options, preload):
-        self.without = list(options["without"])
+    def __init__(self, module, options, folder, preload):
+        self.without, self.ready = list(options["without"]), collections.deque()
         while True:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            ours.settimeout(60)
-            directory = f"{options['folder']}/{os.urandom(6).hex()}"
-            own = {"without": self.without, "preload": preload, "directory": directory}
-            self.process = start_python("candidate", options | own, stdin=theirs)
-            theirs.close()
-            self.control = ours
-            hello = json.loads(ours.recv(1 << 16) or '{"error": "it died"}')
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control.settimeout(60)
+            own = {"without": self.without, "preload": preload}
+            own["directory"] = f"{folder}/{os.urandom(6).hex()}"
+            with theirs:
+                self.process = start_python(module, options | own, stdin=theirs)
+            hello = self._message({"layers", "failed", "error"})
             if "layers" in hello:
                 break
             self.close()
             if "error" in hello:
-                raise RuntimeError(f"the candidates' server does not start: {hello['error']}")
+                raise RuntimeError(f"the sandbox's {module} does not start: {hello['error']}")
             self.without.append(hello["failed"])
-        self.layers, self.ready = hello["layers"], collections.deque()
+        self.layers = hello["layers"]
 
     def _message(self, wanted):
-        """The next message that has `wanted` in it. Candidates that came before it are `ready`."""
+        """The next message with one of `wanted` in it. Children that came before are `ready`."""
         while True:
             text, descriptors, *_ = socket.recv_fds(self.control, 1 << 12, 1)
             if not text:
-                raise EOFError("the candidates' server is gone")
+                raise EOFError("a server is gone")
             message = json.loads(text)
             if descriptors:
                 self.ready.append((socket.socket(fileno=descriptors[0]), message["pid"]))
-            if wanted in message:
+            if wanted & message.keys():
                 return message
 
     def next(self):
-        """The socket of the next candidate, its process id, and the same as its server knows it."""
+        """The socket of the next child, its process id, and the same as its server knows it."""
         if not self.ready:
-            self._message("pid")
+            self._message({"pid"})
         sock, inner = self.ready.popleft()
         about = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         return sock, struct.unpack("3i", about)[0], inner
 
     def end(self, inner):
-        """End a candidate; {"code": how it had ended, "cpu": seconds}."""
+        """End a child: (how it had ended, its CPU seconds)."""
         self.control.send(str(inner).encode())
-        return self._message("code")
+        ended = self._message({"code"})
+        return ended["code"], ended["cpu"]
 
     def close(self):
         self.process.kill()
@@ -303,20 +316,17 @@ class Keeper:
             temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
         self.folder = tempfile.mkdtemp(prefix="pfppo-", dir=temporary)
         os.chmod(self.folder, 0o711)
-        self.work = f"{self.folder}/test"
-        os.environ.update(HOME=self.work, TMPDIR=self.work)
-        tempfile.tempdir = None
-        self.options, self.pool, self.jails = options | {"folder": self.folder}, pool, {}
+        self.options, self.pool, self.servers = options, pool, {}
         self.timeout = options["timeout"]
-        pages = int(open("/proc/self/statm").read().split()[0])
-        self.memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
 
-    def jail(self, preload):
-        """The jail with a module loaded ahead of time, started when first asked for."""
-        if preload not in self.jails:
-            self.jails[preload] = Jail(self.options, (preload,) if preload else ())
-            self.options["without"] = self.jails[preload].without
-        return self.jails[preload]
+    def children(self, module, text):
+        """The children of a server with what `text` needs, which is started when first needed."""
+        preload = ["numpy"] if "numpy" in text else []
+        key = module, *preload
+        if key not in self.servers:
+            self.servers[key] = Children(module, self.options, self.folder, preload)
+            self.options["without"] = self.servers[key].without
+        return self.servers[key]
 
     def check(self, program, test, entry_point, reference):
         """[outcome, seconds, detail]"""
@@ -326,78 +336,59 @@ class Keeper:
         except Exception as error:
             outcome, detail = "exception", f"the test or the reference does not compile: {error}"
         else:
-            outcome, detail = self._attempt(plan, program)
+            text = marshal.dumps((dataclasses.astuple(plan), program))
+            judges = self.children("judge", test + reference)
+            outcome, detail = self._attempt(text, judges, self.children("candidate", program))
         return outcome, round(time.monotonic() - start, 4), detail
 
-    def _attempt(self, plan, program):
-        jail = self.jail("numpy" if "numpy" in program else "")
-        sock, program_pid, inner = jail.next()
+    def _attempt(self, text, judges, candidates):
+        sock, judge_pid, judge_id = judges.next()
+        theirs, program_pid, program_id = candidates.next()
         with sock:
-            ours, theirs = os.pipe()
-            gc.freeze()  # a collection in the judge touches nothing of what it shares
-            pid = os.fork()
-            if not pid:
-                self._judge(JudgeLink(sock, theirs), plan, program)
-            os.close(theirs)
-            outcome, detail = self._await(ours, pid, program_pid)
-            os.close(ours)
-            if os.path.isdir(self.work) and os.listdir(self.work):
-                sweep(self.work)
-            ended = jail.end(inner)
-        code, cpu = ended["code"], ended["cpu"]
+            with theirs:
+                socket.send_fds(sock, [b" "], [theirs.fileno()])
+            with contextlib.suppress(OSError):  # it died, as is seen below
+                sock.sendall(text)
+            outcome, detail = self._await(sock, judge_pid, program_pid)
+        judge_code, _ = judges.end(judge_id)
+        code, cpu = candidates.end(program_id)
+        if outcome == "silence":
+            if judge_code == -signal.SIGPROF:
+                return "timeout", "the test took too long on the answers"
+            return "exception", f"its judge died: {judge_code}"
         if cpu > self.timeout and outcome in ("passed", "died"):
             return "timeout", f"{cpu:.1f} s of CPU"
-        if outcome != "died":
-            return outcome, detail
-        if code >= 0:
-            return "exit", f"exit status {code}"
-        return "exception", f"died: {signal.Signals(-code).name}"
+        if outcome == "died":
+            signalled = code < 0 and ("exception", f"died: {signal.Signals(-code).name}")
+            return signalled or ("exit", f"exit status {code}")
+        return outcome, detail
 
-    def _judge(self, link, plan, program):
-        """The judge's life. It never returns."""
-        try:
-            os.setpgid(0, 0)
-            resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory))
-            signal.setitimer(signal.ITIMER_PROF, self.timeout)  # the end, by the kernel's hand
-            os.makedirs(self.work, exist_ok=True)
-            os.chdir(self.work)
-            link.end(*run_test(link, plan, program))
-        except BaseException as error:
-            link.end(*_outcome(link, error))
-
-    def _await(self, verdict, pid, program_pid):
+    def _await(self, verdict, judge_pid, program_pid):
         """(outcome, detail): what the judge says in the end, or why it cannot."""
         poll = select.poll()
         poll.register(verdict, select.POLLIN)
         poll.register(self.pool, 0)  # its end is an event
-        window, over = min(0.25, self.timeout / 4), None
+        window = min(0.25, self.timeout / 4)
         last, asleep, deadline = 0.0, 0.0, time.monotonic() + WALL * self.timeout
-        while not over and not (events := poll.poll(1000 * window)):
-            cpu, used = _cpu(program_pid), _cpu(program_pid) + _cpu(pid)
-            if used - last < 0.01 * window and _sleeps(pid) and _sleeps(program_pid):
+        while not (events := poll.poll(1000 * window)):
+            cpu = _cpu(program_pid)
+            used = cpu + _cpu(judge_pid)
+            if used - last < 0.01 * window and _sleeps(judge_pid) and _sleeps(program_pid):
                 asleep += window
             last = used
             if cpu + asleep > self.timeout:
-                over = "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep"
-            elif time.monotonic() > deadline:
-                over = "timeout", f"{WALL * self.timeout:.1f} s of wall time"
-        text = b""
-        if not over and events[0][0] == verdict:
-            text = os.read(verdict, 1 << 16)
-        for kill in os.killpg, os.kill:  # the test may have started others
-            with contextlib.suppress(ProcessLookupError):
-                kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if text or over:
-            return over or json.loads(text.split(b"\n")[0])
-        if (code := os.waitstatus_to_exitcode(status)) == -signal.SIGPROF:
-            return "timeout", "the test took too long on the answers"
-        return "exception", f"its judge died: {code}"
+                return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep"
+            if time.monotonic() > deadline:
+                return "timeout", f"{WALL * self.timeout:.1f} s of wall time"
+        if events[0][0] == verdict.fileno():
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(verdict.recv(1 << 16).split(b"\n")[0])
+        return "silence", ""
 
     def close(self):
         """End the servers, and reap what is left of them: this process inherits their children."""
-        while self.jails:
-            self.jails.popitem()[1].close()
+        while self.servers:
+            self.servers.popitem()[1].close()
         end = time.monotonic() + 2
         with contextlib.suppress(ChildProcessError):
             while time.monotonic() < end:
@@ -418,22 +409,26 @@ def _sleeps(pid):
 
 
 def main(options):
-    """The keeper's process. Checks come in and verdicts go out by the socket that is descriptor 0.
-    It ends with its input, or with its parent."""
-    pool = Connection(os.dup(0))
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    sys.argv = ["test.py"]
+    """The process of a keeper, or of its judges' server: what it is given has a `directory`."""
     warnings.simplefilter("ignore")  # of old escapes in tests and references
-    sys.setrecursionlimit(10_000)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this memory
+    if "directory" in options:
+        control = begin(options, "test.py")
+        sys.setrecursionlimit(10_000)
+        os.mkdir(options["directory"])
+        os.environ.update(HOME=options["directory"], TMPDIR=options["directory"])
+        control.send(b'{"layers": []}')
+        return Server(control, options["directory"], lambda sock: judge(sock, options)).run()
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    parent, keeper = os.getppid(), Keeper(options, pool)
+    parent, pool = os.getppid(), Connection(os.dup(0))
+    keeper = Keeper(options, pool)
     try:
-        hello = {"layers": keeper.jail("").layers, "folder": keeper.folder}
-        pool.send_bytes(json.dumps(hello).encode())
-        os.dup2(null, 2)  # what tests print there, and what is killed, is nobody's to read
+        layers = keeper.children("candidate", "").layers
+        keeper.children("judge", "")
+        pool.send_bytes(json.dumps({"layers": layers, "folder": keeper.folder}).encode())
+        null = os.open("/dev/null", os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(null, descriptor)  # what is killed says nothing that anybody should read
         while os.getppid() == parent:
             if pool.poll(1):
                 verdict = keeper.check(*json.loads(pool.recv_bytes()))
@@ -442,6 +437,7 @@ def main(options):
         pass
     finally:
         keeper.close()
+    return None
 
 
 def start_python(module, options, **descriptors):

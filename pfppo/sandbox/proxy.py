@@ -163,7 +163,7 @@ class JudgeLink(Link):
 
     def __init__(self, sock, verdict):
         super().__init__(sock)
-        self.verdict = verdict  # descriptor
+        self.verdict = verdict  # a socket
         self.raised = []  # exceptions that came from the candidate
         self.refused = frozenset()  # attributes that the test may not ask for
         self.calls = self.turn = 0  # questions; those among them that may have changed something
@@ -175,7 +175,7 @@ class JudgeLink(Link):
         """Give the verdict and end this process: nothing of the test can hold it back."""
         said = [outcome, " ".join(str(detail).split())[:300]]
         try:
-            os.write(self.verdict, json_dumps(said).encode() + b"\n")
+            self.verdict.sendall(json_dumps(said).encode() + b"\n")
         finally:
             os._exit(0)
 
