@@ -39,18 +39,27 @@ import collections
 import contextlib
 import dataclasses
 import json
+import marshal
 import os
+import queue
+import select
 import shutil
+import signal
 import socket
+import struct
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pfppo.config import UserError
-from pfppo.sandbox.judge import start_python
+from pfppo.sandbox.judge import plan_of
+from pfppo.sandbox.walls import open_to_others
 
+WALL = 10  # a check ends after so many times its limit, however busy the machine is
 OUTCOMES = (
     "passed",
     "wrong_answer",  # the test's own assert, or the test could not go on with the answer
@@ -84,49 +93,153 @@ class Verdict:
         return self.outcome == "passed"
 
 
-class Worker:
-    """A keeper's process (judge.py) as its owner sees it."""
+class Children:
+    """The children of a server, candidates or judges. Without the layers in `without`, or refused.
 
-    def __init__(self, options):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = start_python("judge", options, stdin=theirs)
-        self.connection = Connection(ours.detach())
-        self.given = collections.deque()  # indices of checks, in the order they were sent
-        self.since = time.monotonic()  # when the first of `given` began
+    Closing the control socket ends a server: it kills and reaps its children first.
+    """
 
-    def hello(self):
-        try:
-            hello = self.receive()
-        except (EOFError, OSError):
-            raise RuntimeError("the sandbox could not start; see standard error") from None
-        self.folder = hello["folder"]
-        return hello["layers"]
+    def __init__(self, module, options):
+        self.without, self.ready = list(options["without"]), collections.deque()
+        hello = {}
+        while "layers" not in hello:
+            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control.settimeout(60)
+            own = {"without": self.without, "directory": f"{options['folder']}/{os.urandom(6).hex()}"}
+            with theirs:
+                self.process = start_python(module, options | own, theirs)
+            try:
+                hello = self._message({"layers", "failed"})
+            except EOFError:
+                raise RuntimeError("the sandbox did not start; see standard error") from None
+            if "failed" in hello:
+                self.close()
+                self.without.append(hello["failed"])
+        self.layers = hello["layers"]
 
-    def receive(self):
-        return json.loads(self.connection.recv_bytes())
+    def _message(self, wanted):
+        """The next message with one of `wanted` in it. Children that came before are `ready`."""
+        while True:
+            text, descriptors, *_ = socket.recv_fds(self.control, 1 << 12, 1)
+            if not text:
+                raise EOFError("it is gone")
+            message = json.loads(text)
+            if descriptors:
+                self.ready.append((socket.socket(fileno=descriptors[0]), message["pid"]))
+            if wanted & message.keys():
+                return message
 
-    def give(self, index, check):
-        """Give a check, if there is room: for one under way, and one so that it need not wait. It
-        reads the second when it is done with the first, so that one must fit into the socket."""
-        data = json.dumps(dataclasses.astuple(check)).encode()
-        if len(self.given) > 1 or self.given and len(data) > 1 << 16:
-            return False
-        if not self.given:
-            self.since = time.monotonic()
-        self.given.append(index)
-        with contextlib.suppress(OSError):  # it died, as the next `receive` will say
-            self.connection.send_bytes(data)
-        return True
+    def next(self):
+        """The socket of the next child, its process id, and the same as its server knows it."""
+        if not self.ready:
+            self._message({"pid"})
+        sock, inner = self.ready.popleft()
+        about = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return sock, struct.unpack("3i", about)[0], inner
+
+    def end(self, inner):
+        """End a child: (how it had ended, its CPU seconds)."""
+        self.control.send(str(inner).encode())
+        ended = self._message({"code"})
+        return ended["code"], ended["cpu"]
 
     def close(self):
-        self.connection.close()  # so it ends by itself, whatever it does, and cleans up
+        self.control.close()
+        for sock, _ in self.ready:
+            sock.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Worker:
+    """Executes one check at a time, each with a fresh candidate and a fresh judge. Of both it
+    believes the kernel only: their clocks, and how they ended."""
+
+    def __init__(self, options, stop):
+        self.options, self.stop, self.servers = options, stop, {}
+        self.layers = self.children("candidate", "").layers
+        self.children("judge", "")
+
+    def children(self, module, text):
+        """The children of a server with what `text` needs, which is started when first needed."""
+        preload = ["numpy"] if "numpy" in text else []
+        key = module, *preload
+        if key not in self.servers:
+            self.servers[key] = Children(module, self.options | {"preload": preload})
+            self.options["without"] = self.servers[key].without
+        return self.servers[key]
+
+    def execute(self, check):
+        """The Verdict of a check. One whose servers die is done again, with others, once."""
+        start = time.monotonic()
+        outcome, detail = self._plan_and_attempt(check)
+        return Verdict(outcome, round(time.monotonic() - start, 4), detail)
+
+    def _plan_and_attempt(self, check):
+        try:
+            plan = plan_of(check.test, check.entry_point, check.reference)
+        except Exception as error:
+            return "exception", f"the test or the reference does not compile: {error}"
+        text = marshal.dumps((*plan, check.program))
+        for _ in range(2):
+            try:
+                judges = self.children("judge", check.test + check.reference)
+                return self._attempt(text, judges, self.children("candidate", check.program))
+            except (OSError, EOFError, ValueError) as error:
+                self.close()
+                detail = f"the sandbox's servers failed: {error}"
+        return "exception", detail
+
+    def _attempt(self, text, judges, candidates):
+        sock, judge_pid, judge_id = judges.next()
+        theirs, program_pid, program_id = candidates.next()
+        with sock:
+            with theirs:
+                socket.send_fds(sock, [b" "], [theirs.fileno()])
+            with contextlib.suppress(OSError):  # it died, as is seen below
+                sock.sendall(text)
+            outcome, detail = self._await(sock, judge_pid, program_pid)
+        judge_code, _ = judges.end(judge_id)
+        code, cpu = candidates.end(program_id)
+        if outcome == "silence":
+            if judge_code == -signal.SIGPROF:
+                return "timeout", "the test took too long on the answers"
+            return "exception", f"its judge died: {judge_code}"
+        if cpu > self.options["timeout"] and outcome in ("passed", "died"):
+            return "timeout", f"{cpu:.1f} s of CPU"
+        if outcome == "died":
+            signalled = code < 0 and ("exception", f"died: {signal.Signals(-code).name}")
+            return signalled or ("exit", f"exit status {code}")
+        return outcome, detail
+
+    def _await(self, verdict, judge_pid, program_pid):
+        """(outcome, detail): what the judge says in the end, or why it cannot."""
+        timeout, poll = self.options["timeout"], select.poll()
+        poll.register(verdict, select.POLLIN)
+        poll.register(self.stop, select.POLLIN)
+        window = min(0.25, timeout / 4)
+        last, asleep, deadline = 0.0, 0.0, time.monotonic() + WALL * timeout
+        while not (events := poll.poll(1000 * window)):
+            cpu = _cpu(program_pid)
+            used = cpu + _cpu(judge_pid)
+            if used - last < 0.01 * window and _sleeps(judge_pid) and _sleeps(program_pid):
+                asleep += window
+            last = used
+            if cpu + asleep > timeout:
+                return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep"
+            if time.monotonic() > deadline:
+                return "timeout", f"{WALL * timeout:.1f} s of wall time"
+        if events[0][0] == verdict.fileno():
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(verdict.recv(1 << 16).split(b"\n")[0])
+        return "silence", ""
+
+    def close(self):
+        while self.servers:
+            self.servers.popitem()[1].close()
 
 
 class Sandbox:
@@ -136,11 +249,20 @@ class Sandbox:
     without = ()  # layers not to use, for tests of the lesser modes
 
     def __init__(self, workers=2, timeout=3.0, memory_mb=512, allow_weak_isolation=False):
-        self._options = {"timeout": timeout, "memory_mb": memory_mb, "without": self.without}
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._workers = [Worker(self._options) for _ in range(workers)]
+        temporary = tempfile.gettempdir()
+        if os.geteuid() == 0 and not open_to_others(temporary):
+            temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
+        self._folder = tempfile.mkdtemp(prefix="pfppo-", dir=temporary)
+        os.chmod(self._folder, 0o711)
+        options = {"timeout": timeout, "memory_mb": memory_mb, "without": self.without}
+        options["folder"] = self._folder
+        self._pid, self._lock, self._closed = os.getpid(), threading.Lock(), False
+        self._stop = socket.socketpair()  # one end becomes readable when all is to stop
         atexit.register(self.close)
-        layers = [worker.hello() for worker in self._workers][0]
+        with ThreadPoolExecutor(workers) as pool:
+            starts = [pool.submit(Worker, {**options}, self._stop[0]) for _ in range(workers)]
+            self._workers = [start.result() for start in starts]
+        layers = self._workers[0].layers
         self.mode = " + ".join([*layers, "limits"])
         if "seccomp" not in layers or len(layers) == 1:  # neither namespaces nor landlock
             self.mode = f"weak isolation: {self.mode}"
@@ -148,7 +270,7 @@ class Sandbox:
                 self.close()
                 raise UserError(
                     f"this machine grants the sandbox {self.mode}, not seccomp with namespaces or"
-                    " landlock, so a program may do harm: --allow_weak_isolation runs it all the same"
+                    " landlock: a program may do harm; --allow_weak_isolation runs it all the same"
                 )
 
     def run(
@@ -156,73 +278,85 @@ class Sandbox:
     ) -> list[Verdict]:
         """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
         is called when k more are done."""
-        copies, verdicts = collections.Counter(checks), {}
-        with self._lock:
+        copies, verdicts, free = collections.Counter(checks), {}, queue.SimpleQueue()
+        for worker in self._workers:
+            free.put(worker)
+
+        def execute(check):
+            worker = free.get()
             try:
-                for check, verdict in self._execute(list(copies)):
-                    verdicts[check] = verdict
+                return worker.execute(check)
+            finally:
+                free.put(worker)
+
+        with self._lock, ThreadPoolExecutor(len(self._workers) or 1) as pool:
+            try:
+                futures = {pool.submit(execute, check): check for check in copies}
+                for future in as_completed(futures):
+                    verdicts[futures[future]] = future.result()
+                    if self._closed:
+                        raise RuntimeError("the sandbox was closed, with checks under way")
                     if progress:
-                        progress(copies[check])
+                        progress(copies[futures[future]])
             except BaseException:  # what is under way belongs to no later run
-                for worker in [worker for worker in self._workers if worker.given]:
-                    self._replace(worker)
+                self._stop[1].send(b" ")
+                pool.shutdown(cancel_futures=True)
+                self._closed or self._stop[0].recv(1)
                 raise
         return [verdicts[check] for check in checks]
-
-    def _replace(self, worker):
-        worker.close()
-        new = Worker(self._options)
-        new.hello()
-        self._workers[self._workers.index(worker)] = new
-
-    def _execute(self, checks):
-        """Yields (check, verdict) as they come. What a dying worker held is given again; a check
-        that it was under way with twice is a fail."""
-        todo, blamed = collections.deque(range(len(checks))), collections.Counter()
-        while todo or any(worker.given for worker in self._workers):
-            for worker in self._workers:
-                while todo and worker.give(todo[0], checks[todo[0]]):
-                    todo.popleft()
-            for worker in self._ready():
-                try:
-                    verdict = Verdict(*worker.receive())
-                except (EOFError, OSError):
-                    verdict = None
-                if not self._workers:
-                    raise RuntimeError("the sandbox was closed, with checks under way")
-                if verdict and worker.given:
-                    worker.since = time.monotonic()
-                    yield checks[worker.given.popleft()], verdict
-                    continue
-                for index in list(worker.given)[:1]:
-                    blamed[index] += 1
-                    if blamed[index] == 2:
-                        seconds = round(time.monotonic() - worker.since, 4)
-                        worker.given.popleft()
-                        yield checks[index], Verdict("exception", seconds, "its worker died of it")
-                todo.extendleft(reversed(worker.given))
-                self._replace(worker)
-
-    def _ready(self):
-        """The workers that have something to say, or died."""
-        workers = {worker.connection: worker for worker in self._workers}
-        try:
-            return [workers[connection] for connection in wait(workers)]
-        except (OSError, ValueError):  # closed meanwhile
-            return list(workers.values())
 
     def close(self):
         """End every process. Safe to call twice, in a forked child of the caller, and while another
         thread is in `run`, which then raises."""
-        if self._pid != os.getpid():
+        if self._pid != os.getpid() or self._closed:
             return
         atexit.unregister(self.close)
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.close()
+        self._closed = True
+        self._stop[1].send(b" ")
+        with self._lock:
+            for worker in self._workers:
+                worker.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+def _cpu(pid):
+    return time.clock_gettime((~pid << 3) | 2)  # the kernel's name for a process's CPU clock
+
+
+def _sleeps(pid):
+    """Does it wait, but for a core?"""
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] != "R"
+
+
+def start_python(module, options, control):
+    """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
+    this one's environment. An empty package stands for pfppo.sandbox, whose own `__init__` would
+    load the rooms of this side into a candidate's process. All of the module's imports happen
+    before `main`: then the path is gone."""
+    code = (
+        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # costs each fork
+        "name = 'pfppo.sandbox'; package = types.ModuleType(name);"
+        "package.__path__ = [sys.argv[1]]; sys.modules[name] = package;"
+        f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
+        "main(json.loads(sys.argv[2]))"
+    )
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+    environment = {
+        "PYTHONHASHSEED": "0",
+        "LANG": "C.UTF-8",
+        "MALLOC_ARENA_MAX": "1",  # each arena of a thread would reserve 64 MB of address space
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        **kept,
+    }
+    command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
+    return subprocess.Popen(
+        command, env=environment, cwd="/", start_new_session=True, stdin=control
+    )

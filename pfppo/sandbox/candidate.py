@@ -235,6 +235,7 @@ class Server:
 
     def run(self):
         """Serve requests until the other end closes."""
+        os.dup2(0, 2)  # what is killed from here on says nothing that anybody should read
         gc.collect()
         gc.freeze()
         self.fork()
@@ -248,13 +249,13 @@ class Server:
 
 def begin(options, name):
     """A server's first steps; its control socket, which comes as descriptor 0."""
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     control = socket.socket(fileno=os.dup(0))
     null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in range(3):
-        os.dup2(null, descriptor)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
     os.close(null)
-    sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")
     os.environ.clear()
     sys.argv = [name]
     for module in PRELOADED + tuple(options["preload"]):
@@ -277,10 +278,7 @@ def main(options):
     try:
         layers = walls.enter()
     except LayerError as error:
-        control.send(json_dumps({"failed": error.args[0], "why": error.args[1]}).encode())
-    except Exception as error:
-        control.send(json_dumps({"error": f"{type(error).__name__}: {error}"}).encode())
-        raise
-    else:
-        control.send(json_dumps({"layers": layers}).encode())
-        Server(control, walls.directory, live).run()
+        control.send(json_dumps({"failed": error.args[0]}).encode())
+        return
+    control.send(json_dumps({"layers": layers}).encode())
+    Server(control, walls.directory, live).run()

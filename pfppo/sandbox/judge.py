@@ -1,51 +1,38 @@
-"""Gives verdicts: runs each test in a process of its own, against a program behind walls.
+"""Gives verdicts: runs one test in a process of its own, against a program behind walls.
 
-One clean process for each worker, the *keeper*, warm with what tests import. For each check it
-takes the next candidate of a server (candidate.py) and forks a *judge*, which loads the program
-there, runs the test here with stand-ins (proxy.py) for the program's names, says how that ended,
-and ends: nothing that a test sets stays for the next. `==`, `abs`, `math.isclose`, numpy and the
-test itself are never the candidate's. A test passes where it ran to its end; silence, end of file
-or an unreadable answer is a fail. The keeper watches the clocks and reaps what dies.
+A judge is forked by a server that is warm with what tests import. It gets the check's `Plan`, the
+program and the socket of a candidate; it loads the program there, runs the test here with stand-ins
+(proxy.py) for the program's names, says how that ended, and ends: nothing that a test sets stays
+for the next. `==`, `abs`, `math.isclose`, numpy and the test itself are never the candidate's. A
+test passes where it ran to its end; an end of file or an unreadable answer is a fail.
 
-Here a check is [program, test, entry point, reference] and a verdict [outcome, seconds, detail], as
-JSON. Not here: the public classes, the pool and its repairs (__init__.py), what a candidate may do
-(walls.py). No untrusted code runs here, and the keeper does not even read the program.
+`plan_of` runs in the caller's process, which compiles each test once. Not here: clocks, and what is
+done with a judge that says nothing (__init__.py); what a candidate may do (walls.py).
 """
 
 import ast
 import builtins
-import collections
 import contextlib
-import dataclasses
 import functools
-import json
 import marshal
 import os
 import resource
-import select
 import signal
 import socket
-import struct
-import subprocess
 import sys
-import tempfile
-import time
 import types
+import typing
 import warnings
 import zlib
-from multiprocessing.connection import Connection
 
 from pfppo.sandbox.candidate import Server, begin
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
-from pfppo.sandbox.walls import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, libc, open_to_others, sweep
-
-WALL = 10  # a check ends after so many times its limit, however busy the machine is
+from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc
 
 # ---- what is read from the trusted texts ---------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Plan:
+class Plan(typing.NamedTuple):
     """What can be said about a check from its trusted texts alone."""
 
     test: types.CodeType
@@ -238,7 +225,7 @@ def judge(sock, options):
         _, descriptors, *_ = socket.recv_fds(sock, 1, 1)
         link.sock = socket.socket(fileno=descriptors[0])
         with sock.makefile("rb") as file:
-            plan, program = marshal.load(file)
+            *plan, program = marshal.load(file)
         limits = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(open("/proc/self/statm").read().split()[0])
         memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
@@ -250,218 +237,13 @@ def judge(sock, options):
         link.end(*_outcome(link, error))
 
 
-# ---- the keeper ----------------------------------------------------------------------------------
-
-
-class Children:
-    """A server's children, as the keeper sees them. Without the layers in `without`, or refused."""
-
-    def __init__(self, module, options, folder, preload):
-        self.without, self.ready = list(options["without"]), collections.deque()
-        while True:
-            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.control.settimeout(60)
-            own = {"without": self.without, "preload": preload}
-            own["directory"] = f"{folder}/{os.urandom(6).hex()}"
-            with theirs:
-                self.process = start_python(module, options | own, stdin=theirs)
-            hello = self._message({"layers", "failed", "error"})
-            if "layers" in hello:
-                break
-            self.close()
-            if "error" in hello:
-                raise RuntimeError(f"the sandbox's {module} does not start: {hello['error']}")
-            self.without.append(hello["failed"])
-        self.layers = hello["layers"]
-
-    def _message(self, wanted):
-        """The next message with one of `wanted` in it. Children that came before are `ready`."""
-        while True:
-            text, descriptors, *_ = socket.recv_fds(self.control, 1 << 12, 1)
-            if not text:
-                raise EOFError("a server is gone")
-            message = json.loads(text)
-            if descriptors:
-                self.ready.append((socket.socket(fileno=descriptors[0]), message["pid"]))
-            if wanted & message.keys():
-                return message
-
-    def next(self):
-        """The socket of the next child, its process id, and the same as its server knows it."""
-        if not self.ready:
-            self._message({"pid"})
-        sock, inner = self.ready.popleft()
-        about = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return sock, struct.unpack("3i", about)[0], inner
-
-    def end(self, inner):
-        """End a child: (how it had ended, its CPU seconds)."""
-        self.control.send(str(inner).encode())
-        ended = self._message({"code"})
-        return ended["code"], ended["cpu"]
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.control.close()
-
-
-class Keeper:
-    """What a worker's process does: one check after the other, each with a fresh candidate and a
-    fresh judge. Of both it believes the kernel only: their clocks, and how they ended."""
-
-    def __init__(self, options, pool):
-        temporary = tempfile.gettempdir()
-        if os.geteuid() == 0 and not open_to_others(temporary):
-            temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
-        self.folder = tempfile.mkdtemp(prefix="pfppo-", dir=temporary)
-        os.chmod(self.folder, 0o711)
-        self.options, self.pool, self.servers = options, pool, {}
-        self.timeout = options["timeout"]
-
-    def children(self, module, text):
-        """The children of a server with what `text` needs, which is started when first needed."""
-        preload = ["numpy"] if "numpy" in text else []
-        key = module, *preload
-        if key not in self.servers:
-            self.servers[key] = Children(module, self.options, self.folder, preload)
-            self.options["without"] = self.servers[key].without
-        return self.servers[key]
-
-    def check(self, program, test, entry_point, reference):
-        """[outcome, seconds, detail]"""
-        start = time.monotonic()
-        try:
-            plan = plan_of(test, entry_point, reference)
-        except Exception as error:
-            outcome, detail = "exception", f"the test or the reference does not compile: {error}"
-        else:
-            text = marshal.dumps((dataclasses.astuple(plan), program))
-            judges = self.children("judge", test + reference)
-            outcome, detail = self._attempt(text, judges, self.children("candidate", program))
-        return outcome, round(time.monotonic() - start, 4), detail
-
-    def _attempt(self, text, judges, candidates):
-        sock, judge_pid, judge_id = judges.next()
-        theirs, program_pid, program_id = candidates.next()
-        with sock:
-            with theirs:
-                socket.send_fds(sock, [b" "], [theirs.fileno()])
-            with contextlib.suppress(OSError):  # it died, as is seen below
-                sock.sendall(text)
-            outcome, detail = self._await(sock, judge_pid, program_pid)
-        judge_code, _ = judges.end(judge_id)
-        code, cpu = candidates.end(program_id)
-        if outcome == "silence":
-            if judge_code == -signal.SIGPROF:
-                return "timeout", "the test took too long on the answers"
-            return "exception", f"its judge died: {judge_code}"
-        if cpu > self.timeout and outcome in ("passed", "died"):
-            return "timeout", f"{cpu:.1f} s of CPU"
-        if outcome == "died":
-            signalled = code < 0 and ("exception", f"died: {signal.Signals(-code).name}")
-            return signalled or ("exit", f"exit status {code}")
-        return outcome, detail
-
-    def _await(self, verdict, judge_pid, program_pid):
-        """(outcome, detail): what the judge says in the end, or why it cannot."""
-        poll = select.poll()
-        poll.register(verdict, select.POLLIN)
-        poll.register(self.pool, 0)  # its end is an event
-        window = min(0.25, self.timeout / 4)
-        last, asleep, deadline = 0.0, 0.0, time.monotonic() + WALL * self.timeout
-        while not (events := poll.poll(1000 * window)):
-            cpu = _cpu(program_pid)
-            used = cpu + _cpu(judge_pid)
-            if used - last < 0.01 * window and _sleeps(judge_pid) and _sleeps(program_pid):
-                asleep += window
-            last = used
-            if cpu + asleep > self.timeout:
-                return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep"
-            if time.monotonic() > deadline:
-                return "timeout", f"{WALL * self.timeout:.1f} s of wall time"
-        if events[0][0] == verdict.fileno():
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads(verdict.recv(1 << 16).split(b"\n")[0])
-        return "silence", ""
-
-    def close(self):
-        """End the servers, and reap what is left of them: this process inherits their children."""
-        while self.servers:
-            self.servers.popitem()[1].close()
-        end = time.monotonic() + 2
-        with contextlib.suppress(ChildProcessError):
-            while time.monotonic() < end:
-                os.waitpid(-1, os.WNOHANG)[0] or time.sleep(0.005)
-        with contextlib.suppress(OSError):
-            sweep(self.folder)
-            os.rmdir(self.folder)
-
-
-def _cpu(pid):
-    return time.clock_gettime((~pid << 3) | 2)  # the kernel's name for a process's CPU clock
-
-
-def _sleeps(pid):
-    """Does it wait, but for a core?"""
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "R"
-
-
 def main(options):
-    """The process of a keeper, or of its judges' server: what it is given has a `directory`."""
-    warnings.simplefilter("ignore")  # of old escapes in tests and references
+    """The process of the judges' server."""
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this memory
-    if "directory" in options:
-        control = begin(options, "test.py")
-        sys.setrecursionlimit(10_000)
-        os.mkdir(options["directory"])
-        os.environ.update(HOME=options["directory"], TMPDIR=options["directory"])
-        control.send(b'{"layers": []}')
-        return Server(control, options["directory"], lambda sock: judge(sock, options)).run()
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    parent, pool = os.getppid(), Connection(os.dup(0))
-    keeper = Keeper(options, pool)
-    try:
-        layers = keeper.children("candidate", "").layers
-        keeper.children("judge", "")
-        pool.send_bytes(json.dumps({"layers": layers, "folder": keeper.folder}).encode())
-        null = os.open("/dev/null", os.O_RDWR)
-        for descriptor in range(3):
-            os.dup2(null, descriptor)  # what is killed says nothing that anybody should read
-        while os.getppid() == parent:
-            if pool.poll(1):
-                verdict = keeper.check(*json.loads(pool.recv_bytes()))
-                pool.send_bytes(json.dumps(verdict).encode())
-    except EOFError:
-        pass
-    finally:
-        keeper.close()
-    return None
-
-
-def start_python(module, options, **descriptors):
-    """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
-    this one's environment. An empty package stands for pfppo.sandbox, whose own `__init__` would
-    load the rooms of this side into a candidate's process. All of the module's imports happen
-    before `main`: then the path is gone."""
-    code = (
-        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # costs each fork
-        "name = 'pfppo.sandbox'; package = types.ModuleType(name);"
-        "package.__path__ = [sys.argv[1]]; sys.modules[name] = package;"
-        f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
-        "main(json.loads(sys.argv[2]))"
-    )
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
-    environment = {
-        "PYTHONHASHSEED": "0",
-        "LANG": "C.UTF-8",
-        "MALLOC_ARENA_MAX": "1",  # each arena of a thread would reserve 64 MB of address space
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        **kept,
-    }
-    command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
-    return subprocess.Popen(
-        command, env=environment, cwd="/", start_new_session=True, **descriptors
-    )
+    control = begin(options, "test.py")
+    sys.setrecursionlimit(10_000)
+    warnings.simplefilter("ignore")  # of old escapes in tests and references
+    os.makedirs(options["directory"])
+    os.environ.update(HOME=options["directory"], TMPDIR=options["directory"])
+    control.send(b'{"layers": []}')
+    Server(control, options["directory"], lambda sock: judge(sock, options)).run()

@@ -293,7 +293,7 @@ class Walls:
 
 
 class LayerError(Exception):
-    """A layer that this machine does not grant: (its name, why)."""
+    """A layer that this machine does not grant: (its name,)."""
 
 
 @contextlib.contextmanager
@@ -301,7 +301,7 @@ def _layer(name):
     try:
         yield
     except (OSError, KeyError, AttributeError) as error:
-        raise LayerError(name, f"{type(error).__name__}: {error}") from None
+        raise LayerError(name) from error
 
 
 def open_to_others(path):
