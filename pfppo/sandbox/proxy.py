@@ -13,7 +13,6 @@ import collections
 import functools
 import itertools
 import os
-import re
 import threading
 import types
 
@@ -26,6 +25,10 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
 CHANGES = {"call", "set", "delattr", "setitem", "delitem", "enter", "exit", "await"}
+METADATA = {  # the only names with two underscores that are asked for
+    "__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__",
+    "__kwdefaults__",
+}  # fmt: skip
 
 
 class Halt(Exception):
@@ -57,7 +60,7 @@ class Remote:
 
     def __getattr__(self, name):
         link = self._remote.link
-        if name in link.refused or name.startswith("__") and name not in ASKED:
+        if name in link.refused or name.startswith("__") and name not in METADATA:
             raise AttributeError(f"{name}, of an object that is not plain data")
         if name in self._remote.now().fields:
             return self._remote.fields[name]
@@ -74,12 +77,6 @@ class Remote:
 
 def _ask(operation):
     return lambda self, /, *args, **kwargs: self._remote.link.ask(operation, self, args, kwargs)
-
-
-for _name, _operation in {
-    "__setattr__": "set", "__delattr__": "delattr", "__str__": "str", "__repr__": "repr",
-}.items():  # fmt: skip
-    setattr(Remote, _name, _ask(_operation))
 
 
 def _iter(self):
@@ -136,23 +133,21 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
     "__enter__": _ask("enter"),
     "__exit__": _exit,
 }
-ASKED = {  # names with two underscores that are questions; as to others, it has what Remote has
-    "__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__",
-    "__kwdefaults__",
-}  # fmt: skip
-KINDS = {  # what `isinstance` may find an object to be, besides what it is able to do
-    "generator": types.GeneratorType, "function": types.FunctionType, "method": types.MethodType,
-    "Match": re.Match, "Pattern": re.Pattern, "type": type,
-}  # fmt: skip
+ALWAYS = {
+    "__slots__": (),
+    "__setattr__": _ask("set"),
+    "__delattr__": _ask("delattr"),
+    "__str__": _ask("str"),
+    "__repr__": _ask("repr"),
+}
 
 
 @functools.lru_cache(256)
 def remote_class(name, abilities):
     methods = {able: ABILITIES[able] for able in abilities.split() if able in ABILITIES}
-    methods["__doc__"] = property(lambda self: _ask("get")(self, "__doc__"))
-    if name in KINDS:
-        methods["__class__"] = property(lambda self: KINDS[name])
-    return type(name, (Remote,), {"__slots__": (), **methods})
+    if name == "generator":  # to `isinstance`
+        methods["__class__"] = property(lambda self: types.GeneratorType)
+    return type(name, (Remote,), ALWAYS | methods)
 
 
 class JudgeLink(Link):
@@ -188,14 +183,10 @@ class JudgeLink(Link):
             if operation in CHANGES:
                 self.turn, self.ahead = self.turn + 1, 1
             args, kwargs = list(args), kwargs or {}
-            answer = self.converse(operation, target, args, kwargs)
-            value, changed = answer if type(answer) is list and len(answer) == 2 else self.odd()
+            value, changed = self.converse(operation, target, args, kwargs)
             if changed:
                 _assign([args, kwargs], changed)
             return value
-
-    def odd(self, error="form"):
-        self.end("exception", f"unreadable answer: {error}")
 
     def send(self, kind, value):
         try:
@@ -213,9 +204,9 @@ class JudgeLink(Link):
         except (EOFError, OSError):
             self.end("died")
         except Exception as error:
-            self.odd(type(error).__name__)
+            self.end("exception", f"unreadable answer: {type(error).__name__}")
 
-    def serve(self, kind, number=None, args=(), kwargs=None):
+    def serve(self, kind, number, args, kwargs):
         """The candidate calls a function that the test gave to it."""
         try:
             answer, value = "ok", self.own[number](*args, **kwargs)
@@ -258,22 +249,22 @@ class JudgeLink(Link):
 
     def fill(self, instance, fields):
         kind = type(instance)
+        self._check_fields(fields)
         for name, value in fields.items():
             held = getattr(kind, name, None)
-            self._check_field(name, value)
             if kind not in self.names or callable(held) or isinstance(held, property):
                 raise ValueError(f"a field in place of {name}")
             if not name.startswith("__") and not _assign(getattr(instance, name, None), value):
                 object.__setattr__(instance, name, value)
 
     def named_tuple(self, content):
-        for name, value in zip(*content[1:], strict=True):
-            self._check_field(name, value)
+        self._check_fields(dict(zip(*content[1:], strict=True)))
         return super().named_tuple(content)
 
-    def _check_field(self, name, value):
-        if name in self.refused and isinstance(value, Remote):
-            raise ValueError(f"an object in place of the method {name}")
+    def _check_fields(self, fields):
+        for name in self.refused & fields.keys():
+            if isinstance(fields[name], Remote):
+                raise ValueError(f"an object in place of the method {name}")
 
     def known_error(self, module, name):
         known = not module or module.split(".")[0].strip("_") in ("builtins", *TRUSTED)

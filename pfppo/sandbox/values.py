@@ -7,10 +7,9 @@ plain data stays where it is and travels as {side: [number, class, abilities]}, 
 either side. So does an instance of a class that both sides have, but its fields are in TABLE: nodes
 that share nodes, or point at themselves, arrive as they were, and any number in one message.
 
-Lists have no number: one that stands twice in a value arrives as two. There is no limit of size but
-that of memory, which each process has, nor any of time. Not here: what the numbers are asked
-(candidate.py answers, proxy.py asks). Standard library only, and numpy for its arrays; both sides
-hold this module, and neither trusts the other's copy.
+Lists have no number: one that stands twice in a value arrives as two. There is no limit but that of
+memory, which each process has. Not here: what the numbers are asked (candidate.py answers, proxy.py
+asks). Both sides hold this module, and neither trusts the other's copy.
 """
 
 import builtins
@@ -42,6 +41,10 @@ def _parts(*names):
     return lambda value: [getattr(value, name) for name in names]
 
 
+def _spread(function):
+    return lambda parts: function(*parts)
+
+
 _PLAIN = (  # exact type, tag, to something simpler, and back
     (tuple, "t", list, tuple),
     (dict, "d", _flat, pairs),
@@ -49,16 +52,16 @@ _PLAIN = (  # exact type, tag, to something simpler, and back
     (frozenset, "S", list, frozenset),
     (bytes, "b", bytes.hex, bytes.fromhex),
     (bytearray, "B", bytearray.hex, bytearray.fromhex),
-    (complex, "c", _parts("real", "imag"), lambda v: complex(*v)),
-    (range, "r", _parts("start", "stop", "step"), lambda v: range(*v)),
-    (slice, "l", _parts("start", "stop", "step"), lambda v: slice(*v)),
+    (complex, "c", _parts("real", "imag"), _spread(complex)),
+    (range, "r", _parts("start", "stop", "step"), _spread(range)),
+    (slice, "l", _parts("start", "stop", "step"), _spread(slice)),
     (type({}.keys()), "k", list, lambda v: dict.fromkeys(v).keys()),
     (type({}.items()), "j", lambda v: _flat(dict(v)), lambda v: pairs(v).items()),
     (type(...), "e", lambda v: 0, lambda v: ...),
     (fractions.Fraction, "F", _parts("numerator", "denominator"),
      lambda v: fractions.Fraction(*map(int, v))),  # of strings it might be long in the making
     (decimal.Decimal, "D", str, decimal.Decimal),
-    (collections.deque, "q", lambda v: [list(v), v.maxlen], lambda v: collections.deque(*v)),
+    (collections.deque, "q", lambda v: [list(v), v.maxlen], _spread(collections.deque)),
     (collections.Counter, "u", _flat, lambda v: collections.Counter(pairs(v))),
     (collections.OrderedDict, "O", _flat, lambda v: collections.OrderedDict(pairs(v))),
     (collections.defaultdict, "m", lambda v: [v.default_factory, _flat(v)],
@@ -67,7 +70,7 @@ _PLAIN = (  # exact type, tag, to something simpler, and back
     (datetime.time, "time", datetime.time.isoformat, datetime.time.fromisoformat),
     (datetime.datetime, "datetime", datetime.datetime.isoformat, datetime.datetime.fromisoformat),
     (datetime.timedelta, "timedelta", _parts("days", "seconds", "microseconds"),
-     lambda v: datetime.timedelta(*v)),
+     _spread(datetime.timedelta)),
 )  # fmt: skip
 _PACK = {kind: (tag, simpler) for kind, tag, simpler, _ in _PLAIN}
 _UNPACK = {tag: back for _, tag, _, back in _PLAIN} | {"i": lambda v: int(v, 16), "I": iter}
@@ -75,14 +78,10 @@ _namedtuple = functools.lru_cache(64)(collections.namedtuple)
 
 
 def _fields(value):
-    """{name: value} of an instance: what its __dict__ and its slots hold."""
-    fields = dict(getattr(value, "__dict__", ()))
-    for kind in type(value).__mro__:
-        names = vars(kind).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if hasattr(value, name):
-                fields[name] = getattr(value, name)
-    return fields
+    """[name, value, ...] of an instance, of its __dict__ and its slots."""
+    state = object.__getstate__(value)
+    fields, slots = state if isinstance(state, tuple) else (state, None)
+    return _flat((fields or {}) | (slots or {}))
 
 
 class Link:
@@ -94,7 +93,7 @@ class Link:
 
     side = other = ""  # "J" for the judge's objects, "C" for the candidate's
     modules = ()  # names of this side's copy of the program
-    error_root = BaseException  # an exception of which nothing else is known
+    error_root = BaseException  # what an exception is of which nothing else is known
 
     def __init__(self, sock):
         self.sock, self.buffer = sock, bytearray()
@@ -102,7 +101,7 @@ class Link:
         self.refs = {}  # id of an object that has a number -> its packed form
         self.shared, self.names = {}, {}  # name -> class that both sides have, and back
         self.errors = {}  # (module, name) -> class of exceptions made for one of the other side's
-        self.table, self.tabled = [], set()  # instances whose fields this message must have
+        self.table, self.tabled = [], set()  # instances whose fields belong to this message; ids
         self.readers = _UNPACK | {
             "x": self.error_class,
             "X": self._error,
@@ -120,10 +119,10 @@ class Link:
 
     def dumps(self, value):
         """TABLE and VALUE of a message."""
-        self.table, self.tabled, rows = [], set(), []
+        self.table, self.tabled = [], set()
         text = json_dumps(self.pack(value))
-        for instance in self.table:  # which grows meanwhile
-            rows.append([self.refs[id(instance)], *map(self.pack, _flat(_fields(instance)))])
+        # It grows while it is read.
+        rows = [[self.refs[id(held)], *map(self.pack, _fields(held))] for held in self.table]
         return f"{json_dumps(rows) if rows else ''}\n{text}"
 
     def pack(self, value):
@@ -141,45 +140,43 @@ class Link:
         if kind in _PACK:
             tag, simpler = _PACK[kind]
             return {tag: self.pack(simpler(value))}
-        ref = self.refs.get(id(value))
-        return self.refer(value, ref) if ref else self.pack_other(value, kind)
+        if id(value) not in self.refs:
+            return self.pack_other(value, kind)
+        if kind in self.names and id(value) not in self.tabled:
+            self.tabled.add(id(value))
+            self.table.append(value)
+        return self.refs[id(value)]
 
     def pack_other(self, value, kind):
         """The packed form of what is not exactly plain data. Subclasses of it become plain (int
         enums, numpy's scalars), but for those that both sides have."""
-        name = self.names.get(kind)
-        if isinstance(value, type) and issubclass(value, BaseException):
-            return {"x": self._lineage(value)}
-        known = self.shared, vars(builtins)
-        if isinstance(value, type) and any(k.get(value.__name__) is value for k in known):
-            return {"T": value.__name__}
+        if isinstance(value, type):
+            if issubclass(value, BaseException):
+                return {"x": self._lineage(value)}
+            if value in (self.shared.get(value.__name__), vars(builtins).get(value.__name__)):
+                return {"T": value.__name__}
         if isinstance(value, BaseException):
             fields = vars(value) | ({"__cause__": value.__cause__} if value.__cause__ else {})
             return {"X": [self._lineage(kind), *map(self.pack, (list(value.args), _flat(fields)))]}
+        name = self.names.get(kind)
         if name and isinstance(value, enum.Enum):
             return {"E": [name, value.name]}
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
-            names = [str(field) for field in kind._fields]
-            return {"n": [name or kind.__name__, names, self.pack(list(value))]}
+            fields = [str(field) for field in kind._fields]
+            return {"n": [name or kind.__name__, fields, self.pack(list(value))]}
         for base in (int, float, str, tuple, list, set, frozenset, dict):
             if isinstance(value, base):
                 exact = getattr(base, f"__{base.__name__}__", base)  # past what a subclass says
                 return self.pack(exact(value))
-        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
-            return self.pack(value.item())
-        if kind.__module__ == "numpy" and kind.__name__ == "ndarray" and value.dtype.kind in "biufc":
-            return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
-        about = (name, BY_VALUE) if name else self.describe(value)
+        if kind.__module__ == "numpy" and hasattr(value, "dtype"):
+            if value.shape == ():
+                return self.pack(value.item())
+            if value.dtype.kind in "biufc":
+                return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
         number = len(self.own)
-        self.own[number] = value
-        return self.refer(value, self.refs.setdefault(id(value), {self.side: [number, *about]}))
-
-    def refer(self, value, ref):
-        ((_, about),) = ref.items()
-        if about[2] == BY_VALUE and id(value) not in self.tabled:
-            self.tabled.add(id(value))
-            self.table.append(value)
-        return ref
+        about = (name, BY_VALUE) if name else self.describe(value)
+        self.own[number], self.refs[id(value)] = value, {self.side: [number, *about]}
+        return self.pack(value)
 
     def _lineage(self, kind):
         """[[module, name], ...] of an exception class and its bases; "" for the program's own."""
@@ -191,8 +188,8 @@ class Link:
     def loads(self, text):
         """The value of TABLE and VALUE. Raises almost anything on what no `dumps` made."""
         table, _, value = text.partition("\n")
-        for instance, *flat in self.decode(table) if table else ():
-            self.fill(instance, pairs(flat))
+        for instance, *fields in self.decode(table) if table else ():
+            self.fill(instance, pairs(fields))
         return self.decode(value)
 
     def unpack(self, tagged):
@@ -227,8 +224,8 @@ class Link:
         return kind if fits and (module or kind.__module__ in self.modules) else None
 
     def _error(self, content):
-        lineage, args, flat = content
-        kind, fields = self.error_class(lineage), pairs(flat)
+        lineage, args, fields = content
+        kind, fields = self.error_class(lineage), pairs(fields)
         try:
             error = kind.__new__(kind, *args)
             builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
@@ -268,7 +265,7 @@ class Link:
 
     def receive(self):
         """(KIND, value) of the next message. EOFError at the end."""
-        while not (end := self._whole()):
+        while len(self.buffer) < (end := 4 + int.from_bytes(self.buffer[:4], "little")) or end == 4:
             data = self.sock.recv(CHUNK)
             if not data:
                 raise EOFError
@@ -277,11 +274,6 @@ class Link:
         del self.buffer[:end]
         kind, _, self.text = text.partition("\n")
         return kind, self.loads(self.text)
-
-    def _whole(self):
-        """Where the first message in the buffer ends; 0 if it is not whole."""
-        end = 4 + int.from_bytes(self.buffer[:4], "little")
-        return end if len(self.buffer) >= max(end, 5) else 0
 
 
 def _builtin_type(name):
