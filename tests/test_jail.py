@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 
-from pfppo.sandbox import isolation
+from pfppo.sandbox import walls
 from pfppo.config import UserError
 from pfppo.sandbox import Check, Sandbox
 
@@ -28,8 +28,8 @@ def sandbox():
 # ---- forgery -------------------------------------------------------------------------------------
 
 LINK = (
-    "import gc, sys\nwire = sys.modules['pfppo.wire']\nlink = next(o for o in gc.get_objects() "
-    + ("if isinstance(o, wire.Link))\n")
+    "import gc, sys\nvalues = sys.modules['pfppo.sandbox.values']\nlink = next(o for o in "
+    "gc.get_objects() if isinstance(o, values.Link))\n"
 )
 EQUAL = "class E:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\n"
 FORGED = {
@@ -234,7 +234,7 @@ def test_nothing_outlives_the_verdict():
     ],
 )
 def test_the_working_directory_hides_no_library(paths, directory):
-    assert isolation.working_directory(paths) == directory
+    assert walls.working_directory(paths) == directory
 
 
 def test_a_virtual_environment_may_be_under_tmp():

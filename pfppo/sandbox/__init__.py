@@ -3,35 +3,34 @@
     with Sandbox(workers=2, timeout=3.0) as sandbox:
         verdicts = sandbox.run([Check(program, test, entry_point, reference), ...])
 
-Three roles for each worker. A *judge* (judge.py) runs one test, in a process of its own that ends
-with it. A *server* (candidate.py) forks *candidates*, confined processes that hold one program and
-nothing else. The test sees stand-ins for the program's names (proxy.py): answers come back as plain
-data of exact types (values.py), and the verdict is the judge's alone. This file is the caller's
-side: what a check and a verdict are, and the pool of workers that gives work out, loses no check
-and replaces what dies. It judges nothing itself. `Check, Sandbox, Verdict` are all that the rest
-of pfppo uses of this folder.
+For each check two processes are forked, by two servers of each worker. A *judge* (judge.py) runs
+the test, a *candidate* (candidate.py) holds the program and nothing else, behind walls (walls.py).
+The test sees stand-ins for the program's names (proxy.py): answers come back as plain data of exact
+types (values.py), and the verdict is the judge's alone. This file is the caller's side: what a
+check and a verdict are, the clocks, and a pool that loses no check and replaces what dies. `Check`,
+`Sandbox` and `Verdict` are all that the rest of pfppo uses of this folder.
 
 A call is sent when the one before it has been answered: a program never sees what comes later. The
 entry point is the program's; every other name that the reference defines is the reference's, its
-classes with their methods too: their objects travel with their fields. Without an entry point all
-that the test uses of the reference is the program's, and without a reference all names that nobody
-else defines, but for modules of the library and numpy. A test draws the same each time.
+classes with their methods too: their instances travel with their fields. Without an entry point all
+that the test uses of the reference is the program's; without a reference every name that nobody
+else defines is, but for modules of the library and numpy. A test draws the same each time.
 
-Limits: a program has `timeout` seconds, of CPU or asleep while it is waited for; more is `timeout`,
-however right the answer. Waiting for a core is not counted, up to ten times that. A test has as
-many seconds of CPU, for itself and for what it does with the answers. A program may allocate
-`memory_mb`, a test twice that. What the machine grants is in `Sandbox.mode`; what each layer
-contains, and what not, in walls.py.
+Limits: a program has `timeout` seconds, of CPU or asleep while nothing else goes on; more is a
+`timeout`, however right the answers. Waiting for a core is not counted, up to ten times that. The
+test has as many seconds of CPU, for itself and for what it does with the answers. A program may
+allocate `memory_mb`, its test twice that. What the machine grants is in `Sandbox.mode`; what each
+layer contains, and what not, in walls.py.
 
 Not contained: answers that are right for the test's arguments alone (hard-coded); objects whose
-methods answer what the test hopes to hear, where the test calls methods of the program's own
-classes; a test that executes what it is answered (`eval`); an assert in a function that the test
-gives away, which the program may catch; a message to the next program in the numbers that the
-kernel gives out (inodes, process ids). What fails, though it is right: a program that needs other
-processes, or standard input, files or environment that the test sets up (they do not cross); a test
-that passes objects of its own classes or copies the program's, that uses operators, `==` (identity
-here) or `isinstance` on objects of the program's own classes, that expects the same list twice in
-one value, or a program's context manager to suppress what the test raised.
+methods answer what the test hopes to hear, where it calls methods of the program's own classes; a
+test that executes what it is answered (`eval`); an assert in a function that the test gives away,
+which the program may catch; a message to the next program in the numbers that the kernel gives out
+(inodes, process ids). What fails, though it is right: a program that needs other processes, or the
+standard input, files or environment that the test sets up (they do not cross); a test that passes
+objects of its own classes or copies the program's, that uses operators, `==` (identity here) or
+`isinstance` on objects of the program's own classes, that expects one list twice in a value, or
+that the program's context manager suppresses what the test raised.
 """
 
 import atexit
@@ -93,60 +92,46 @@ class Verdict:
         return self.outcome == "passed"
 
 
-class Children:
-    """The children of a server, candidates or judges. Without the layers in `without`, or refused.
+class Server:
+    """A process that forks judges or candidates, as its owner sees it. `control` carries requests
+    and replies, `births` the sockets of its children. At the end of `control` it reaps them, and
+    ends. Layers of walls that the machine refuses are added to options["without"]."""
 
-    Closing the control socket ends a server: it kills and reaps its children first.
-    """
-
-    def __init__(self, module, options):
-        self.without, self.ready = list(options["without"]), collections.deque()
-        hello = {}
-        while "layers" not in hello:
-            self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, module, options, preload):
+        said = {"refused": None}
+        while "refused" in said:
+            self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.births, births = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.control.settimeout(60)
-            own = {"without": self.without, "directory": f"{options['folder']}/{os.urandom(6).hex()}"}
-            with theirs:
-                self.process = start_python(module, options | own, theirs)
-            try:
-                hello = self._message({"layers", "failed"})
-            except EOFError:
-                raise RuntimeError("the sandbox did not start; see standard error") from None
-            if "failed" in hello:
+            self.births.settimeout(60)
+            own = {"preload": preload, "directory": f"{options['folder']}/{os.urandom(6).hex()}"}
+            with control, births:
+                self.process = _start_python(module, options | own, control, births)
+            if not (hello := self.control.recv(1 << 12)):
                 self.close()
-                self.without.append(hello["failed"])
-        self.layers = hello["layers"]
-
-    def _message(self, wanted):
-        """The next message with one of `wanted` in it. Children that came before are `ready`."""
-        while True:
-            text, descriptors, *_ = socket.recv_fds(self.control, 1 << 12, 1)
-            if not text:
-                raise EOFError("it is gone")
-            message = json.loads(text)
-            if descriptors:
-                self.ready.append((socket.socket(fileno=descriptors[0]), message["pid"]))
-            if wanted & message.keys():
-                return message
+                raise RuntimeError("the sandbox does not start; see standard error")
+            if "refused" in (said := json.loads(hello)):
+                self.close()
+                options["without"] = [*options["without"], said["refused"]]
+        self.layers = said["layers"]
 
     def next(self):
-        """The socket of the next child, its process id, and the same as its server knows it."""
-        if not self.ready:
-            self._message({"pid"})
-        sock, inner = self.ready.popleft()
-        about = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return sock, struct.unpack("3i", about)[0], inner
+        """The socket of the next child, its process id, and the same as the server knows it."""
+        inner, descriptors, *_ = socket.recv_fds(self.births, 64, 1)
+        if not descriptors:
+            raise EOFError("no more births")
+        sock = socket.socket(fileno=descriptors[0])
+        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return sock, struct.unpack("3i", peer)[0], inner
 
     def end(self, inner):
-        """End a child: (how it had ended, its CPU seconds)."""
-        self.control.send(str(inner).encode())
-        ended = self._message({"code"})
-        return ended["code"], ended["cpu"]
+        """End a child: [exit status or minus the signal that ended it, CPU seconds]."""
+        self.control.send(inner)
+        return json.loads(self.control.recv(1 << 12))
 
     def close(self):
         self.control.close()
-        for sock, _ in self.ready:
-            sock.close()
+        self.births.close()
         try:
             self.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -160,82 +145,77 @@ class Worker:
 
     def __init__(self, options, stop):
         self.options, self.stop, self.servers = options, stop, {}
-        self.layers = self.children("candidate", "").layers
-        self.children("judge", "")
+        self.layers = self._server("candidate", "").layers
+        self._server("judge", "")
 
-    def children(self, module, text):
-        """The children of a server with what `text` needs, which is started when first needed."""
+    def _server(self, module, text):
+        """The server whose children have what `text` needs, started when first needed."""
         preload = ["numpy"] if "numpy" in text else []
-        key = module, *preload
-        if key not in self.servers:
-            self.servers[key] = Children(module, self.options | {"preload": preload})
-            self.options["without"] = self.servers[key].without
+        if (key := (module, *preload)) not in self.servers:
+            self.servers[key] = Server(module, self.options, preload)
         return self.servers[key]
 
     def execute(self, check):
         """The Verdict of a check. One whose servers die is done again, with others, once."""
-        start = time.monotonic()
-        outcome, detail = self._plan_and_attempt(check)
-        return Verdict(outcome, round(time.monotonic() - start, 4), detail)
-
-    def _plan_and_attempt(self, check):
+        start, found = time.monotonic(), None
         try:
             plan = plan_of(check.test, check.entry_point, check.reference)
         except Exception as error:
-            return "exception", f"the test or the reference does not compile: {error}"
-        text = marshal.dumps((*plan, check.program))
-        for _ in range(2):
+            found = "exception", f"the test or the reference does not compile: {error}"
+        for last in False, True:
             try:
-                judges = self.children("judge", check.test + check.reference)
-                return self._attempt(text, judges, self.children("candidate", check.program))
+                found = found or self._attempt(check, plan)
             except (OSError, EOFError, ValueError) as error:
                 self.close()
-                detail = f"the sandbox's servers failed: {error}"
-        return "exception", detail
+                found = ("exception", f"the sandbox's servers failed: {error}") if last else None
+        return Verdict(found[0], round(time.monotonic() - start, 4), found[1])
 
-    def _attempt(self, text, judges, candidates):
-        sock, judge_pid, judge_id = judges.next()
-        theirs, program_pid, program_id = candidates.next()
+    def _attempt(self, check, plan):
+        """(outcome, detail)"""
+        judges = self._server("judge", check.test + check.reference)
+        candidates = self._server("candidate", check.program)
+        sock, judge, judge_id = judges.next()
+        theirs, program, program_id = candidates.next()
         with sock:
             with theirs:
                 socket.send_fds(sock, [b" "], [theirs.fileno()])
             with contextlib.suppress(OSError):  # it died, as is seen below
-                sock.sendall(text)
-            outcome, detail = self._await(sock, judge_pid, program_pid)
+                sock.sendall(marshal.dumps((*plan, check.program)))
+            said = self._await(sock, judge, program)
         judge_code, _ = judges.end(judge_id)
         code, cpu = candidates.end(program_id)
-        if outcome == "silence":
-            if judge_code == -signal.SIGPROF:
-                return "timeout", "the test took too long on the answers"
+        if said and said[0] not in ("passed", "died"):
+            return said
+        if judge_code == -signal.SIGPROF:
+            return "timeout", "the test took too long on the answers"
+        if not said:
             return "exception", f"its judge died: {judge_code}"
-        if cpu > self.options["timeout"] and outcome in ("passed", "died"):
+        if cpu > self.options["timeout"]:
             return "timeout", f"{cpu:.1f} s of CPU"
-        if outcome == "died":
-            signalled = code < 0 and ("exception", f"died: {signal.Signals(-code).name}")
-            return signalled or ("exit", f"exit status {code}")
-        return outcome, detail
+        if said[0] == "passed":
+            return said
+        name = signal.Signals(-code).name if code < 0 else ""
+        return ("exception", f"died: {name}") if name else ("exit", f"exit status {code}")
 
-    def _await(self, verdict, judge_pid, program_pid):
-        """(outcome, detail): what the judge says in the end, or why it cannot."""
+    def _await(self, sock, judge, program):
+        """(outcome, detail) as the judge says it in the end, or why it may not go on; or None."""
         timeout, poll = self.options["timeout"], select.poll()
-        poll.register(verdict, select.POLLIN)
+        poll.register(sock, select.POLLIN)
         poll.register(self.stop, select.POLLIN)
-        window = min(0.25, timeout / 4)
-        last, asleep, deadline = 0.0, 0.0, time.monotonic() + WALL * timeout
+        start, window = time.monotonic(), min(0.25, timeout / 4)
+        before = asleep = 0.0
         while not (events := poll.poll(1000 * window)):
-            cpu = _cpu(program_pid)
-            used = cpu + _cpu(judge_pid)
-            if used - last < 0.01 * window and _sleeps(judge_pid) and _sleeps(program_pid):
+            cpu, both = _cpu(program), _cpu(program) + _cpu(judge)
+            if both - before < 0.01 * window and _sleeps(judge) and _sleeps(program):
                 asleep += window
-            last = used
-            if cpu + asleep > timeout:
-                return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep"
-            if time.monotonic() > deadline:
-                return "timeout", f"{WALL * timeout:.1f} s of wall time"
-        if events[0][0] == verdict.fileno():
+            before = both
+            if cpu + asleep > timeout or time.monotonic() - start > WALL * timeout:
+                wall = time.monotonic() - start
+                return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep, in {wall:.1f} s"
+        if events[0][0] == sock.fileno():
             with contextlib.suppress(OSError, ValueError):
-                return json.loads(verdict.recv(1 << 16).split(b"\n")[0])
-        return "silence", ""
+                return tuple(json.loads(sock.recv(1 << 12).split(b"\n")[0]))
+        return None
 
     def close(self):
         while self.servers:
@@ -256,11 +236,11 @@ class Sandbox:
         os.chmod(self._folder, 0o711)
         options = {"timeout": timeout, "memory_mb": memory_mb, "without": self.without}
         options["folder"] = self._folder
-        self._pid, self._lock, self._closed = os.getpid(), threading.Lock(), False
-        self._stop = socket.socketpair()  # one end becomes readable when all is to stop
+        self._pid, self._lock, self._workers = os.getpid(), threading.Lock(), []
+        self._stopped, self._stop = socket.socketpair()  # readable when all is to stop
         atexit.register(self.close)
         with ThreadPoolExecutor(workers) as pool:
-            starts = [pool.submit(Worker, {**options}, self._stop[0]) for _ in range(workers)]
+            starts = [pool.submit(Worker, {**options}, self._stopped) for _ in range(workers)]
             self._workers = [start.result() for start in starts]
         layers = self._workers[0].layers
         self.mode = " + ".join([*layers, "limits"])
@@ -279,8 +259,6 @@ class Sandbox:
         """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
         is called when k more are done."""
         copies, verdicts, free = collections.Counter(checks), {}, queue.SimpleQueue()
-        for worker in self._workers:
-            free.put(worker)
 
         def execute(check):
             worker = free.get()
@@ -290,29 +268,31 @@ class Sandbox:
                 free.put(worker)
 
         with self._lock, ThreadPoolExecutor(len(self._workers) or 1) as pool:
+            for worker in self._workers:
+                free.put(worker)
             try:
                 futures = {pool.submit(execute, check): check for check in copies}
                 for future in as_completed(futures):
                     verdicts[futures[future]] = future.result()
-                    if self._closed:
+                    if not self._pid:
                         raise RuntimeError("the sandbox was closed, with checks under way")
                     if progress:
                         progress(copies[futures[future]])
             except BaseException:  # what is under way belongs to no later run
-                self._stop[1].send(b" ")
+                self._stop.send(b" ")
                 pool.shutdown(cancel_futures=True)
-                self._closed or self._stop[0].recv(1)
+                self._stopped.recv(1)
                 raise
         return [verdicts[check] for check in checks]
 
     def close(self):
         """End every process. Safe to call twice, in a forked child of the caller, and while another
         thread is in `run`, which then raises."""
-        if self._pid != os.getpid() or self._closed:
+        if self._pid != os.getpid():
             return
+        self._pid = None
         atexit.unregister(self.close)
-        self._closed = True
-        self._stop[1].send(b" ")
+        self._stop.send(b" ")
         with self._lock:
             for worker in self._workers:
                 worker.close()
@@ -335,28 +315,28 @@ def _sleeps(pid):
         return file.read().rpartition(")")[2].split()[0] != "R"
 
 
-def start_python(module, options, control):
+def _start_python(module, options, *descriptors):
     """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
-    this one's environment. An empty package stands for pfppo.sandbox, whose own `__init__` would
-    load the rooms of this side into a candidate's process. All of the module's imports happen
-    before `main`: then the path is gone."""
+    this one's environment. An empty package stands for pfppo.sandbox, so that nothing of this side
+    is in a candidate's process. All of the module's imports happen before `main`: then the path is
+    gone."""
     code = (
-        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # costs each fork
-        "name = 'pfppo.sandbox'; package = types.ModuleType(name);"
-        "package.__path__ = [sys.argv[1]]; sys.modules[name] = package;"
+        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # cost each fork
+        "name = 'pfppo.sandbox'; package = sys.modules[name] = types.ModuleType(name);"
+        "package.__path__ = [sys.argv[1]];"
         f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
         "main(json.loads(sys.argv[2]))"
     )
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
     environment = {
         "PYTHONHASHSEED": "0",
         "LANG": "C.UTF-8",
         "MALLOC_ARENA_MAX": "1",  # each arena of a thread would reserve 64 MB of address space
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        **kept,
+        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
     }
     command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
+    stdin, stdout = descriptors
     return subprocess.Popen(
-        command, env=environment, cwd="/", start_new_session=True, stdin=control
+        command, env=environment, cwd="/", start_new_session=True, stdin=stdin, stdout=stdout
     )

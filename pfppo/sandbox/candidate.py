@@ -192,93 +192,85 @@ PRELOADED = (
 
 class Server:
     """Forks candidates, or judges; keeps one ready beside the one in use. Ending one is kill, wait,
-    and emptying its folder.
+    and emptying the folder that they work in.
 
-    A child sends its process id and the other end of its socket over `control` itself, so that the
-    kernel names it there as the keeper sees it. A request is the id of one to end; the answer says
-    how it had ended.
+    A child sends its process id and the other end of its socket over `births` itself, so that the
+    kernel names it there as its owner sees it. A request on `control` is the id of one to end, the
+    reply how it had ended.
     """
 
-    def __init__(self, control, directory, live):
-        self.control, self.directory, self.live, self.pids = control, directory, live, set()
+    def __init__(self, options):
+        self.control, self.births = (socket.socket(fileno=os.dup(number)) for number in (0, 1))
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
+        for stream in sys.stdout, sys.stderr:
+            stream.reconfigure(errors="backslashreplace")
+        os.environ.clear()
+        for module in PRELOADED + tuple(options["preload"]):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
 
-    def fork(self):
-        """Fork a child, whose life is `live(its socket)`."""
+    def say(self, value):
+        self.control.send(json_dumps(value).encode())
+
+    def run(self, directory, live):
+        """Serve until the other end closes. A child's life is `live(its socket)`."""
+        os.environ.update(HOME=directory, TMPDIR=directory)
+        os.dup2(0, 2)  # what is killed from here on says nothing that anybody should read
+        gc.collect()
+        gc.freeze()
+        children = {self._fork(live), self._fork(live)}
+        while request := self.control.recv(16):
+            children.remove(int(request))
+            self.say(self._end(int(request), directory))
+            children.add(self._fork(live))
+        for pid in children:
+            self._end(pid, directory)
+
+    def _fork(self, live):
         if pid := os.fork():
-            self.pids.add(pid)
-            return
+            return pid
         try:
             call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             os.setpgid(0, 0)
             ours, theirs = socket.socketpair()
-            hello = json_dumps({"pid": os.getpid()}).encode()
-            socket.send_fds(self.control, [hello], [theirs.fileno()])
+            socket.send_fds(self.births, [str(os.getpid()).encode()], [theirs.fileno()])
             theirs.close()
-            self.live(ours)
+            live(ours)
         finally:
             os._exit(1)
 
-    def end(self, pid):
-        """How the child had ended, or that it was killed now."""
-        self.pids.remove(pid)
+    def _end(self, pid, directory):
         for kill in os.killpg, os.kill:  # a judge may have children
             with contextlib.suppress(ProcessLookupError):
                 kill(pid, signal.SIGKILL)
         _, status, usage = os.wait4(pid, 0)
         # Where the directory is gone this raises, and so ends the server: the check was not done
         # fairly, and is repeated with another server.
-        os.chmod(self.directory, 0o700)
-        if os.listdir(self.directory):
-            sweep(self.directory)
-        code = os.waitstatus_to_exitcode(status)
-        return {"code": code, "cpu": usage.ru_utime + usage.ru_stime}
-
-    def run(self):
-        """Serve requests until the other end closes."""
-        os.dup2(0, 2)  # what is killed from here on says nothing that anybody should read
-        gc.collect()
-        gc.freeze()
-        self.fork()
-        self.fork()
-        while request := self.control.recv(16):
-            self.control.send(json_dumps(self.end(int(request))).encode())
-            self.fork()
-        for pid in list(self.pids):
-            self.end(pid)
-
-
-def begin(options, name):
-    """A server's first steps; its control socket, which comes as descriptor 0."""
-    control = socket.socket(fileno=os.dup(0))
-    null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")
-    os.environ.clear()
-    sys.argv = [name]
-    for module in PRELOADED + tuple(options["preload"]):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    for module in "random", "numpy.random":
-        if module in sys.modules:
-            sys.modules[module].seed(0)  # every candidate draws the same numbers
-    return control
+        os.chmod(directory, 0o700)
+        if os.listdir(directory):
+            sweep(directory)
+        return [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime]
 
 
 def main(options):
     """The process of the candidates' server."""
-    control, walls = begin(options, "candidate.py"), Walls(options)
+    server, walls = Server(options), Walls(options)
+    sys.argv = ["candidate.py"]
+    for module in "random", "numpy.random":
+        if module in sys.modules:
+            sys.modules[module].seed(0)  # every candidate draws the same numbers
+    try:
+        layers = walls.enter()
+    except LayerError as error:
+        server.say({"refused": error.args[0]})
+        return
+    server.say({"layers": layers})
 
     def live(sock):
         walls.confine(sock)
         CandidateLink(socket.socket(fileno=3)).live(walls.directory)
 
-    try:
-        layers = walls.enter()
-    except LayerError as error:
-        control.send(json_dumps({"failed": error.args[0]}).encode())
-        return
-    control.send(json_dumps({"layers": layers}).encode())
-    Server(control, walls.directory, live).run()
+    server.run(walls.directory, live)

@@ -25,7 +25,7 @@ import typing
 import warnings
 import zlib
 
-from pfppo.sandbox.candidate import Server, begin
+from pfppo.sandbox.candidate import Server
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc
 
@@ -240,10 +240,10 @@ def judge(sock, options):
 def main(options):
     """The process of the judges' server."""
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody reads this memory
-    control = begin(options, "test.py")
+    server, directory = Server(options), options["directory"]
+    sys.argv = ["test.py"]
     sys.setrecursionlimit(10_000)
     warnings.simplefilter("ignore")  # of old escapes in tests and references
-    os.makedirs(options["directory"])
-    os.environ.update(HOME=options["directory"], TMPDIR=options["directory"])
-    control.send(b'{"layers": []}')
-    Server(control, options["directory"], lambda sock: judge(sock, options)).run()
+    os.makedirs(directory)
+    server.say({"layers": []})
+    server.run(directory, lambda sock: judge(sock, options))

@@ -265,7 +265,6 @@ class Walls:
 
     def _limit(self):
         """Limits that do not hinder the server are set here and inherited."""
-        os.environ.update(HOME=self.directory, TMPDIR=self.directory)
         if self.uid:
             os.setgroups([])
             os.setresgid(self.uid, self.uid, self.uid)
