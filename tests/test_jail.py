@@ -11,12 +11,11 @@ import sys
 import tempfile
 import time
 
-from pfppo.sandbox import walls
+from pfppo.sandbox import Check, Sandbox, walls
 from pfppo.config import UserError
-from pfppo.sandbox import Check, Sandbox
 
 import pytest
-from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows
+from test_sandbox import ADD, TEST_ADD, WRONG, alive, judge, needs_data, processes, rows
 
 
 @pytest.fixture(scope="module")
@@ -211,14 +210,14 @@ def test_nothing_outlives_the_verdict():
     with Sandbox(workers=1) as one:
         judge(one, ADD)
         time.sleep(0.3)  # the next candidate is forked after the verdict
-        pids = descendants(one._workers[0].process.pid)
+        pids = processes(one)
         stay = (
             "import threading, time\nfor _ in range(20):\n    threading.Thread(target=time.sleep, "
         )
         judge(one, stay + "args=[99]).start()\n" + WRONG)
         time.sleep(0.3)
-        assert len(descendants(one._workers[0].process.pid)) == len(pids)
-        pids += descendants(one._workers[0].process.pid)
+        assert len(processes(one)) == len(pids)
+        pids += processes(one)
     deadline = time.monotonic() + 10  # the kernel ends them when it gets round to it
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)

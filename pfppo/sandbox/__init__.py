@@ -188,6 +188,8 @@ class Worker:
             return said
         if judge_code == -signal.SIGPROF:
             return "timeout", "the test took too long on the answers"
+        if not said and judge_code == -signal.SIGKILL:
+            raise EOFError("the judge was killed")
         if not said:
             return "exception", f"its judge died: {judge_code}"
         if cpu > self.options["timeout"]:

@@ -20,6 +20,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -49,6 +50,14 @@ class Plan(typing.NamedTuple):
 @functools.lru_cache(128)
 def plan_of(test, entry_point, reference):
     """The `Plan` of a check's texts; SyntaxError where one of them is no Python."""
+    with _planning, warnings.catch_warnings(action="ignore"):  # of old escapes
+        return _plan_of(test, entry_point, reference)
+
+
+_planning = threading.Lock()  # as no two threads may catch warnings
+
+
+def _plan_of(test, entry_point, reference):
     code, trusted = compile(_bytes(test), "test", "exec"), ast.parse(_bytes(reference))
     base = (entry_point or "").split("(")[0].split(".")[0]
     kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
