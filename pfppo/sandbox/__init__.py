@@ -150,7 +150,7 @@ class Worker:
 
     def _server(self, module, text):
         """The server whose children have what `text` needs, started when first needed."""
-        preload = ["numpy"] if "numpy" in text else []
+        preload = ["numpy", "numpy.random"] if "numpy" in text else []
         if (key := (module, *preload)) not in self.servers:
             self.servers[key] = Server(module, self.options, preload)
         return self.servers[key]

@@ -13,6 +13,7 @@ library only, Linux.
 
 import _thread
 import contextlib
+import functools
 import gc
 import importlib
 import itertools
@@ -48,6 +49,15 @@ def _with_room(function):
     return call
 
 
+@functools.lru_cache(256)
+def _describe(kind):
+    """(name, abilities) of a class"""
+    methods = {name: m for base in kind.__mro__[::-1] for name, m in vars(base).items()}
+    able = [name for name in ABILITIES if methods.get(name) is not None]
+    able += [kind.__name__] if kind in (types.CoroutineType, types.GeneratorType) else []
+    return kind.__name__, " ".join(able)
+
+
 class Callback:
     """A function of the test's (a lambda in an argument), as the program sees it."""
 
@@ -76,9 +86,7 @@ class CandidateLink(Link):
         return Callback(self)
 
     def describe(self, value):
-        kind = type(value)
-        able = [name for name in ABILITIES if getattr(kind, name, None) is not None]
-        return kind.__name__, " ".join(able)
+        return _describe(type(value))
 
     def fill(self, instance, fields):
         for name, value in fields.items():
@@ -258,7 +266,7 @@ class Server:
 def main(options):
     """The process of the candidates' server."""
     server, walls = Server(options), Walls(options)
-    sys.argv = ["candidate.py"]
+    sys.argv = sys.orig_argv = ["candidate.py"]
     for module in "random", "numpy.random":
         if module in sys.modules:
             sys.modules[module].seed(0)  # every candidate draws the same numbers

@@ -25,6 +25,7 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
 CHANGES = {"call", "set", "delattr", "setitem", "delitem", "enter", "exit", "await"}
+METHODS = types.FunctionType, types.MethodType, property, type  # of classes, no field replaces them
 METADATA = {  # the only names with two underscores that are asked for
     "__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__",
     "__kwdefaults__",
@@ -135,6 +136,7 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
 }
 ALWAYS = {
     "__slots__": (),
+    "__doc__": property(lambda self: _ask("get")(self, "__doc__", 1)[0]),
     "__setattr__": _ask("set"),
     "__delattr__": _ask("delattr"),
     "__str__": _ask("str"),
@@ -145,7 +147,7 @@ ALWAYS = {
 @functools.lru_cache(256)
 def remote_class(name, abilities):
     methods = {able: ABILITIES[able] for able in abilities.split() if able in ABILITIES}
-    if name == "generator":  # to `isinstance`
+    if "generator" in abilities.split():  # to `isinstance`
         methods["__class__"] = property(lambda self: types.GeneratorType)
     return type(name, (Remote,), ALWAYS | methods)
 
@@ -230,11 +232,13 @@ class JudgeLink(Link):
 
     def unpack(self, tagged):
         value = super().unpack(tagged)
-        is_coroutine = isinstance(value, Remote) and type(value).__name__ == "coroutine"
-        return _awaited(value) if is_coroutine else value
+        awaited = isinstance(value, Remote) and value._remote.is_coroutine
+        return _awaited(value) if awaited else value
 
     def stand_in(self, name, abilities):
-        return remote_class(name, abilities)(self)
+        remote = remote_class(name, abilities)(self)
+        remote._remote.is_coroutine = "coroutine" in abilities.split()
+        return remote
 
     def describe(self, value):
         if callable(value):
@@ -251,10 +255,9 @@ class JudgeLink(Link):
         kind = type(instance)
         self._check_fields(fields)
         for name, value in fields.items():
-            held = getattr(kind, name, None)
-            if kind not in self.names or callable(held) or isinstance(held, property):
+            if kind not in self.names or isinstance(getattr(kind, name, None), METHODS):
                 raise ValueError(f"a field in place of {name}")
-            if not name.startswith("__") and not _assign(getattr(instance, name, None), value):
+            if not name.startswith("__"):
                 object.__setattr__(instance, name, value)
 
     def named_tuple(self, content):

@@ -84,6 +84,11 @@ def _fields(value):
     return _flat((fields or {}) | (slots or {}))
 
 
+def _text(error):
+    """What an exception says whose class is known by name only."""
+    return vars(error).get("_text") or BaseException.__str__(error)
+
+
 class Link:
     """One end of a conversation: values, the numbers of objects, questions and answers.
 
@@ -156,8 +161,8 @@ class Link:
             if value in (self.shared.get(value.__name__), vars(builtins).get(value.__name__)):
                 return {"T": value.__name__}
         if isinstance(value, BaseException):
-            fields = vars(value) | ({"__cause__": value.__cause__} if value.__cause__ else {})
-            return {"X": [self._lineage(kind), *map(self.pack, (list(value.args), _flat(fields)))]}
+            parts = list(value.args), _flat(vars(value)), value.__cause__, str(value)
+            return {"X": [self._lineage(kind), *map(self.pack, parts)]}
         name = self.names.get(kind)
         if name and isinstance(value, enum.Enum):
             return {"E": [name, value.name]}
@@ -180,8 +185,13 @@ class Link:
 
     def _lineage(self, kind):
         """[[module, name], ...] of an exception class and its bases; "" for the program's own."""
-        kinds = [base for base in kind.__mro__ if base is not object]
-        return [["" if k.__module__ in self.modules else k.__module__, k.__name__] for k in kinds]
+        lineage = []
+        for base in kind.__mro__[:-1]:
+            own = base.__module__ in self.modules
+            lineage.append(["" if own else base.__module__, base.__name__])
+            if own:  # it may come back
+                self.errors["", base.__name__] = base
+        return lineage
 
     # ---- from text
 
@@ -211,7 +221,7 @@ class Link:
         for module, name in reversed(lineage):
             known = self.errors.get((module, name)) or self.known_error(module, name)
             if known is None:
-                known = type(name, (kind,), {"__module__": self.modules[0]})
+                known = type(name, (kind,), {"__module__": self.modules[0], "__str__": _text})
                 self.errors[module, name] = known
             kind = known
         return kind
@@ -224,16 +234,16 @@ class Link:
         return kind if fits and (module or kind.__module__ in self.modules) else None
 
     def _error(self, content):
-        lineage, args, fields = content
-        kind, fields = self.error_class(lineage), pairs(fields)
+        lineage, args, fields, cause, text = content
+        kind = self.error_class(lineage)
         try:
             error = kind.__new__(kind, *args)
             builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
             builtin.__init__(error, *args)  # the classes' own may take other arguments
         except Exception:
             error = kind.__new__(kind)
-        error.args, error.__cause__ = tuple(args), fields.pop("__cause__", None)
-        vars(error).update(fields)
+        error.args, error.__cause__ = tuple(args), cause
+        vars(error).update(pairs(fields), _text=text)
         return error
 
     def named_tuple(self, content):
