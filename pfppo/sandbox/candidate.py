@@ -25,7 +25,7 @@ import sys
 import types
 
 from pfppo.sandbox.values import Link, json_dumps
-from pfppo.sandbox.walls import PR_SET_PDEATHSIG, LayerError, Walls, call, sweep
+from pfppo.sandbox.walls import PR_SET_PDEATHSIG, Walls, call, sweep
 
 # ---- the candidate -------------------------------------------------------------------------------
 
@@ -272,13 +272,14 @@ def main(options):
             sys.modules[module].seed(0)  # every candidate draws the same numbers
     try:
         layers = walls.enter()
-    except LayerError as error:
-        server.say({"refused": error.args[0]})
-        return
+    except (OSError, KeyError, AttributeError):
+        if not walls.entering:
+            raise
+        return server.say({"refused": walls.entering})
     server.say({"layers": layers})
 
     def live(sock):
         walls.confine(sock)
         CandidateLink(socket.socket(fileno=3)).live(walls.directory)
 
-    server.run(walls.directory, live)
+    return server.run(walls.directory, live)
