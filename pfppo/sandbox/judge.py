@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import socket
+import symtable
 import sys
 import threading
 import types
@@ -30,7 +31,9 @@ from pfppo.sandbox.candidate import Server
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc
 
-# ---- what is read from the trusted texts ---------------------------------------------------------
+# An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.
+_DATA_METHODS = {m for kind in (str, bytes, int, float, list, tuple, dict, set) for m in dir(kind)}
+_planning = threading.Lock()  # as no two threads may catch warnings
 
 
 class Plan(typing.NamedTuple):
@@ -42,7 +45,7 @@ class Plan(typing.NamedTuple):
     base: str  # the program's name that must exist
     names: set  # the program's names that the test may see
     shared: set  # classes of the reference, other than what is tested, that the test deals in
-    refused: frozenset  # methods of plain data that no class of the reference has
+    refused: set  # methods of plain data that no class of the reference has
     checks: bool  # does the test define check(candidate)?
     seed: int  # of what the test draws
 
@@ -50,85 +53,48 @@ class Plan(typing.NamedTuple):
 @functools.lru_cache(128)
 def plan_of(test, entry_point, reference):
     """The `Plan` of a check's texts; SyntaxError where one of them is no Python."""
+    seed, base = zlib.crc32(_bytes(test)), (entry_point or "").split("(")[0].split(".")[0]
     with _planning, warnings.catch_warnings(action="ignore"):  # of old escapes
-        return _plan_of(test, entry_point, reference)
-
-
-_planning = threading.Lock()  # as no two threads may catch warnings
-
-
-def _plan_of(test, entry_point, reference):
-    code, trusted = compile(_bytes(test), "test", "exec"), ast.parse(_bytes(reference))
-    base = (entry_point or "").split("(")[0].split(".")[0]
-    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
-    defined = {node.name: node for node in trusted.body if isinstance(node, kinds)}
-    if reference:
-        used = {name for name in _loaded(code) if name in defined} - {base}
-        names = used if not base else set()  # nothing says what is tested: all that the test uses
-    else:
-        used, bound = _names(ast.parse(_bytes(test)))
-        names = used - bound - set(dir(builtins))
-    for name in (queue := [*used & defined.keys()]):  # what they use themselves
-        queue += (_names(defined[name])[0] & defined.keys()) - {base, *queue}
-    classes = {name for name in queue if isinstance(defined[name], ast.ClassDef)}
-    functions = {part.co_name for part in code.co_consts if isinstance(part, types.CodeType)}
-    return Plan(
-        test=code,
-        reference=compile(_bytes(reference), "reference", "exec") if reference else None,
-        entry_point=entry_point,
-        base=base,
-        names=names | {base} - {""},
-        shared=classes if base else set(),
-        refused=frozenset(_DATA_METHODS - _attributes(trusted) if reference else ()),
-        checks="check" in functions,
-        seed=zlib.crc32(_bytes(test)),
-    )
+        code, trusted = (compile(_bytes(text), "test", "exec") for text in (test, reference))
+        top, ref = (symtable.symtable(_bytes(text), "", "exec") for text in (test, reference))
+        nodes = list(ast.walk(ast.parse(_bytes(reference))))
+    checks = any(child.get_name() == "check" for child in top.get_children())
+    if not reference:
+        bound = {s.get_name() for s in top.get_symbols() if s.is_local()}
+        names = _reads(top) - bound - {*dir(builtins)} | {base} - {""}
+        return Plan(code, None, entry_point, base, names, set(), set(), checks, seed)
+    scopes = {s.get_name(): s for s in ref.get_children() if s.get_type() in ("function", "class")}
+    used = _reads(top) & scopes.keys() - {base}
+    for name in (queue := [*used]):  # and what that uses itself
+        queue += _reads(scopes[name]) & scopes.keys() - {base, *queue}
+    classes = [scope for scope in _scopes(ref) if scope.get_type() == "class"]
+    has = {s.get_name() for scope in classes for s in scope.get_symbols() if s.is_local()}
+    has |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    # Where nothing says what is tested, it is all that the test uses.
+    names, shared = ({base}, {*queue} & {c.get_name() for c in classes}) if base else (used, set())
+    refused = _DATA_METHODS - has
+    return Plan(code, trusted, entry_point, base, names, shared, refused, checks, seed)
 
 
 def _bytes(source):
     return source.encode("utf-8", "surrogatepass")  # in this form it may begin with a BOM
 
 
-def _loaded(code):
-    """All names in a code object and those within it."""
-    parts = (part for part in code.co_consts if isinstance(part, types.CodeType))
-    return set(code.co_names).union(*map(_loaded, parts))
+def _scopes(table):
+    return [table, *(scope for child in table.get_children() for scope in _scopes(child))]
 
 
-def _names(tree):
-    """(names that a tree reads, names that it binds)"""
-    used, bound = set(), set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            bound.add(node.name)
-        elif isinstance(node, ast.alias):
-            bound.add((node.asname or node.name).split(".")[0])
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-    return used, bound
-
-
-# An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.
-_DATA_METHODS = {
-    name for kind in (str, bytes, int, float, list, tuple, dict, set) for name in dir(kind)
-}
-
-
-def _attributes(tree):
-    """The attributes that a program's classes have: methods, class variables, what is assigned."""
-    nodes = list(ast.walk(tree))
-    stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-    classes = [_names(node)[1] for node in nodes if isinstance(node, ast.ClassDef)]
-    return {node.attr for node in stored}.union(*classes)
+def _reads(table):
+    """The global names that are read in a scope and those within it."""
+    symbols = (symbol for scope in _scopes(table) for symbol in scope.get_symbols())
+    return {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
 
 
 def trusted_names(program, names):
     """{name: value} that a test without a reference does not take from the program: modules of
     TRUSTED, and what the program imports from them."""
     space = {}
-    lines = [f"import {name}" for name in names if name in TRUSTED]
+    lines = [f"import {name}" for name in names & {*TRUSTED}]
     lines += ["import numpy as np"] if "np" in names else []
     for node in ast.walk(ast.parse(_bytes(program))):
         if isinstance(node, ast.ImportFrom) and node.module in TRUSTED and not node.level:
@@ -137,9 +103,6 @@ def trusted_names(program, names):
         with contextlib.suppress(ImportError):
             exec(line, space)
     return {name: space[name] for name in names & space.keys()}
-
-
-# ---- the judge -----------------------------------------------------------------------------------
 
 
 def run_test(link, plan, program):
@@ -161,31 +124,22 @@ def run_test(link, plan, program):
             space.pop(name, None)
         space.update(names)
         seed = _shared_seeds(link, plan.seed)
-        seed()
-        with _own_end(link):
-            exec(plan.test, space)
+        steps = [lambda: exec(plan.test, space)]
         if plan.checks:
-            candidate = eval(plan.entry_point, space)
+            steps.append(lambda: space["check"](eval(plan.entry_point, space)))
+        for step in steps:
             seed()
-            with _own_end(link):
-                space["check"](candidate)
+            try:
+                step()
+            except SystemExit as error:  # the test's own end, as by `unittest.main`
+                own = type(error) is SystemExit and not link.has_raised(error)
+                if not own or error.code not in (None, 0):
+                    return "wrong_answer", f"the test ended with status {error.code}"
     except BaseException as error:
         return _outcome(link, error)
     if isinstance(names.get(plan.base), Remote) and not link.calls:  # what is no Remote is known
         return "wrong_answer", "the test never called the program"
     return "passed", ""
-
-
-@contextlib.contextmanager
-def _own_end(link):
-    """A test may end itself, as `unittest.main` does. What a program raised is no such end, nor is
-    a class of the reference that derives from SystemExit."""
-    try:
-        yield
-    except SystemExit as error:
-        own = type(error) is SystemExit and not any(error is other for other in link.raised)
-        if not own or error.code not in (None, 0):
-            raise AssertionError(f"the test ended with status {error.code}") from None
 
 
 def _space(plan, link):
@@ -220,11 +174,11 @@ def _seed_both(link, name, own, *args):
 
 def _outcome(link, error, outcome=None):
     detail = f"{type(error).__name__}: {error}".rstrip(": ")
-    known = {MemoryError: "memory", PermissionError: "forbidden"}
-    named = next((known[kind] for kind in known if isinstance(error, kind)), None)
-    if any(error is other for other in link.raised):
-        return outcome or named or "exception", detail
-    return "memory" if named == "memory" else "wrong_answer", detail
+    memory, forbidden = isinstance(error, MemoryError), isinstance(error, PermissionError)
+    if link.has_raised(error):
+        label = "memory" if memory else "forbidden" if forbidden else "exception"
+        return outcome or label, detail
+    return "memory" if memory else "wrong_answer", detail
 
 
 def judge(sock, options):
@@ -235,10 +189,9 @@ def judge(sock, options):
         link.sock = socket.socket(fileno=descriptors[0])
         with sock.makefile("rb") as file:
             *plan, program = marshal.load(file)
-        limits = resource.getrlimit(resource.RLIMIT_AS)
         pages = int(open("/proc/self/statm").read().split()[0])
         memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (memory, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, options["timeout"])  # the end, by the kernel's hand
         os.chdir(options["directory"])
         link.end(*run_test(link, Plan(*plan), program))

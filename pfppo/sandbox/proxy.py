@@ -176,6 +176,9 @@ class JudgeLink(Link):
         finally:
             os._exit(0)
 
+    def has_raised(self, error):
+        return any(error is other for other in self.raised)
+
     # ---- questions
 
     def ask(self, operation, target, args=(), kwargs=None):
@@ -288,20 +291,20 @@ def _assign(old, new):
     kind = type(old)
     if kind is not type(new) or kind not in _CONTAINERS:
         return False
-    if kind in (list, tuple, collections.deque) and len(old) == len(new):
-        for index, value in enumerate(new):
-            if not _assign(old[index], value) and kind is not tuple:
-                old[index] = value
-    elif kind in (list, bytearray):
-        old[:] = new
-    elif isinstance(old, dict):
+    if isinstance(old, dict):
         kept = {key: old[key] for key in new if key in old and _assign(old[key], new[key])}
         old.clear()
         old.update({**new, **kept})
-    elif kind is not tuple:
+    elif kind is set:
         old.clear()
-        (old.extend if kind is collections.deque else old.update)(new)
-    return kind is not tuple
+        old.update(new)
+    else:
+        parts = [a if _assign(a, b) else b for a, b in itertools.zip_longest(old, new)]
+        if kind is tuple:
+            return False
+        old.clear()
+        old.extend(parts[: len(new)])
+    return True
 
 
 _CONTAINERS = (

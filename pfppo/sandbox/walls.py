@@ -121,7 +121,9 @@ def _bind(source, target, is_directory):
         call("mount", source, target, None, MS_BIND | MS_REC, None)
     if not target.endswith(DEVICES):  # on these it would mean no use at all
         kept = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | 8 | 1024 | 2048)  # locked flags
-        call("mount", "none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept, None)
+        call(
+            "mount", "none", target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | kept, None
+        )
 
 
 def enter_landlock(paths, directory):
