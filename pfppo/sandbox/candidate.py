@@ -27,12 +27,22 @@ import types
 from pfppo.sandbox.values import Link, json_dumps
 from pfppo.sandbox.walls import PR_SET_PDEATHSIG, Walls, call, sweep
 
-# ---- the candidate -------------------------------------------------------------------------------
-
-ABILITIES = (
+ABILITIES = (  # what the test is told of an object's class: which of these it has
     "__call__", "__iter__", "__next__", "__len__", "__bool__", "__contains__", "__getitem__",
-    "__setitem__", "__delitem__", "__enter__", "__exit__",
+    "__setitem__", "__delitem__", "__enter__", "__exit__", "__await__", "gi_frame",
 )  # fmt: skip
+OPERATIONS = {
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "items": lambda held: [len(held), list(itertools.islice(held, len(held) + 1))],
+    "enter": lambda manager: type(manager).__enter__(manager),
+    "exit": lambda m, error: type(m).__exit__(m, error and type(error), error, None),
+    "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
+    "seed": lambda module, *args: importlib.import_module(module).seed(*args),
+    "set": setattr, "delattr": delattr, "iter": iter, "len": len, "bool": bool, "str": str,
+    "repr": repr, "getitem": operator.getitem, "setitem": operator.setitem,
+    "delitem": operator.delitem,
+}  # fmt: skip
+_SMALL = {int, float, str, bool, type(None)}
 
 
 def _with_room(function):
@@ -51,11 +61,8 @@ def _with_room(function):
 
 @functools.lru_cache(256)
 def _describe(kind):
-    """(name, abilities) of a class"""
     methods = {name: m for base in kind.__mro__[::-1] for name, m in vars(base).items()}
-    able = [name for name in ABILITIES if methods.get(name) is not None]
-    able += [kind.__name__] if kind in (types.CoroutineType, types.GeneratorType) else []
-    return kind.__name__, " ".join(able)
+    return kind.__name__, " ".join(name for name in ABILITIES if methods.get(name) is not None)
 
 
 class Callback:
@@ -141,56 +148,34 @@ class CandidateLink(Link):
             try:
                 question, content = self.receive()
             except (MemoryError, RecursionError) as error:  # in reading what the test gives
-                self.send("raise", error)
-                return
+                return self.send("raise", error)
             if question == "load":
                 os.chdir(directory)
             self.serve(question, *content)
 
 
 def _get(target, name, ahead):
-    """[attribute, [[object, its fields], ...]]: if it is a field, then with others of the object,
-    and those of up to `ahead` objects that they lead to. Not all fields, but what a node has."""
-    value, kind, rows = getattr(target, name), type(target), []
-    plain = kind.__getattribute__ is object.__getattribute__ and _is_node(target)
-    if not plain or name not in vars(target) or hasattr(kind, name):
-        return [value, []]
-    queue, seen = [target], {id(target)}
-    for node in itertools.islice(queue, ahead):  # which grows meanwhile
-        fields = {n: v for n, v in vars(node).items() if type(v) in _SMALL or _is_node(v)}
-        rows.append([node, {n: v for n, v in fields.items() if not hasattr(type(node), n)}])
-        new = [v for v in fields.values() if _is_node(v) and id(v) not in seen]
-        seen.update(map(id, new))
+    """[attribute, [[object, fields], ...]]: with a field come others of its object, and those of up
+    to `ahead` objects that they lead to; not all, but what a node has."""
+    value, queue, seen, rows = getattr(target, name), [target], {id(target)}, []
+    for node in itertools.islice(queue, ahead if _is_field(target, name) else 0):  # it grows
+        small = {n: v for n, v in vars(node).items() if type(v) in _SMALL or _is_own(v)}
+        rows.append([node, {n: v for n, v in small.items() if _is_field(node, n)}])
+        new = [v for v in small.values() if _is_own(v) and id(v) not in seen]
         queue += new
+        seen.update(map(id, new))
     return [value, rows]
 
 
-def _is_node(value):
+def _is_own(value):
     return type(value).__module__ == "candidate" and hasattr(value, "__dict__")
 
 
-_SMALL = {int, float, str, bool, type(None)}
-OPERATIONS = {
-    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
-    "set": setattr,
-    "delattr": delattr,
-    "iter": iter,
-    "items": lambda held: [len(held), list(itertools.islice(held, len(held) + 1))],
-    "len": len,
-    "bool": bool,
-    "str": str,
-    "repr": repr,
-    "getitem": operator.getitem,
-    "setitem": operator.setitem,
-    "delitem": operator.delitem,
-    "enter": lambda manager: type(manager).__enter__(manager),
-    "exit": lambda m, error: type(m).__exit__(m, error and type(error), error, None),
-    "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
-    "seed": lambda module, *args: importlib.import_module(module).seed(*args),
-}
+def _is_field(target, name):
+    kind = type(target)
+    plain = kind.__getattribute__ is object.__getattribute__ and not hasattr(kind, name)
+    return plain and _is_own(target) and name in vars(target)
 
-
-# ---- the servers ---------------------------------------------------------------------------------
 
 PRELOADED = (
     "__future__", "bisect", "collections", "copy", "dataclasses", "datetime", "enum", "functools",

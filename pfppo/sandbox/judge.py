@@ -191,7 +191,8 @@ def judge(sock, options):
             *plan, program = marshal.load(file)
         pages = int(open("/proc/self/statm").read().split()[0])
         memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (memory if most < 0 else min(memory, most), most))
         signal.setitimer(signal.ITIMER_PROF, options["timeout"])  # the end, by the kernel's hand
         os.chdir(options["directory"])
         link.end(*run_test(link, Plan(*plan), program))

@@ -36,40 +36,26 @@ class Halt(Exception):
     """Stands for BaseException: what a program raises past `except Exception` ends the check."""
 
 
-class State:
-    """What is known here of an object of the program's."""
-
-    def __init__(self, link):
-        self.link = link
-        self.turn, self.fields, self.items = -1, {}, None  # when, and what it then had
-        self.queue, self.taken = collections.deque(), 0  # of an iterator: read ahead; taken so far
-
-    def now(self):
-        """Itself; empty if the program has acted since it was filled."""
-        if self.turn != self.link.turn:
-            self.turn, self.fields, self.items = self.link.turn, {}, None
-        return self
-
-
 class Remote:
     """An object of the program's. Its class is made by `remote_class`."""
 
-    __slots__ = ("_remote",)
+    __slots__ = ("_remote",)  # the link
 
     def __init__(self, link):
-        object.__setattr__(self, "_remote", State(link))
+        object.__setattr__(self, "_remote", link)
 
     def __getattr__(self, name):
-        link = self._remote.link
+        link = self._remote
         if name in link.refused or name.startswith("__") and name not in METADATA:
             raise AttributeError(f"{name}, of an object that is not plain data")
-        if name in self._remote.now().fields:
-            return self._remote.fields[name]
+        if name in link.fields.get(self, ()):
+            return link.fields[self][name]
         value, rows = _ask("get")(self, name, link.ahead)
         link.ahead = min(2 * link.ahead, 1 << 14)  # so that a list of nodes is few questions
         for other, fields in rows:
-            other._remote.now().fields.update(fields)
-        link.turn += not rows  # a property, which may do anything
+            link.fields.setdefault(other, {}).update(fields)
+        if not rows:  # a property, which may do anything
+            link.forget()
         return value
 
     def __reduce_ex__(self, protocol):
@@ -77,7 +63,7 @@ class Remote:
 
 
 def _ask(operation):
-    return lambda self, /, *args, **kwargs: self._remote.link.ask(operation, self, args, kwargs)
+    return lambda self, /, *args, **kwargs: self._remote.ask(operation, self, args, kwargs)
 
 
 def _iter(self):
@@ -89,22 +75,22 @@ def _iter(self):
 def _held(self):
     """What is in an object that has a length, read at once and kept until the program next acts:
     else it might be something else each time that the test looks."""
-    state = self._remote.now()
-    if state.items is None:
+    link = self._remote
+    if self not in link.items:
         length, items = _ask("items")(self)
         if type(items) is not list or length != len(items):
             raise TypeError(f"an object of length {length} that holds other than {length} items")
-        state.items = items
-    return state.items
+        link.items[self] = items
+    return link.items[self]
 
 
 def _next(self):
     """The next item. A long iteration is read ahead, by a quarter of what it has had."""
-    state = self._remote
-    if not state.queue:
-        state.queue += _ask("next")(self, max(1, state.taken // 4) if state.taken > 64 else 1)
-    state.taken += 1
-    return state.queue.popleft()
+    ahead, taken = self._remote.queues.get(self, (collections.deque(), 0))
+    if not ahead:
+        ahead += _ask("next")(self, max(1, taken // 4) if taken > 64 else 1)
+    self._remote.queues[self] = ahead, taken + 1
+    return ahead.popleft()
 
 
 def _exit(self, kind, error, traceback):
@@ -126,30 +112,23 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
     "__iter__": _iter,
     "__next__": _next,
     "__len__": lambda self: len(_held(self)) if hasattr(self, "__iter__") else _ask("len")(self),
-    "__bool__": _ask("bool"),
     "__contains__": lambda self, item: any(item is part or item == part for part in self),
-    "__getitem__": _ask("getitem"),
-    "__setitem__": _ask("setitem"),
-    "__delitem__": _ask("delitem"),
-    "__enter__": _ask("enter"),
     "__exit__": _exit,
-}
-ALWAYS = {
-    "__slots__": (),
-    "__doc__": property(lambda self: _ask("get")(self, "__doc__", 1)[0]),
-    "__setattr__": _ask("set"),
-    "__delattr__": _ask("delattr"),
-    "__str__": _ask("str"),
-    "__repr__": _ask("repr"),
+    "__await__": lambda self: _awaited(self).__await__(),
+    "gi_frame": None,
+    **{f"__{name}__": _ask(name) for name in ("bool", "getitem", "setitem", "delitem", "enter")},
 }
 
 
 @functools.lru_cache(256)
 def remote_class(name, abilities):
-    methods = {able: ABILITIES[able] for able in abilities.split() if able in ABILITIES}
-    if "generator" in abilities.split():  # to `isinstance`
-        methods["__class__"] = property(lambda self: types.GeneratorType)
-    return type(name, (Remote,), ALWAYS | methods)
+    able = {method: ABILITIES[method] for method in abilities.split() if method in ABILITIES}
+    if "gi_frame" in able:  # a generator, to `isinstance` as well
+        able["__class__"] = property(lambda self: types.GeneratorType)
+    always = {"setattr": "set", "delattr": "delattr", "str": "str", "repr": "repr"}
+    able |= {f"__{method}__": _ask(operation) for method, operation in always.items()}
+    able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__", 1)[0])
+    return type(name, (Remote,), {"__slots__": (), **able})
 
 
 class JudgeLink(Link):
@@ -163,10 +142,15 @@ class JudgeLink(Link):
         self.verdict = verdict  # a socket
         self.raised = []  # exceptions that came from the candidate
         self.refused = frozenset()  # attributes that the test may not ask for
-        self.calls = self.turn = 0  # questions; those among them that may have changed something
-        self.ahead = 1  # objects whose fields come with a field that is asked for
+        self.calls, self.queues = 0, {}  # questions; what was read ahead of iterators
+        self.forget()
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
+
+    def forget(self):
+        """What is known of the program's objects is so until the program next acts."""
+        self.fields, self.items = {}, {}
+        self.ahead = 1  # objects whose fields come with a field that is asked for
 
     def end(self, outcome, detail=""):
         """Give the verdict and end this process: nothing of the test can hold it back."""
@@ -186,7 +170,7 @@ class JudgeLink(Link):
         with self.asking:
             self.calls += operation not in ("load", "seed")
             if operation in CHANGES:
-                self.turn, self.ahead = self.turn + 1, 1
+                self.forget()
             args, kwargs = list(args), kwargs or {}
             value, changed = self.converse(operation, target, args, kwargs)
             if changed:
@@ -235,13 +219,11 @@ class JudgeLink(Link):
 
     def unpack(self, tagged):
         value = super().unpack(tagged)
-        awaited = isinstance(value, Remote) and value._remote.is_coroutine
-        return _awaited(value) if awaited else value
+        awaitable = isinstance(value, Remote) and hasattr(value, "__await__")
+        return _awaited(value) if awaitable else value
 
     def stand_in(self, name, abilities):
-        remote = remote_class(name, abilities)(self)
-        remote._remote.is_coroutine = "coroutine" in abilities.split()
-        return remote
+        return remote_class(name, abilities)(self)
 
     def describe(self, value):
         if callable(value):
