@@ -155,23 +155,24 @@ class Worker:
             self.servers[key] = Server(module, self.options, preload)
         return self.servers[key]
 
-    def execute(self, check):
+    def execute(self, check, again=True):
         """The Verdict of a check. One whose servers die is done again, with others, once."""
-        start, found = time.monotonic(), None
+        start = time.monotonic()
+        try:
+            outcome, detail = self._attempt(check)
+        except (OSError, EOFError, ValueError) as error:
+            self.close()
+            if again:
+                return self.execute(check, again=False)
+            outcome, detail = "exception", f"the sandbox's servers failed: {error}"
+        return Verdict(outcome, round(time.monotonic() - start, 4), detail)
+
+    def _attempt(self, check):
+        """(outcome, detail)"""
         try:
             plan = plan_of(check.test, check.entry_point, check.reference)
         except Exception as error:
-            found = "exception", f"the test or the reference does not compile: {error}"
-        for last in False, True:
-            try:
-                found = found or self._attempt(check, plan)
-            except (OSError, EOFError, ValueError) as error:
-                self.close()
-                found = ("exception", f"the sandbox's servers failed: {error}") if last else None
-        return Verdict(found[0], round(time.monotonic() - start, 4), found[1])
-
-    def _attempt(self, check, plan):
-        """(outcome, detail)"""
+            return "exception", f"the test or the reference does not compile: {error}"
         judges = self._server("judge", check.test + check.reference)
         candidates = self._server("candidate", check.program)
         sock, judge, judge_id = judges.next()
@@ -181,26 +182,22 @@ class Worker:
                 socket.send_fds(sock, [b" "], [theirs.fileno()])
             with contextlib.suppress(OSError):  # it died, as is seen below
                 sock.sendall(marshal.dumps((*plan, check.program)))
-            said = self._await(sock, judge, program)
+            outcome, detail = self._await(sock, judge, program)
         judge_code, _ = judges.end(judge_id)
         code, cpu = candidates.end(program_id)
-        if said and said[0] not in ("passed", "died"):
-            return said
-        if judge_code == -signal.SIGPROF:
-            return "timeout", "the test took too long on the answers"
-        if not said and judge_code == -signal.SIGKILL:
-            raise EOFError("the judge was killed")
-        if not said:
-            return "exception", f"its judge died: {judge_code}"
-        if cpu > self.options["timeout"]:
+        if outcome == "silence":
+            if judge_code == -signal.SIGKILL:
+                raise EOFError("the judge was killed")
+            late = judge_code == -signal.SIGPROF
+            return ("timeout" if late else "exception"), f"the test ended with {judge_code}"
+        if cpu > self.options["timeout"] and outcome in ("passed", "died"):
             return "timeout", f"{cpu:.1f} s of CPU"
-        if said[0] == "passed":
-            return said
-        name = signal.Signals(-code).name if code < 0 else ""
-        return ("exception", f"died: {name}") if name else ("exit", f"exit status {code}")
+        if outcome == "died":
+            return ("exit" if code >= 0 else "exception"), f"the program ended with {code}"
+        return outcome, detail
 
     def _await(self, sock, judge, program):
-        """(outcome, detail) as the judge says it in the end, or why it may not go on; or None."""
+        """(outcome, detail) as the judge says it in the end, or why it may not go on."""
         timeout, poll = self.options["timeout"], select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(self.stop, select.POLLIN)
@@ -214,10 +211,11 @@ class Worker:
             if cpu + asleep > timeout or time.monotonic() - start > WALL * timeout:
                 wall = time.monotonic() - start
                 return "timeout", f"{cpu:.1f} s of CPU, {asleep:.1f} s asleep, in {wall:.1f} s"
-        if events[0][0] == sock.fileno():
-            with contextlib.suppress(OSError, ValueError):
-                return tuple(json.loads(sock.recv(1 << 12).split(b"\n")[0]))
-        return None
+        if events[0][0] == self.stop.fileno():
+            return "exception", "stopped"
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(sock.recv(1 << 12).split(b"\n")[0])
+        return "silence", ""
 
     def close(self):
         while self.servers:

@@ -147,10 +147,11 @@ class JudgeLink(Link):
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
 
-    def forget(self):
+    def forget(self, operation="call"):
         """What is known of the program's objects is so until the program next acts."""
-        self.fields, self.items = {}, {}
-        self.ahead = 1  # objects whose fields come with a field that is asked for
+        if operation in CHANGES:
+            self.fields, self.items = {}, {}
+            self.ahead = 1  # objects whose fields come with a field that is asked for
 
     def end(self, outcome, detail=""):
         """Give the verdict and end this process: nothing of the test can hold it back."""
@@ -167,12 +168,14 @@ class JudgeLink(Link):
 
     def ask(self, operation, target, args=(), kwargs=None):
         """The candidate's answer to one of candidate.py's OPERATIONS, or what it raised."""
+        args, kwargs = list(args), kwargs or {}
         with self.asking:
             self.calls += operation not in ("load", "seed")
-            if operation in CHANGES:
-                self.forget()
-            args, kwargs = list(args), kwargs or {}
-            value, changed = self.converse(operation, target, args, kwargs)
+            try:
+                self.forget(operation)
+                value, changed = self.converse(operation, target, args, kwargs)
+            finally:
+                self.forget(operation)
             if changed:
                 _assign([args, kwargs], changed)
             return value
