@@ -144,13 +144,19 @@ class Worker:
     believes the kernel only: their clocks, and how they ended."""
 
     def __init__(self, options, stop):
-        self.options, self.stop, self.servers = options, stop, {}
+        self.options, self.stop, self.servers, self.folder = options, stop, {}, None
         self.layers = self._server("candidate", "").layers
         self._server("judge", "")
 
     def _server(self, module, text):
         """The server whose children have what `text` needs, started when first needed."""
         preload = ["numpy", "numpy.random"] if "numpy" in text else []
+        if not self.servers:
+            temporary = tempfile.gettempdir()
+            if os.geteuid() == 0 and not open_to_others(temporary):
+                temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
+            self.folder = self.options["folder"] = tempfile.mkdtemp(prefix="pfppo-", dir=temporary)
+            os.chmod(self.folder, 0o711)
         if (key := (module, *preload)) not in self.servers:
             self.servers[key] = Server(module, self.options, preload)
         return self.servers[key]
@@ -220,6 +226,7 @@ class Worker:
     def close(self):
         while self.servers:
             self.servers.popitem()[1].close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Sandbox:
@@ -229,13 +236,7 @@ class Sandbox:
     without = ()  # layers not to use, for tests of the lesser modes
 
     def __init__(self, workers=2, timeout=3.0, memory_mb=512, allow_weak_isolation=False):
-        temporary = tempfile.gettempdir()
-        if os.geteuid() == 0 and not open_to_others(temporary):
-            temporary = "/tmp"  # a private TMPDIR of root's: a candidate could not enter
-        self._folder = tempfile.mkdtemp(prefix="pfppo-", dir=temporary)
-        os.chmod(self._folder, 0o711)
         options = {"timeout": timeout, "memory_mb": memory_mb, "without": self.without}
-        options["folder"] = self._folder
         self._pid, self._lock, self._workers = os.getpid(), threading.Lock(), []
         self._stopped, self._stop = socket.socketpair()  # readable when all is to stop
         atexit.register(self.close)
@@ -296,7 +297,6 @@ class Sandbox:
         with self._lock:
             for worker in self._workers:
                 worker.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self):
         return self

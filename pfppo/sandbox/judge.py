@@ -29,7 +29,7 @@ import zlib
 
 from pfppo.sandbox.candidate import Server
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
-from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc
+from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc, sweep
 
 # An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.
 _DATA_METHODS = {m for kind in (str, bytes, int, float, list, tuple, dict, set) for m in dir(kind)}
@@ -210,3 +210,6 @@ def main(options):
     os.makedirs(directory)
     server.say({"layers": []})
     server.run(directory, lambda sock: judge(sock, options))
+    with contextlib.suppress(OSError):
+        sweep(options["folder"])  # which it shares with a candidates' server that ends as well
+        os.rmdir(options["folder"])
