@@ -26,10 +26,15 @@ def sandbox():
 
 # ---- forgery -------------------------------------------------------------------------------------
 
-LINK = (
-    "import gc, sys\nvalues = sys.modules['pfppo.sandbox.values']\nlink = next(o for o in "
-    "gc.get_objects() if isinstance(o, values.Link))\n"
-)
+LINK = """
+import gc, sys
+values = sys.modules['pfppo.sandbox.values']
+link = next(o for o in gc.get_objects() if isinstance(o, values.Link))
+def say(text, table=''):
+    kind, _, value = text.partition(' ')
+    data = f'{kind}\\n{table}\\n{value}'.encode()
+    link.sock.sendall(len(data).to_bytes(4, 'little') + data)
+"""
 EQUAL = "class E:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\n"
 FORGED = {
     "equals everything": EQUAL + "def add(x, y):\n    return E()",
@@ -42,23 +47,52 @@ FORGED = {
     "every descriptor": "import os\nfor d in range(64):\n"
     "    for t in ('passed', '[\"passed\", 0, \"\"]'):\n"
     "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
-    "frames ahead of time": LINK + "for _ in range(9): link.send('passed\\n[0, null]')\n" + WRONG,
-    "verdict in place of an answer": LINK
-    + 'def add(x, y):\n    link.send(\'["passed", 0, ""]\')\n',
-    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(_answer=print)\n"
+    "frames ahead of time": LINK + "for _ in range(9): say('passed [0, null]')\n" + WRONG,
+    "answers ahead of time": LINK + "for _ in range(9): say('ok [1, null]')\n" + WRONG,
+    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(serve=print)\n"
     "    f = f.f_back\n" + WRONG,
-    "other's object": LINK + "def add(x, y):\n    link.send('ok\\n[{\"y\": 0}, null]')\n",
-    "no names": LINK + "link.send('ok\\n[7, null]')\n",
-    "odd number": LINK + "def add(x, y):\n    link.send('ok\\n[{\"h\": -1}, null]')\n",
-    "unknown tag": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"f": "exec"}, null]\')\n',
-    "no type": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"T": "exec"}, null]\')\n',
-    "odd error": LINK + "def add(x, y):\n    link.send('raise\\n[[], 1, {\"h\": 1}]')\n",
-    "callback from nowhere": LINK + "def add(x, y):\n    link.send('callback\\n[0, [1]]')\n",
-    "changes that fit nothing": LINK + "def add(x, y):\n    link.send('ok\\n[1, [[1], 2]]')\n",
-    "too long": LINK + "def add(x, y):\n    link.write(b'\\xff' * 4)\n",
-    "trickle": LINK
-    + "import time\ndef add(x, y):\n    link.write(b'\\xff\\0\\0\\0')\n    while 1:\n"
-    "        link.write(b' '); time.sleep(0.2)",
+    **{
+        said: LINK + f"def add(x, y):\n    say({said!r})\n"
+        for said in (
+            '["passed", ""]',
+            'passed ["passed", ""]',
+            'ok "passed"',
+            'ok [{"J": [0, "", ""]}, null]',
+            "ok [7, null] ",
+            'ok [{"C": [-1, "x", ""]}, null]',
+            'ok [{"C": [5, "N", "="]}, null]',
+            'ok [{"C": [5, "int", "__eq__ __index__ __abs__"]}, null]',
+            'ok [{"f": "exec"}, null]',
+            'ok [{"T": "exec"}, null]',
+            'ok [{"T": "BaseException"}, null]',
+            "raise 5",
+            "ok [1, 7]",
+            'raise {"X": [[], [], [], null, ""]}',
+            "callback 7",
+            'callback [0, [1], {"d": []}]',
+            'raise {"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}',
+            'raise {"X": [[["", "SystemExit"]], [0], [], null, ""]}',
+            'ok [{"x": []}, null]',
+            'ok [{"N": ["f8", [1000000000], "00"]}, null]',
+            'ok [{"N": ["O", [1], "00"]}, null]',
+            'ok [{"t": [], "s": []}, null]',
+            'ok [{"F": [1, 0]}, null]',
+            'ok [{"n": ["P", ["a b"], [1]]}, null]',
+            'ok [{"C": [[1], "x", ""]}, null]',
+        )
+    },
+    "fields of what has none": LINK
+    + "def add(x, y):\n    say('ok [1, null]', '[[[1], \"a\", 5]]')\n",
+    "no names": LINK + "say('ok [7, null]')\n",
+    "other names": LINK + 'say(\'ok [{"d": ["add", {"T": "max"}]}, null]\')\n',
+    "too long": LINK + "def add(x, y):\n    link.sock.sendall(b'\\xff' * 4)\n",
+    "too much": LINK + "def add(x, y):\n    link.sock.sendall(b'\\xff' * 4)\n"
+    "    while 1: link.sock.sendall(bytes(1 << 20))\n",
+    "no text": LINK
+    + "def add(x, y):\n    link.sock.sendall(b'\\4\\0\\0\\0\\xff\\xff\\xff\\xff')\n",
+    "trickle": LINK + "import time\ndef add(x, y):\n    link.sock.sendall(b'\\xff\\0\\0\\0')\n"
+    "    while 1: link.sock.sendall(b' '); time.sleep(0.2)",
+    "closes": "import os\ndef add(x, y): os.close(3)\n",
     "nested": "def add(x, y):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
     "itself": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
     "slow equality": "import decimal\ndef add(x, y):\n    return decimal.Decimal('1e999999999')",
@@ -75,7 +109,7 @@ def test_forged_verdicts_do_not_pass(sandbox):
     assert judge(sandbox, LINK + ADD).passed  # the forgers do find their link
     verdicts = sandbox.run([Check(program, TEST_ADD, "add", ADD) for program in FORGED.values()])
     assert not [name for name, v in zip(FORGED, verdicts, strict=True) if v.passed]
-    assert not [v for v in verdicts if "tester died" in v.detail]
+    assert not [v for v in verdicts if "the test ended with" in v.detail]
 
 
 @pytest.mark.parametrize("reference", ["", ADD])
@@ -252,26 +286,33 @@ def test_a_virtual_environment_may_be_under_tmp():
         assert subprocess.run(command, capture_output=True, text=True).stdout == "passed\n"
 
 
-# ---- lesser modes --------------------------------------------------------------------------------
+# ---- modes ---------------------------------------------------------------------------------------
 
-LESSER = [("namespaces",), ("namespaces", "landlock"), ("landlock", "namespaces", "seccomp")]
+MODES = {  # layers that are missing -> what the mode says
+    ("namespaces",): "landlock + seccomp + limits",
+    ("namespaces", "landlock"): "weak isolation: seccomp + limits",
+    ("namespaces", "landlock", "seccomp"): "weak isolation: limits",
+    ("seccomp",): "weak isolation: namespaces + landlock + limits",
+}
 
 
-@pytest.mark.parametrize("without", LESSER, ids="+".join)
-def test_lesser_modes_work_and_say_so(without, monkeypatch):
+@pytest.mark.parametrize("without", MODES, ids="+".join)
+def test_modes_work_and_say_so(without, monkeypatch):
     monkeypatch.setattr(Sandbox, "without", without)
-    with Sandbox(workers=2, timeout=1.0) as lesser:
-        assert lesser.mode.endswith("only") and not any(layer in lesser.mode for layer in without)
+    weak = MODES[without].startswith("weak")
+    if weak:
+        with pytest.raises(UserError, match="--allow_weak_isolation"):
+            Sandbox(workers=1)
+    with Sandbox(workers=2, timeout=1.0, allow_weak_isolation=weak) as lesser:
+        assert lesser.mode == MODES[without]
         programs = [ADD, WRONG, FORGED["equals everything"], "def add(x, y):\n    while True: pass"]
         found = lesser.run([Check(program, TEST_ADD, "add") for program in programs])
         assert [v.outcome for v in found] == ["passed", "wrong_answer", "wrong_answer", "timeout"]
         fork = "import os\ndef add(x, y):\n    os.fork()\n    return x + y"
-        assert not judge(lesser, fork).passed
-        if "landlock" not in without:
-            verdicts = lesser.run(held_checks())
-            assert not [(n, v) for n, v in zip(HELD, verdicts, strict=True) if not v.passed]
-    with pytest.raises(UserError, match="require_isolation"):
-        Sandbox(workers=1, require_isolation=True)
+        assert not judge(lesser, fork).passed or without == ("seccomp",)
+        held = {n for n, v in zip(HELD, lesser.run(held_checks()), strict=True) if v.passed}
+        if not weak:
+            assert held == HELD.keys()
 
 
 @pytest.mark.parametrize("without", [(), ("namespaces",)], ids=["full", "lesser"])
@@ -301,14 +342,8 @@ def test_root_s_private_temporary_folder_keeps_no_candidate_out(monkeypatch, tmp
     monkeypatch.setattr(Sandbox, "without", ("namespaces", "landlock"))
     tmp_path.chmod(0o700)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with Sandbox(workers=1) as box:
+    with Sandbox(workers=1, allow_weak_isolation=True) as box:
         assert judge(box, ADD).passed
-
-
-def test_require_isolation_is_content_with_namespaces_and_seccomp(sandbox):
-    if sandbox.mode.endswith("only"):
-        pytest.skip(f"this machine grants {sandbox.mode}")
-    Sandbox(workers=1, require_isolation=True).close()
 
 
 # ---- the project's hostile examples --------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The sandbox: the verdict of every kind of program, honest ones first, and what the pool survives.
 
-What a candidate cannot forge or reach, and the lesser modes, are in test_jail.py.
+What a candidate cannot forge or reach, and the lesser modes, are in test_jail.py; here is also what
+the docstring of pfppo/sandbox says that it does not contain, and what fails though it is right.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,9 +13,11 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
+from pfppo import sandbox as door
 from pfppo.sandbox import OUTCOMES, Check, Sandbox
 
 import pytest
@@ -36,6 +40,16 @@ def sandbox():
 def judge(sandbox, program, test=TEST_ADD, entry_point=None, reference=""):
     entry_point = entry_point or ("add" if "def add" in program else "f")
     return sandbox.run([Check(program, test, entry_point, reference)])[0]
+
+
+def failed(sandbox, cases, with_reference=False):
+    """{name: verdict} of those among {name: (program, lines of check(f))} that do not pass."""
+    checks = []
+    for program, lines in cases.values():
+        test = "def check(f):\n" + textwrap.indent(lines, "    ")
+        checks.append(Check(program, test, "f", program if with_reference else ""))
+    verdicts = zip(cases, sandbox.run(checks), strict=True)
+    return {name: verdict for name, verdict in verdicts if not verdict.passed}
 
 
 # ---- outcomes ------------------------------------------------------------------------------------
@@ -75,6 +89,41 @@ def test_every_outcome_has_its_name(sandbox):
     assert all(v.passed == (v.outcome == "passed") and "\n" not in v.detail for v in verdicts)
 
 
+BURN = "import time\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n"
+
+
+def test_time_is_what_a_program_computes_and_sleeps(sandbox):
+    sleeps = "import time\ndef add(x, y):\n    time.sleep({})\n    return x + y\n"
+    programs = [BURN.format(0.6) + ADD, BURN.format(1.5) + ADD, sleeps.format(0.2)]
+    programs += [sleeps.format(0.8)]  # twice: right answers, but late
+    verdicts = sandbox.run([Check(program, TEST_ADD, "add") for program in programs])
+    assert [v.outcome for v in verdicts] == ["passed", "timeout", "passed", "timeout"]
+
+
+def test_no_check_goes_on_for_ever(sandbox, monkeypatch):
+    monkeypatch.setattr(door, "WALL", 0.1)
+    sleeps = "import time\ndef add(x, y):\n    time.sleep(0.6)\n    return x + y\n"
+    assert judge(sandbox, sleeps).outcome == "timeout"
+
+
+@pytest.mark.parametrize(
+    "answer, line",
+    [
+        ("range(10**12)", "assert sum(f()) == 1"),
+        ("10**6, 10**8", "assert pow(*f()) == 1"),
+        ("[i * (2**61 - 1) for i in range(100_000)]", "assert len({*f()}) == 1"),
+    ],
+)
+def test_a_test_has_the_same_time_for_what_it_does_with_the_answers(sandbox, answer, line):
+    test = f"def check(f):\n    try:\n        {line}\n    except Exception:\n        pass"
+    verdict = judge(sandbox, f"def f():\n    return {answer}\n", test)
+    assert verdict.outcome == "timeout" and "the test" in verdict.detail
+
+
+def test_a_test_that_runs_out_of_memory_says_so(sandbox):
+    assert judge(sandbox, "def f(): return 10**11", "assert [0] * f() == []").outcome == "memory"
+
+
 # ---- honest programs -----------------------------------------------------------------------------
 
 HONEST_ADD = {
@@ -100,8 +149,6 @@ HONEST_ADD = {
     "def add(x, y):\n    return asyncio.run(g(x, y))",
     "files": "import os, tempfile\nassert os.listdir() == []\nopen('a', 'w').write('1')\n"
     "with tempfile.TemporaryDirectory() as d:\n    open(d + '/b', 'w').write('2')\n" + ADD,
-    "slow": "import time\nt = time.process_time()\nwhile time.process_time() - t < 0.6: pass\n"
-    + ADD,
     "numpy": "import numpy as np\ndef add(x, y):\n    return np.array([x, y]).sum()",
     "int enum": "import enum\nclass E(enum.IntEnum):\n    A = 1\n    B = 5\n"
     "def add(x, y):\n    return E(x + y)",
@@ -110,8 +157,7 @@ HONEST_ADD = {
 
 def test_honest_programs_pass(sandbox):
     verdicts = sandbox.run([Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()])
-    failed = {n: v for n, v in zip(HONEST_ADD, verdicts, strict=True) if not v.passed}
-    assert not failed
+    assert not {n: v for n, v in zip(HONEST_ADD, verdicts, strict=True) if not v.passed}
 
 
 ANSWERS = {  # expression of x -> what the test says of it
@@ -125,64 +171,273 @@ ANSWERS = {  # expression of x -> what the test says of it
     "__import__('datetime').date(2020, 1, x)": "assert r.isoformat() == '2020-01-01'",
     "__import__('collections').Counter([x, x])": "assert r.most_common() == [(1, 2)]",
     "__import__('collections').namedtuple('P', 'a b')(x, 2)": "assert r == (1, 2) and r.b == 2",
+    "__import__('numpy').array([[x, 2.5]])": "assert r.tolist() == [[1, 2.5]] and r.dtype == float",
     "type(x)": "assert r is int",
+    "[ValueError('a', x)]": "assert isinstance(r[0], ValueError) and r[0].args == ('a', 1)",
     "(v * 2 for v in range(x + 2))": "assert list(r) == [0, 2, 4]",
     "zip('ab', [x, 2])": "assert dict(r) == {'a': 1, 'b': 2}",
     "lambda y: [x, y]": "assert r(5) == [1, 5]",
     "__import__('re').match('a', 'a' * x)": "assert r.group() == 'a'",
-    "list(range(300_000 * x))": "assert r == list(range(300_000))",
+    "list(range(2_000_000 * x))": "assert r == list(range(2_000_000))",
 }
 
 
 def test_answers_keep_value_and_type(sandbox):
-    checks = [
-        Check(
-            f"def f(x):\n    return {p}",
-            f"def check(candidate):\n    r = candidate(1)\n    {t}",
-            "f",
-        )
-        for p, t in ANSWERS.items()
-    ]
-    verdicts = sandbox.run(checks)
-    assert not {p: v for p, v in zip(ANSWERS, verdicts, strict=True) if not v.passed}
+    cases = {p: (f"def f(x):\n    return {p}", f"r = f(1)\n{t}") for p, t in ANSWERS.items()}
+    with Sandbox(workers=2) as roomy:
+        assert not failed(roomy, cases)
 
 
-def test_mutated_arguments_are_seen(sandbox):
-    program = "def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}"
-    test = """
-def check(candidate):
-    inner = [3, 1, 2]
-    outer, d = [inner], {}
-    candidate(outer, d=d)
-    assert outer == [[1, 2, 3], 1] and d == {'k': {2}}
-    assert sorted(inner) == [1, 2, 3]
+ARGUMENTS = {
+    "changed": (
+        "def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}",
+        "inner = [3, 1, 2]\nouter, d = [inner], {}\nf(outer, d=d)\n"
+        "assert outer == [[1, 2, 3], 1] and d == {'k': {2}} and inner == [1, 2, 3]",
+    ),
+    "functions and iterators": (
+        "def f(g, xs): return sorted(xs, key=g), list(map(g, [1, -2]))",
+        "assert f(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
+        "assert f(abs, [-3, 2]) == ([2, -3], [1, 2])",
+    ),
+    "any name": ("def f(self, target, kind=1): return target", "assert f(self=1, target=9) == 9"),
+    "classes": ("def f(k): return k('3')", "assert f(int) == 3 and f(str) == '3'"),
+    "an array": (
+        "def f(a): return (a * 2).sum()",
+        "import numpy\nassert f(numpy.array([[1, 2], [3, 4]])) == 20",
+    ),
+    "two million": ("def f(xs): return sum(xs)", "assert f([1] * 2_000_000) == 2_000_000"),
+    "the program and the test call each other": (
+        "def f(g, n): return n and g(n)",
+        "def g(n): return f(g, n - 1) + 1\nassert f(g, 30) == 30",
+    ),
+}
+
+
+def test_arguments_arrive_and_come_back(sandbox):
+    with Sandbox(workers=2) as roomy:
+        assert not failed(roomy, ARGUMENTS)
+
+
+NODE = """
+class Node:
+    def __init__(self, val=0, next=None, kids=()):
+        self.val, self.next, self.kids = val, next, list(kids)
+def build(values):
+    head = None
+    for value in reversed(values): head = Node(value, head)
+    return head
+def values(node):
+    found = []
+    while node: found.append(node.val); node = node.next
+    return found
 """
+TURN = "    last = None\n    while x: x.next, last, x = last, x, x.next\n    return last\n"
+POINT = "import dataclasses, enum, typing\n@dataclasses.dataclass(frozen=True)\nclass Point:\n"
+POINT += "    x: int\n    def twice(self): return Point(2 * self.x)\nclass Color(enum.Enum):\n"
+POINT += "    RED = 1\n    BLUE = 2\nclass Pair(typing.NamedTuple):\n    a: int\n"
+POINT += "class Slots:\n    __slots__ = ('x', 'y')\n    def __init__(self, x): self.x = x\n"
+INSTANCES = {  # of classes that the test deals in: by value, and with the reference's methods
+    "a list": (f"{NODE}def f(x):\n{TURN}", "assert values(f(build([1, 2, 3]))) == [3, 2, 1]"),
+    "of 30,000": (
+        f"{NODE}def f(x):\n{TURN}",
+        "assert values(f(build(range(30_000)))) == list(range(29_999, -1, -1))",
+    ),
+    "an argument that is changed and given back": (
+        f"{NODE}def f(x):\n{TURN}",
+        "h = build([1, 2, 3])\nr = f(h)\nassert h.next is None and r.next.next is h",
+    ),
+    "a cycle": (
+        f"{NODE}def f(x):\n    seen = set()\n    while x and id(x) not in seen:\n"
+        "        seen.add(id(x)); x = x.next\n    return bool(x)\n",
+        "h = build([1, 2])\nassert not f(h)\nh.next.next = h\nassert f(h)",
+    ),
+    "a shared node": (
+        f"{NODE}def f(n):\n    end = Node(7)\n    return Node(1, kids=[end, end])\n",
+        "r = f(1)\nassert r.kids[0] is r.kids[1] and isinstance(r, Node) and not Node().kids",
+    ),
+    "equality and hash": (
+        f"{POINT}def f(x): return {{Point(x), Point(2)}}",
+        "assert f(1) == {Point(1), Point(2)} and Point(2) in f(3)",
+    ),
+    "methods": (
+        f"{POINT}def f(p): return Point(p.x + 1)",
+        "assert f(Point(1)).twice() == Point(4)",
+    ),
+    "enum": (
+        f"{POINT}def f(c): return Color.BLUE if c is Color.RED else Color.RED",
+        "assert f(Color.RED) == Color.BLUE and f(Color.BLUE) is Color.RED",
+    ),
+    "named tuple": (f"{POINT}def f(p): return Pair(p.a + 1)", "assert f(Pair(1)) == Pair(2)"),
+    "slots": (f"{POINT}def f(s):\n    s.y = s.x\n    return s", "assert f(Slots(3)).y == 3"),
+}
+
+
+def test_instances_of_the_reference_s_classes_travel_by_value(sandbox):
+    with Sandbox(workers=2) as roomy:
+        assert not failed(roomy, INSTANCES, with_reference=True)
+    # The class is the reference's also where the program has none.
+    program = f"def f(x):\n{TURN}"
+    test = f"def check(f):\n    {INSTANCES['a list'][1]}"
+    assert judge(sandbox, program, test, "f", NODE + program).passed
+
+
+STACK = """
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x)
+    def pop(self): return self.items.pop()
+    def __len__(self): return len(self.items)
+    def __bool__(self): return bool(self.items)
+    size = property(lambda self: len(self.items))
+kept = Stack()
+def bump(): kept.push(1)
+def f(): return kept
+"""
+BOX = """
+class Box:
+    def __init__(self): self.d = {}
+    def __iter__(self): return iter(self.d)
+    def __len__(self): return len(self.d)
+    def __getitem__(self, k): return self.d[k]
+    def __setitem__(self, k, v): self.d[k] = v
+    def __delitem__(self, k): del self.d[k]
+    def __contains__(self, k): return k in self.d
+    def __enter__(self): self.d['in'] = 1; return self
+    def __exit__(self, *_): self.d['out'] = 1
+f = Box
+"""
+GENERATOR = (
+    "log = []\ndef f(n=3):\n    for i in range(n):\n        log.append(i)\n        yield i\n"
+)
+GENERATOR += "def seen(): return log\n"
+OBJECTS = {  # of the program's own: can be asked, and can do what they can do
+    "a class": (
+        STACK + "f = Stack",
+        "s = f()\nassert not s and len(s) == 0\ns.push(1); s.push(2)\n"
+        "assert s and s.size == 2 and s.items == [1, 2] and s.pop() == 2 and s.items == [1]",
+    ),
+    "fields are read anew": (STACK, "a = f()\nassert a.size == 0\nbump()\nassert a.items == [1]"),
+    "a container": (
+        BOX,
+        "b = f()\nb['a'] = 1\nassert 'a' in b and 'z' not in b and b['a'] == 1 and list(b) == ['a']\n"
+        "del b['a']\nassert len(b) == 0",
+    ),
+    "a context manager": (
+        BOX,
+        "b = f()\nwith b as c:\n    assert c is b and list(b) == ['in']\n"
+        "assert list(b) == ['in', 'out']",
+    ),
+    "a generator": (
+        GENERATOR,
+        "import collections.abc, inspect\ng = f()\nassert inspect.isgenerator(g) and iter(g) is g\n"
+        "assert isinstance(g, collections.abc.Iterator) and not callable(g)\n"
+        "assert not hasattr(g, '__len__') and next(g) == 0 and seen() == [0] and list(g) == [1, 2]",
+    ),
+    "a long iterator": (GENERATOR, "assert sum(f(300_000)) == 150_000 * 299_999"),
+    "an error at the end of one": (
+        "def f():\n    yield from range(999)\n    raise ValueError",
+        "n = 0\ntry:\n    for x in f(): n += 1\nexcept ValueError: pass\nassert n == 999",
+    ),
+    "no iterator": (
+        "class A:\n    def __getitem__(self, i): return [4, 5][i]\ndef f(): return A()",
+        "import collections.abc\na = f()\nassert not callable(a) and not hasattr(a, '__iter__')\n"
+        "assert not isinstance(a, collections.abc.Iterable) and list(a) == [4, 5]",
+    ),
+    "metadata": ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'; f()"),
+    "30,000 nodes": (
+        f"{NODE}f = build",
+        "node, total = f(range(30_000)), 0\n"
+        "while node: total += node.val; node = node.next\nassert total == 449_985_000",
+    ),
+}
+
+
+def test_objects_of_the_program_s_own_can_be_asked(sandbox):
+    with Sandbox(workers=2) as roomy:
+        assert not failed(roomy, OBJECTS)
+
+
+def test_coroutines_are_awaited_by_the_test(sandbox):
+    program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
+    test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
+    test += "assert asyncio.run(f(1)) == 2\nassert asyncio.run(both()) == [2, 3]\n"
     assert judge(sandbox, program, test).passed
-    assert not judge(sandbox, "def f(x, d): pass", test).passed
+    assert judge(sandbox, program.replace("+ 1", "+ 2"), test).outcome == "wrong_answer"
 
 
-def test_functions_and_iterators_as_arguments(sandbox):
-    program = "def f(g, xs):\n    return sorted(xs, key=g), list(map(g, [1, -2]))"
-    test = "def check(c):\n    assert c(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
-    assert judge(sandbox, program, test + "    assert c(abs, [-3, 2]) == ([2, -3], [1, 2])").passed
+@pytest.mark.parametrize("shape", ["[x]", "(x,)", "{'k': x}"])
+def test_values_may_be_nested_deeper_than_a_program_recurses(sandbox, shape):
+    program = f"def f(n, x):\n    for _ in range(n):\n        x = {shape}\n    return x\n"
+    test = program.replace("def f", "def g") + "def check(f):\n"
+    test += "    x = g(900, 1)\n    assert f(0, x) == x\n    assert f(900, 1) == x\n"
+    assert judge(sandbox, program, test, "f").passed
+    low = "import sys\nsys.setrecursionlimit(2**31 - 1)\n"
+    assert judge(sandbox, low + program, test, "f").passed
 
 
-def test_exceptions_come_as_the_same_class(sandbox):
-    test = """
-def check(candidate):
-    try:
-        candidate(1)
-    except ValueError as error:
-        assert error.args == ("bad", 1)
-    else:
-        assert False
+# ---- exceptions ----------------------------------------------------------------------------------
+
+FUNDS = """
+class NoFunds(Exception):
+    def __init__(self, need, have):
+        super().__init__(f'need {need}, have {have}')
+        self.need = need
+    def short(self): return self.need
+class Said(Exception):
+    def __init__(self, word): self.word = word
+    def __str__(self): return f'<{self.word}>'
 """
-    assert judge(sandbox, "def f(x):\n    raise ValueError('bad', x)", test).passed
-    own = "class Bad(ValueError): pass\ndef f(x):\n    raise Bad('bad', x)"
-    assert judge(sandbox, own, test).passed
-    assert judge(sandbox, own, test.replace("except ValueError", "except Bad"), "f", own).passed
-    assert judge(sandbox, "def f(x):\n    raise TypeError('bad', x)", test).outcome == "exception"
-    assert judge(sandbox, "def f(x):\n    return x", test).outcome == "wrong_answer"
+RAISED = {  # program, what it should raise, what is true of that
+    "builtin": ("def f(): raise ValueError('bad', 1)", "ValueError", "e.args == ('bad', 1)"),
+    "a subclass": ("class B(ValueError): pass\ndef f(): raise B('bad')", "ValueError", "e.args"),
+    "by its name": ("class B(ValueError): pass\ndef f(): raise B('bad')", "B", "str(e) == 'bad'"),
+    "a base by its name": ("class A(Exception): pass\nclass B(A): pass\ndef f(): raise B", "A", "1"),
+    "with attributes": (FUNDS + "def f(): raise NoFunds(5, 3)", "NoFunds",
+                        "e.need == 5 and str(e) == 'need 5, have 3'"),
+    "that says": (FUNDS + "def f(): raise Said('x')", "Exception", "str(e) == '<x>'"),
+    "from another": ("def f():\n    try: 1 / 0\n    except Exception as e: raise KeyError(1) from e",
+                     "KeyError", "isinstance(e.__cause__, ZeroDivisionError)"),
+    "of json": ("import json\ndef f(): json.loads('{bad')", "json.JSONDecodeError", "e.pos == 1"),
+    "of statistics": ("import statistics\ndef f(): statistics.mean([])",
+                      "statistics.StatisticsError", "isinstance(e, ValueError)"),
+    "of dataclasses": ("import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int\n"
+                       "def f(): P(1).x = 2", "dataclasses.FrozenInstanceError", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_exceptions_come_with_class_arguments_and_attributes(sandbox, with_reference):
+    lines = "import dataclasses, json, statistics\ntry:\n    f()\nexcept {} as e:\n    assert {}\n"
+    lines += "else:\n    assert False"
+    cases = {name: (p, lines.format(kind, that)) for name, (p, kind, that) in RAISED.items()}
+    assert not failed(sandbox, cases, with_reference)
+    for program, kind, that in RAISED.values():  # another error, or none
+        test = f"def check(f):\n{textwrap.indent(lines.format(kind, that), '    ')}"
+        for wrong in "raise TypeError('bad')", "return 1":
+            other = program[: program.index("def f")] + f"def f(): {wrong}"
+            outcome = judge(sandbox, other, test, "f", program if with_reference else "").outcome
+            assert outcome in (("exception", "wrong_answer")[wrong == "return 1"], "wrong_answer")
+
+
+CALLBACK_ERRORS = {
+    "the program's": ("class E(Exception): pass", "E"),
+    "the test's own": ("", "Own"),
+    "builtin": ("", "LookupError"),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACK_ERRORS)
+def test_an_error_of_the_test_s_goes_through_the_program(sandbox, name):
+    head, kind = CALLBACK_ERRORS[name]
+    program = f"{head}\ndef f(g, n):\n    for _ in range(n):\n        try: return g()\n"
+    program += f"        except {kind if kind != 'Own' else 'KeyError'}: pass\n    return g()\n"
+    test = "def check(f):\n    class Own(Exception): pass\n    calls = []\n    def g():\n"
+    test += f"        calls.append(1)\n        if len(calls) < 3: raise {kind}(len(calls))\n"
+    test += "        return 'ok'\n"
+    retried = test + "    assert f(g, 5) == 'ok' and len(calls) == 3\n"
+    raised = test + f"    try: f(g, 0)\n    except {kind} as e: assert e.args == (1,)\n"
+    assert judge(sandbox, program, raised + "    else: assert False\n").passed
+    assert judge(sandbox, program, retried).passed == (kind != "Own")
 
 
 CATCHES = """
@@ -218,22 +473,7 @@ def test_exceptions_of_the_program_can_be_named_by_a_test(sandbox, classes, rais
     assert judge(sandbox, program, CATCHES).outcome == outcome
 
 
-@pytest.mark.parametrize("name", ["Exception", "AssertionError", "BaseException"])
-def test_a_class_that_catches_all_catches_nothing_raised_by_the_test(sandbox, name):
-    test = CATCHES.replace("        except Worse:\n            assert x == 2\n", "")
-    program = f"Bad = {name}\ndef f(x): pass\n"
-    assert judge(sandbox, program, test).outcome == "wrong_answer"
-    lies = f"class Bad({name}): pass\nBad.__name__ = '{name}'\ndef f(x): pass\n"
-    assert judge(sandbox, lies, test).outcome == "wrong_answer"
-
-
-@pytest.mark.parametrize(
-    "loop", ["all(map(lambda x: c(x) == x, [1, 2]))", "list(map(c, [1])) == []"]
-)
-def test_a_program_cannot_end_a_loop_of_the_test(sandbox, loop):
-    test = f"def check(c):\n    assert {loop}"
-    assert not judge(sandbox, "def f(x):\n    raise StopIteration", test).passed
-
+# ---- forms of tests ------------------------------------------------------------------------------
 
 NEXT = "def f(x): return x + 1\n"
 TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
@@ -244,6 +484,9 @@ TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
         NEXT,
     ),
     "ends itself": ("import sys\nsys.exit(0 if f(1) == 2 else 1)\n", NEXT),
+    "ends before its check": ("import sys\ndef check(f):\n    assert f(1) == 2\nsys.exit()\n", NEXT),
+    "catches all": ("while 1:\n    try:\n        if f(1) == 2: break\n    except: pass\n"
+                    "    assert f(1) == 2\n", NEXT),
     "threads": (
         "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
         "    assert list(pool.map(f, range(50))) == list(range(1, 51))\n",
@@ -259,7 +502,18 @@ TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
         "import itertools\nassert f(itertools.count(7)) == 8\n",
         "def f(xs): return next(xs) + 1\n",
     ),
-}
+    "seeds": (
+        "import random\nrandom.seed(7)\nx = random.random()\nrandom.seed(7)\nassert f(0) == x + 1\n",
+        "import random\ndef f(x): return random.random() + 1\n",
+    ),
+    "seeds numpy": (
+        "import numpy as np\nnp.random.seed(7)\nx = np.random.rand()\nnp.random.seed(7)\n"
+        "assert f(0) == x + 1\n",
+        "import numpy.random\ndef f(x): return numpy.random.rand() + 1\n",
+    ),
+    "a folder": ("import os\nopen('a', 'w').write('1')\nassert os.listdir() == ['a']\n"
+                 "assert os.getcwd() != '/' and f(1) == 2\n", NEXT),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", TEST_FORMS)
@@ -271,14 +525,6 @@ def test_forms_of_tests(sandbox, form, with_reference):
     assert judge(sandbox, wrong, test, "f", reference).outcome == "wrong_answer"
 
 
-def test_answers_that_take_the_test_for_ever_end(sandbox):
-    test = "def check(f):\n    assert sum(f(1)) == 1"
-    start = time.monotonic()
-    verdict = judge(sandbox, "def f(x):\n    return range(10**12)\n", test)
-    assert verdict.outcome == "timeout" and time.monotonic() - start < 30
-    assert judge(sandbox, "def f(x):\n    return [x]\n", test).passed
-
-
 @pytest.mark.parametrize("reference", ["", "def f(x):\n    return str(x)\n"])
 def test_a_builtin_type_may_be_the_answer(sandbox, reference):
     test = "def check(candidate):\n    assert candidate(1) == '1'"
@@ -286,71 +532,80 @@ def test_a_builtin_type_may_be_the_answer(sandbox, reference):
     assert judge(sandbox, "f = list\n", test, "f", reference).outcome == "wrong_answer"
 
 
-@pytest.mark.parametrize("shape", ["[x]", "(x,)", "{'k': x}"])
-def test_values_may_be_nested_deeper_than_a_program_recurses(sandbox, shape):
-    program = f"def f(n, x):\n    for _ in range(n):\n        x = {shape}\n    return x\n"
-    test = program.replace("def f", "def g") + "def check(f):\n"
-    test += "    x = g(900, 1)\n    assert f(0, x) == x\n    assert f(900, 1) == x\n"
-    assert judge(sandbox, program, test, "f").passed
-    low = "import sys\nsys.setrecursionlimit(2**31 - 1)\n"
-    assert judge(sandbox, low + program, test, "f").passed
-
-
-def test_coroutines_are_awaited_by_the_test(sandbox):
-    program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
-    test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
-    test += "assert asyncio.run(f(1)) == 2\nassert asyncio.run(both()) == [2, 3]\n"
-    assert judge(sandbox, program, test).passed
-    assert judge(sandbox, program.replace("+ 1", "+ 2"), test).outcome == "wrong_answer"
-
-
-NODES = """
-class Node:
-    def __init__(self, val=0, next=None):
-        self.val, self.next = val, next
-def build(values):
-    return Node(values[0], build(values[1:])) if values else None
-class Solution:
-    def turn(self, head):
-        last = None
-        while head:
-            head.next, last, head = last, head, head.next
-        return last
-"""
-
-
-def test_linked_lists_by_handle_with_and_without_a_reference(sandbox):
-    test = """
-solution = Solution()
-def values(node):
-    return [node.val] + values(node.next) if node else []
-assert values(solution.turn(build([1, 2, 3]))) == [3, 2, 1]
-"""
-    assert judge(sandbox, NODES, test, "Solution().turn", NODES).passed
-    assert judge(sandbox, NODES, test, "Solution().turn").passed
-    wrong = NODES.replace("return last", "return head")
-    assert not judge(sandbox, wrong, test, "Solution().turn", NODES).passed
-    method = "def check(candidate):\n    assert candidate(build([1, 2])).next.val == 1"
-    assert judge(sandbox, NODES, method, "Solution().turn", NODES).passed
-
-
-def test_prompt_helpers_come_from_the_reference(sandbox):
+def test_names_beside_the_entry_point_are_the_reference_s(sandbox):
     reference = "def encode(s):\n    return s[::-1]\ndef f(s):\n    return s[::-1]\n"
     lying = "def encode(s):\n    return s\ndef f(s):\n    return s\n"
     test = "def check(candidate):\n    assert candidate(encode('ab')) == 'ab'"
     assert judge(sandbox, reference, test, "f", reference).passed
     assert not judge(sandbox, lying, test, "f", reference).passed
+    # Without an entry point all that the test uses is the program's, its classes too.
+    test = "assert f(encode('ab')) == 'ab'"
+    assert sandbox.run([Check(lying, test, "", reference)])[0].passed
+    stack = "class Stack:\n    def top(self): return {}\ndef f(): return Stack()\n"
+    checks = [Check(stack.format(n), "assert f().top() == 2", "", stack.format(2)) for n in (2, 3)]
+    assert [verdict.passed for verdict in sandbox.run(checks)] == [True, False]
 
 
-def test_names_of_the_harmless_library_are_the_testers(sandbox):
+def test_modules_that_a_test_uses_are_its_own(sandbox):
     program = "import math\nfrom math import *\ndef f(x):\n    return x * math.pi"
     assert judge(sandbox, program, "assert math.isclose(f(2), 2 * pi)").passed
-    lying = "class math:\n    isclose = lambda a, b: True\ndef f(x):\n    return 0"
-    test = "import math\nassert math.isclose(f(2), 6.28, rel_tol=0.01)"
-    assert not judge(sandbox, lying, test).passed
-    assert not judge(
-        sandbox, lying, test[12:], "f", "import math\ndef f(x):\n    return 2 * x"
-    ).passed
+    lies = [
+        "class math:\n    isclose = lambda a, b: True\n",
+        "import math\n",
+        "from math import *\n",
+    ]
+    lies[1] += "math.isclose = lambda a, b: True\n"
+    lies[2] = lies[1] + "from math import isclose\n"
+    for lie in lies:
+        program, test = lie + "def f(x):\n    return 0", "assert math.isclose(f(2), 6.28)"
+        bare = test.replace("math.", "") if "from" in lie else test
+        assert not judge(sandbox, program, bare).passed
+        assert not judge(sandbox, program, test, "f", "import math\ndef f(x): return 2 * x").passed
+    lie = "import numpy as np\nnp.allclose = lambda a, b: True\ndef f(x): return [0.0]\n"
+    assert not judge(sandbox, lie, "assert np.allclose(f(2), [2.0])").passed
+
+
+SETS = {  # what a test may leave behind, and a test that would feel it
+    "precision": ("import decimal\ndecimal.getcontext().prec = 3",
+                  "import decimal\nassert decimal.Decimal(1) / 3 != decimal.Decimal('0.333')"),
+    "recursion": ("import sys\nsys.setrecursionlimit(60)",
+                  "import sys\nassert sys.getrecursionlimit() > 900"),
+    "a patched module": ("import math\nmath.sqrt = None", "import math\nassert math.sqrt(4) == 2"),
+    "a builtin": ("import builtins\nbuiltins.abs = None", "assert abs(-1) == 1"),
+    "random state": ("import random\nrandom.seed(1)", "import random\n"
+                     "assert random.random() != random.Random(1).random()"),
+    "files": ("open('left', 'w').write('x')", "import os\nassert os.listdir() == []"),
+    "environment": ("import os\nos.environ['X'] = '1'", "import os\nassert 'X' not in os.environ"),
+    "memory": ("big = [bytes(1 << 20) for _ in range(300)]", "big = bytes(300 << 20)"),
+}  # fmt: skip
+
+
+def test_nothing_of_a_test_stays_for_the_next():
+    with Sandbox(workers=1, memory_mb=256) as one:
+        for name, (leaves, feels) in SETS.items():
+            checks = [Check(NEXT, f"{text}\nassert f(1) == 2", "f") for text in (leaves, feels)]
+            assert [verdict.outcome for verdict in one.run(checks)] == ["passed"] * 2, name
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verdicts_do_not_depend_on_the_order(workers):
+    checks = [Check(p, TEST_ADD, "add") for p, o in OUTCOME_OF.items() if o != "timeout"]
+    checks += [Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()]
+    checks += [
+        Check(NEXT, f"{text}\nassert f(1) == 2", "f") for pair in SETS.values() for text in pair
+    ]
+    draws = "import random\ndef f(x): return random.random()\n"
+    checks += [
+        Check(draws + f"#{i}", "raise ValueError(f'{f(1)}', random.random())", "f") for i in (1, 2)
+    ]
+    with Sandbox(workers=workers) as box:
+        first = [(v.outcome, v.detail) for v in box.run(checks)]
+        for seed in 1, 2:
+            order = random.Random(seed).sample(range(len(checks)), len(checks))
+            verdicts = dict(zip(order, box.run([checks[i] for i in order]), strict=True))
+            again = [(verdicts[i].outcome, verdicts[i].detail) for i in range(len(checks))]
+            assert again == first
+    assert first[-1] == first[-2] and "ValueError" in first[-1][1]
 
 
 # ---- it survives ---------------------------------------------------------------------------------
@@ -401,7 +656,8 @@ def test_killed_processes_lose_no_verdict(victim):
         def progress(done):
             seen.append(done)
             if len(seen) in (5, 25):
-                os.kill(processes(shot)[victim], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError, IndexError):
+                    os.kill(processes(shot)[victim], signal.SIGKILL)
 
         verdicts = shot.run(numbered(40, slow=0.01), progress)
     assert [v.outcome for v in verdicts] == ["passed", "wrong_answer"] * 20
@@ -650,29 +906,62 @@ def directly(program, test):
         return False
 
 
-# ---- what it does not do -------------------------------------------------------------------------
+# ---- what the docstring says of its limits -------------------------------------------------------
+
+NOT_CONTAINED = {  # why it passes: (program, test); nothing here is a right program
+    "hard-coded": ("def f(x): return {1: 2, 5: 6}[x]", "assert f(1) == 2 and f(5) == 6"),
+    "methods of its own classes": (
+        "class Y:\n    startswith = lambda self, text: True\ndef f(): return Y()",
+        "assert f().startswith('abc')",
+    ),
+    "a test that executes the answer": (
+        'def f(): return \'type("E", (), {"__eq__": lambda s, o: True})()\'',
+        "assert eval(f()) == 5",
+    ),
+    "an assert that the program may catch": (
+        "def f(g):\n    try: g(1)\n    except AssertionError: pass",
+        "def g(x): assert x == 2\nf(g)",
+    ),
+}
+FAILS = {  # though it is right: (program, test, reference)
+    "other processes": (
+        "import subprocess\ndef f(): return subprocess.check_output(['/bin/echo', 'a'])",
+        "assert f() == b'a\\n'",
+    ),
+    "standard input": ("def f(): return input()",
+                       "import io, sys\nsys.stdin = io.StringIO('a')\nassert f() == 'a'"),
+    "files": ("def f(): return open('a').read()", "open('a', 'w').write('a')\nassert f() == ''"),
+    "environment": ("import os\ndef f(): return os.environ['A']",
+                    "import os\nos.environ['A'] = 'a'\nassert f() == 'a'"),
+    "objects of the test's own classes": ("def f(x): return x.a",
+                                          "class A: a = 1\nassert f(A()) == 1"),
+    "copies": ("class P: a = 1\ndef f(): return P()", "import copy\nassert copy.copy(f()).a == 1"),
+    "operators": ("class P:\n    def __add__(self, o): return 5\ndef f(): return P()",
+                  "assert f() + 1 == 5"),
+    "equality": ("class P:\n    def __eq__(self, other): return True\ndef f(): return P()",
+                 "assert f() == f()"),
+    "isinstance": ("class P: pass\ndef f(): return P()", "assert isinstance(f(), P)"),
+    "one list twice": ("def f(): return [[0]] * 2",
+                       "r = f()\nr[0].append(1)\nassert r[1] == [0, 1]"),
+    "suppressed errors": ("import contextlib\nf = contextlib.suppress",
+                          "with f(ValueError): int('x')"),
+}  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="a candidate may start no process")
-def test_honest_subprocess(sandbox):
-    program = "import subprocess\ndef add(x, y):\n    return int(subprocess.run(['/bin/echo', "
-    assert judge(sandbox, program + "str(x + y)], capture_output=True).stdout)").passed
+def test_the_limits_are_those_that_the_docstring_tells(sandbox):
+    checks = [
+        Check(program, test, "f") for program, test in [*NOT_CONTAINED.values(), *FAILS.values()]
+    ]
+    passed = [verdict.passed for verdict in sandbox.run(checks)]
+    assert passed == [True] * len(NOT_CONTAINED) + [False] * len(FAILS)
 
 
-@pytest.mark.xfail(strict=True, reason="objects of the program's own classes compare by identity")
-def test_equality_of_own_classes(sandbox):
-    program = "class P:\n    def __eq__(self, other): return True\ndef f():\n    return P()"
-    assert judge(sandbox, program, "def check(candidate):\n    assert candidate() == P()").passed
-
-
-@pytest.mark.xfail(strict=True, reason="without a reference any method may be what is tested")
-def test_lying_methods_without_a_reference(sandbox):
-    program = "class Y:\n    startswith = lambda self, text: True\ndef f():\n    return Y()"
-    test = "def check(candidate):\n    assert candidate().startswith('abc')"
-    assert not judge(sandbox, program, test).passed
-
-
-@pytest.mark.xfail(strict=True, reason="answers for the tests' arguments alone are right answers")
-def test_hard_coded_answers(sandbox):
-    program = "def add(x, y):\n    return {(0, 1): 1, (2, 3): 5}[x, y]"
-    assert not judge(sandbox, program).passed
+def test_a_program_may_leave_a_message_in_the_kernel_s_numbers():
+    look = "import os\ndef f():\n    with open('a', 'w') as file:\n        return os.fstat(file.fileno())"
+    with Sandbox(workers=1) as one:
+        found = []
+        for files in 0, 100, 0:
+            program = f"{look}.st_ino\nfor i in range({files}): open(str(i), 'w').close()\n"
+            detail = judge(one, program + f"#{len(found)}", "raise ValueError(f())").detail
+            found.append(int(detail.split()[-1]))
+    assert found[2] - found[1] < found[1] - found[0] or found[2] > found[0] + 50
