@@ -51,7 +51,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pfppo.config import UserError
@@ -243,6 +242,9 @@ class Sandbox:
         with ThreadPoolExecutor(workers) as pool:
             starts = [pool.submit(Worker, {**options}, self._stopped) for _ in range(workers)]
             self._workers = [start.result() for start in starts]
+        self._free = queue.SimpleQueue()
+        for worker in self._workers:
+            self._free.put(worker)
         layers = self._workers[0].layers
         self.mode = " + ".join([*layers, "limits"])
         if "seccomp" not in layers or len(layers) == 1:  # neither namespaces nor landlock
@@ -254,25 +256,13 @@ class Sandbox:
                     " landlock: a program may do harm; --allow_weak_isolation runs it all the same"
                 )
 
-    def run(
-        self, checks: Sequence[Check], progress: Callable[[int], None] | None = None
-    ) -> list[Verdict]:
+    def run(self, checks, progress=None):
         """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
         is called when k more are done."""
-        copies, verdicts, free = collections.Counter(checks), {}, queue.SimpleQueue()
-
-        def execute(check):
-            worker = free.get()
-            try:
-                return worker.execute(check)
-            finally:
-                free.put(worker)
-
+        copies, verdicts = collections.Counter(checks), {}
         with self._lock, ThreadPoolExecutor(len(self._workers) or 1) as pool:
-            for worker in self._workers:
-                free.put(worker)
             try:
-                futures = {pool.submit(execute, check): check for check in copies}
+                futures = {pool.submit(self._execute, check): check for check in copies}
                 for future in as_completed(futures):
                     verdicts[futures[future]] = future.result()
                     if not self._pid:
@@ -285,6 +275,13 @@ class Sandbox:
                 self._stopped.recv(1)
                 raise
         return [verdicts[check] for check in checks]
+
+    def _execute(self, check):
+        worker = self._free.get()
+        try:
+            return worker.execute(check)
+        finally:
+            self._free.put(worker)
 
     def close(self):
         """End every process. Safe to call twice, in a forked child of the caller, and while another
@@ -310,12 +307,13 @@ def _cpu(pid):
 
 
 def _sleeps(pid):
-    """Does it wait, but for a core?"""
-    with open(f"/proc/{pid}/stat") as file:
+    """Does a process that uses no CPU wait for something else than a core?"""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
         return file.read().rpartition(")")[2].split()[0] != "R"
+    return True  # not to be seen, so believe the clock
 
 
-def _start_python(module, options, *descriptors):
+def _start_python(module, options, stdin, stdout):
     """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
     this one's environment. An empty package stands for pfppo.sandbox, so that nothing of this side
     is in a candidate's process. All of the module's imports happen before `main`: then the path is
@@ -336,7 +334,5 @@ def _start_python(module, options, *descriptors):
         "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
     }
     command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
-    stdin, stdout = descriptors
-    return subprocess.Popen(
-        command, env=environment, cwd="/", start_new_session=True, stdin=stdin, stdout=stdout
-    )
+    streams = {"stdin": stdin, "stdout": stdout}
+    return subprocess.Popen(command, env=environment, cwd="/", start_new_session=True, **streams)
