@@ -24,12 +24,9 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "heapq", "io", "itertools", "json", "math", "numpy", "operator", "pickle", "queue", "random",
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
-CHANGES = {"call", "set", "delattr", "setitem", "delitem", "enter", "exit", "await"}
+PURE = {"get", "len", "items", "bool"}  # questions that change nothing
 METHODS = types.FunctionType, types.MethodType, property, type  # of classes, no field replaces them
-METADATA = {  # the only names with two underscores that are asked for
-    "__name__", "__qualname__", "__dict__", "__annotations__", "__code__", "__defaults__",
-    "__kwdefaults__",
-}  # fmt: skip
+METADATA = {"__name__", "__qualname__", "__dict__"}  # the only such names that are asked for
 
 
 class Halt(Exception):
@@ -149,7 +146,7 @@ class JudgeLink(Link):
 
     def forget(self, operation="call"):
         """What is known of the program's objects is so until the program next acts."""
-        if operation in CHANGES:
+        if operation not in PURE:
             self.fields, self.items = {}, {}
             self.ahead = 1  # objects whose fields come with a field that is asked for
 

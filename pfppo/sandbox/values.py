@@ -210,10 +210,10 @@ class Link:
             return self.readers[tag](content)
         number, name, abilities = content
         if number not in self.others:
-            by_value = abilities == BY_VALUE
-            value = (
-                object.__new__(self.shared[name]) if by_value else self.stand_in(name, abilities)
-            )
+            if abilities == BY_VALUE:
+                value = object.__new__(self.shared[name])
+            else:
+                value = self.stand_in(name, abilities)
             self.others[number], self.refs[id(value)] = value, tagged
         return self.others[number]
 

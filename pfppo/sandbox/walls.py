@@ -144,7 +144,7 @@ def enter_landlock(paths, directory):
     os.close(ruleset)
 
 
-# System calls that Python, numpy, threads and asyncio use. Not in it, hence refused (EPERM): execve,
+# System calls that Python, numpy, threads and asyncio use. All others are refused (EPERM): execve,
 # fork, ptrace, socket, connect, chmod, utime, link, mount, keyctl, bpf, io_uring, memfd_create, ...
 _ALLOWED = (
     "17 19-25 29 32 34-35 38 43-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-103 113-115 120-121"
