@@ -1,7 +1,7 @@
-"""The sandbox: the verdict of every kind of program, honest ones first, and what the pool survives.
+"""The sandbox: right programs pass, every kind of end has its name, and what the pool survives.
 
-What a candidate cannot forge or reach, and the lesser modes, are in test_jail.py; here is also what
-the docstring of pfppo/sandbox says that it does not contain, and what fails though it is right.
+What a candidate cannot forge or reach, and the modes, are in test_jail.py. Here is also what the
+docstring of pfppo/sandbox says that it does not contain, and what fails though it is right.
 """
 
 import contextlib
@@ -42,17 +42,12 @@ def judge(sandbox, program, test=TEST_ADD, entry_point=None, reference=""):
     return sandbox.run([Check(program, test, entry_point, reference)])[0]
 
 
-def failed(sandbox, cases, with_reference=False):
-    """{name: verdict} of those among {name: (program, lines of check(f))} that do not pass."""
-    checks = []
-    for program, lines in cases.values():
-        test = "def check(f):\n" + textwrap.indent(lines, "    ")
-        checks.append(Check(program, test, "f", program if with_reference else ""))
-    verdicts = zip(cases, sandbox.run(checks), strict=True)
-    return {name: verdict for name, verdict in verdicts if not verdict.passed}
+def check_of(lines):
+    """A test: `lines` as the body of check(f)."""
+    return "def check(f):\n" + textwrap.indent(lines, "    ")
 
 
-# ---- outcomes ------------------------------------------------------------------------------------
+# ---- ends ----------------------------------------------------------------------------------------
 
 OUTCOME_OF = {
     ADD: "passed",
@@ -90,41 +85,48 @@ def test_every_outcome_has_its_name(sandbox):
 
 
 BURN = "import time\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n"
+SLEEP = "import time\ndef add(x, y):\n    time.sleep({})\n    return x + y\n"
 
 
 def test_time_is_what_a_program_computes_and_sleeps(sandbox):
-    sleeps = "import time\ndef add(x, y):\n    time.sleep({})\n    return x + y\n"
-    programs = [BURN.format(0.6) + ADD, BURN.format(1.5) + ADD, sleeps.format(0.2)]
-    programs += [sleeps.format(0.8)]  # twice: right answers, but late
+    """A right answer that comes late is a timeout; the sleeping ones are called twice."""
+    programs = BURN.format(0.6) + ADD, BURN.format(1.5) + ADD, SLEEP.format(0.2), SLEEP.format(0.8)
     verdicts = sandbox.run([Check(program, TEST_ADD, "add") for program in programs])
     assert [v.outcome for v in verdicts] == ["passed", "timeout", "passed", "timeout"]
 
 
+def test_a_busy_machine_fails_no_honest_program():
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    try:
+        with Sandbox(workers=2, timeout=0.5) as busy:
+            found = busy.run([Check(BURN.format(s) + ADD, TEST_ADD, "add") for s in (0.3, 0.31, 5)])
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert [v.outcome for v in found] == ["passed", "passed", "timeout"]
+
+
 def test_no_check_goes_on_for_ever(sandbox, monkeypatch):
     monkeypatch.setattr(door, "WALL", 0.1)
-    sleeps = "import time\ndef add(x, y):\n    time.sleep(0.6)\n    return x + y\n"
-    assert judge(sandbox, sleeps).outcome == "timeout"
+    assert judge(sandbox, SLEEP.format(0.6)).outcome == "timeout"
 
 
 @pytest.mark.parametrize(
-    "answer, line",
+    "answer, line, outcome",
     [
-        ("range(10**12)", "assert sum(f()) == 1"),
-        ("10**6, 10**8", "assert pow(*f()) == 1"),
-        ("[i * (2**61 - 1) for i in range(100_000)]", "assert len({*f()}) == 1"),
+        ("range(10**12)", "sum(f())", "timeout"),
+        ("10**6, 10**8", "pow(*f())", "timeout"),
+        ("[i * (2**61 - 1) for i in range(100_000)]", "len({*f()})", "timeout"),
+        ("10**11", "[0] * f()", "memory"),
     ],
 )
-def test_a_test_has_the_same_time_for_what_it_does_with_the_answers(sandbox, answer, line):
-    test = f"def check(f):\n    try:\n        {line}\n    except Exception:\n        pass"
-    verdict = judge(sandbox, f"def f():\n    return {answer}\n", test)
-    assert verdict.outcome == "timeout" and "the test" in verdict.detail
+def test_a_test_has_limits_for_what_it_does_with_the_answers(sandbox, answer, line, outcome):
+    verdict = judge(sandbox, f"def f():\n    return {answer}\n", check_of(f"assert {line} == 1"))
+    assert verdict.outcome == outcome and ("the test" in verdict.detail or outcome == "memory")
 
 
-def test_a_test_that_runs_out_of_memory_says_so(sandbox):
-    assert judge(sandbox, "def f(): return 10**11", "assert [0] * f() == []").outcome == "memory"
-
-
-# ---- honest programs -----------------------------------------------------------------------------
+# ---- right programs ------------------------------------------------------------------------------
 
 HONEST_ADD = {
     "prints": "print('x' * 5_000_000)\nprint('\\ud800')\n" + ADD,
@@ -160,64 +162,26 @@ def test_honest_programs_pass(sandbox):
     assert not {n: v for n, v in zip(HONEST_ADD, verdicts, strict=True) if not v.passed}
 
 
-ANSWERS = {  # expression of x -> what the test says of it
-    "(x, [x], {x: (1,)}, {x}, frozenset([x]), b'a', 1.5, None, True, 2j, range(3))": "assert "
-    "list(map(type, r)) == [int, list, dict, set, frozenset, bytes, float, type(None), bool, "
-    "complex, range]; assert r[:3] == (1, [1], {1: (1,)})",
-    "(float('nan'), float('inf'), -0.0)": "assert r[0] != r[0] and str(r) == '(nan, inf, -0.0)'",
-    "3 ** 100_000 * x": "assert r == 3 ** 100_000 and type(r) is int",
-    "'\\ud800' + '\\u20ac' * x": "assert r == '\\ud800\\u20ac'",
-    "__import__('fractions').Fraction(x, 3)": "assert r * 3 == 1",
-    "__import__('datetime').date(2020, 1, x)": "assert r.isoformat() == '2020-01-01'",
-    "__import__('collections').Counter([x, x])": "assert r.most_common() == [(1, 2)]",
-    "__import__('collections').namedtuple('P', 'a b')(x, 2)": "assert r == (1, 2) and r.b == 2",
-    "__import__('numpy').array([[x, 2.5]])": "assert r.tolist() == [[1, 2.5]] and r.dtype == float",
-    "type(x)": "assert r is int",
-    "[ValueError('a', x)]": "assert isinstance(r[0], ValueError) and r[0].args == ('a', 1)",
-    "(v * 2 for v in range(x + 2))": "assert list(r) == [0, 2, 4]",
-    "zip('ab', [x, 2])": "assert dict(r) == {'a': 1, 'b': 2}",
-    "lambda y: [x, y]": "assert r(5) == [1, 5]",
-    "__import__('re').match('a', 'a' * x)": "assert r.group() == 'a'",
-    "list(range(2_000_000 * x))": "assert r == list(range(2_000_000))",
-}
-
-
-def test_answers_keep_value_and_type(sandbox):
-    cases = {p: (f"def f(x):\n    return {p}", f"r = f(1)\n{t}") for p, t in ANSWERS.items()}
-    with Sandbox(workers=2) as roomy:
-        assert not failed(roomy, cases)
-
-
-ARGUMENTS = {
-    "changed": (
-        "def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}",
-        "inner = [3, 1, 2]\nouter, d = [inner], {}\nf(outer, d=d)\n"
-        "assert outer == [[1, 2, 3], 1] and d == {'k': {2}} and inner == [1, 2, 3]",
-    ),
-    "functions and iterators": (
-        "def f(g, xs): return sorted(xs, key=g), list(map(g, [1, -2]))",
-        "assert f(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
-        "assert f(abs, [-3, 2]) == ([2, -3], [1, 2])",
-    ),
-    "any name": ("def f(self, target, kind=1): return target", "assert f(self=1, target=9) == 9"),
-    "classes": ("def f(k): return k('3')", "assert f(int) == 3 and f(str) == '3'"),
-    "an array": (
-        "def f(a): return (a * 2).sum()",
-        "import numpy\nassert f(numpy.array([[1, 2], [3, 4]])) == 20",
-    ),
-    "two million": ("def f(xs): return sum(xs)", "assert f([1] * 2_000_000) == 2_000_000"),
-    "the program and the test call each other": (
-        "def f(g, n): return n and g(n)",
-        "def g(n): return f(g, n - 1) + 1\nassert f(g, 30) == 30",
-    ),
-}
-
-
-def test_arguments_arrive_and_come_back(sandbox):
-    with Sandbox(workers=2) as roomy:
-        assert not failed(roomy, ARGUMENTS)
-
-
+ANSWERS = {  # expression of x -> what is true of it
+    "(x, [x], {x: (1,)}, {x}, frozenset([x]), b'a', 1.5, None, True, 2j, range(3))":
+        "list(map(type, r)) == [int, list, dict, set, frozenset, bytes, float, type(None), bool, "
+        "complex, range] and r[:3] == (1, [1], {1: (1,)})",
+    "(float('nan'), float('inf'), -0.0)": "r[0] != r[0] and str(r) == '(nan, inf, -0.0)'",
+    "3 ** 100_000 * x": "r == 3 ** 100_000 and type(r) is int",
+    "'\\ud800' + '\\u20ac' * x": "r == '\\ud800\\u20ac'",
+    "__import__('fractions').Fraction(x, 3)": "r * 3 == 1",
+    "__import__('datetime').date(2020, 1, x)": "r.isoformat() == '2020-01-01'",
+    "__import__('collections').Counter([x, x])": "r.most_common() == [(1, 2)]",
+    "__import__('collections').namedtuple('P', 'a b')(x, 2)": "r == (1, 2) and r.b == 2",
+    "__import__('numpy').array([[x, 2.5]])": "r.tolist() == [[1, 2.5]] and r.dtype == float",
+    "type(x)": "r is int",
+    "[ValueError('a', x)]": "isinstance(r[0], ValueError) and r[0].args == ('a', 1)",
+    "(v * 2 for v in range(x + 2))": "list(r) == [0, 2, 4]",
+    "zip('ab', [x, 2])": "dict(r) == {'a': 1, 'b': 2}",
+    "lambda y: [x, y]": "r(5) == [1, 5]",
+    "__import__('re').match('a', 'a' * x)": "r.group() == 'a'",
+    "list(range(2_000_000 * x))": "r == list(range(2_000_000))",
+}  # fmt: skip
 NODE = """
 class Node:
     def __init__(self, val=0, next=None, kids=()):
@@ -231,56 +195,21 @@ def values(node):
     while node: found.append(node.val); node = node.next
     return found
 """
-TURN = "    last = None\n    while x: x.next, last, x = last, x, x.next\n    return last\n"
-POINT = "import dataclasses, enum, typing\n@dataclasses.dataclass(frozen=True)\nclass Point:\n"
-POINT += "    x: int\n    def twice(self): return Point(2 * self.x)\nclass Color(enum.Enum):\n"
-POINT += "    RED = 1\n    BLUE = 2\nclass Pair(typing.NamedTuple):\n    a: int\n"
-POINT += "class Slots:\n    __slots__ = ('x', 'y')\n    def __init__(self, x): self.x = x\n"
-INSTANCES = {  # of classes that the test deals in: by value, and with the reference's methods
-    "a list": (f"{NODE}def f(x):\n{TURN}", "assert values(f(build([1, 2, 3]))) == [3, 2, 1]"),
-    "of 30,000": (
-        f"{NODE}def f(x):\n{TURN}",
-        "assert values(f(build(range(30_000)))) == list(range(29_999, -1, -1))",
-    ),
-    "an argument that is changed and given back": (
-        f"{NODE}def f(x):\n{TURN}",
-        "h = build([1, 2, 3])\nr = f(h)\nassert h.next is None and r.next.next is h",
-    ),
-    "a cycle": (
-        f"{NODE}def f(x):\n    seen = set()\n    while x and id(x) not in seen:\n"
-        "        seen.add(id(x)); x = x.next\n    return bool(x)\n",
-        "h = build([1, 2])\nassert not f(h)\nh.next.next = h\nassert f(h)",
-    ),
-    "a shared node": (
-        f"{NODE}def f(n):\n    end = Node(7)\n    return Node(1, kids=[end, end])\n",
-        "r = f(1)\nassert r.kids[0] is r.kids[1] and isinstance(r, Node) and not Node().kids",
-    ),
-    "equality and hash": (
-        f"{POINT}def f(x): return {{Point(x), Point(2)}}",
-        "assert f(1) == {Point(1), Point(2)} and Point(2) in f(3)",
-    ),
-    "methods": (
-        f"{POINT}def f(p): return Point(p.x + 1)",
-        "assert f(Point(1)).twice() == Point(4)",
-    ),
-    "enum": (
-        f"{POINT}def f(c): return Color.BLUE if c is Color.RED else Color.RED",
-        "assert f(Color.RED) == Color.BLUE and f(Color.BLUE) is Color.RED",
-    ),
-    "named tuple": (f"{POINT}def f(p): return Pair(p.a + 1)", "assert f(Pair(1)) == Pair(2)"),
-    "slots": (f"{POINT}def f(s):\n    s.y = s.x\n    return s", "assert f(Slots(3)).y == 3"),
-}
-
-
-def test_instances_of_the_reference_s_classes_travel_by_value(sandbox):
-    with Sandbox(workers=2) as roomy:
-        assert not failed(roomy, INSTANCES, with_reference=True)
-    # The class is the reference's also where the program has none.
-    program = f"def f(x):\n{TURN}"
-    test = f"def check(f):\n    {INSTANCES['a list'][1]}"
-    assert judge(sandbox, program, test, "f", NODE + program).passed
-
-
+TURN = (
+    "def f(x):\n    last = None\n    while x: x.next, last, x = last, x, x.next\n    return last\n"
+)
+POINT = """
+import dataclasses, enum, typing
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: int
+    def twice(self): return Point(2 * self.x)
+class Color(enum.Enum): RED, BLUE = 1, 2
+class Pair(typing.NamedTuple): a: int
+class Slots:
+    __slots__ = ('x', 'y')
+    def __init__(self, x): self.x = x
+"""
 STACK = """
 class Stack:
     def __init__(self): self.items = []
@@ -291,7 +220,6 @@ class Stack:
     size = property(lambda self: len(self.items))
 kept = Stack()
 def bump(): kept.push(1)
-def f(): return kept
 """
 BOX = """
 class Box:
@@ -306,73 +234,99 @@ class Box:
     def __exit__(self, *_): self.d['out'] = 1
 f = Box
 """
-GENERATOR = (
-    "log = []\ndef f(n=3):\n    for i in range(n):\n        log.append(i)\n        yield i\n"
+COUNT = (
+    "log = []\ndef f(n=3):\n    for i in range(n): log.append(i); yield i\ndef seen(): return log\n"
 )
-GENERATOR += "def seen(): return log\n"
-OBJECTS = {  # of the program's own: can be asked, and can do what they can do
-    "a class": (
-        STACK + "f = Stack",
-        "s = f()\nassert not s and len(s) == 0\ns.push(1); s.push(2)\n"
-        "assert s and s.size == 2 and s.items == [1, 2] and s.pop() == 2 and s.items == [1]",
-    ),
-    "fields are read anew": (STACK, "a = f()\nassert a.size == 0\nbump()\nassert a.items == [1]"),
-    "a container": (
-        BOX,
-        "b = f()\nb['a'] = 1\nassert 'a' in b and 'z' not in b and b['a'] == 1 and list(b) == ['a']\n"
-        "del b['a']\nassert len(b) == 0",
-    ),
-    "a context manager": (
-        BOX,
-        "b = f()\nwith b as c:\n    assert c is b and list(b) == ['in']\n"
-        "assert list(b) == ['in', 'out']",
-    ),
-    "a generator": (
-        GENERATOR,
-        "import collections.abc, inspect\ng = f()\nassert inspect.isgenerator(g) and iter(g) is g\n"
-        "assert isinstance(g, collections.abc.Iterator) and not callable(g)\n"
-        "assert not hasattr(g, '__len__') and next(g) == 0 and seen() == [0] and list(g) == [1, 2]",
-    ),
-    "a long iterator": (GENERATOR, "assert sum(f(300_000)) == 150_000 * 299_999"),
-    "an error at the end of one": (
-        "def f():\n    yield from range(999)\n    raise ValueError",
-        "n = 0\ntry:\n    for x in f(): n += 1\nexcept ValueError: pass\nassert n == 999",
-    ),
-    "no iterator": (
-        "class A:\n    def __getitem__(self, i): return [4, 5][i]\ndef f(): return A()",
+RIGHT = {  # name: (program, body of check(f), "" or the reference; without it: the program)
+    **{f"answers {p}": (f"def f(x): return {p}", f"r = f(1)\nassert {t}", "")
+       for p, t in ANSWERS.items()},
+    # Arguments arrive and come back.
+    "changed arguments": ("def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}",
+        "inner = [3, 1, 2]\nouter, d = [inner], {}\nf(outer, d=d)\n"
+        "assert outer == [[1, 2, 3], 1] and d == {'k': {2}} and inner == [1, 2, 3]"),
+    "functions as arguments": ("def f(g, xs): return sorted(xs, key=g), list(map(g, [1, -2]))",
+        "assert f(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
+        "assert f(abs, [-3, 2]) == ([2, -3], [1, 2])"),
+    "keywords of any name": ("def f(self, target): return target", "assert f(self=1, target=9) == 9"),
+    "classes as arguments": ("def f(k): return k('3')", "assert f(int) == 3 and f(str) == '3'"),
+    "arrays as arguments": ("def f(a): return (a * 2).sum()",
+        "import numpy\nassert f(numpy.array([[1, 2], [3, 4]])) == 20"),
+    "two million": ("def f(xs): return sum(xs)", "assert f([1] * 2_000_000) == 2_000_000"),
+    "program and test call each other": ("def f(g, n): return n and g(n)",
+        "def g(n): return f(g, n - 1) + 1\nassert f(g, 30) == 30"),
+    # Instances of classes that the test deals in: by value, with the reference's methods.
+    "nodes": (NODE + TURN, "assert values(f(build([1, 2, 3]))) == [3, 2, 1]"),
+    "nodes of a class that the program has not": (TURN,
+        "assert values(f(build([1, 2, 3]))) == [3, 2, 1]", NODE + TURN),
+    "30,000 nodes": (NODE + TURN, "assert values(f(build(range(30_000)))) == [*range(30_000)][::-1]"),
+    "nodes changed and given back": (NODE + TURN,
+        "h = build([1, 2, 3])\nr = f(h)\nassert h.next is None and r.next.next is h"),
+    "a cycle": (NODE + "def f(x):\n    seen = set()\n    while x and id(x) not in seen:\n"
+        "        seen.add(id(x)); x = x.next\n    return bool(x)\n",
+        "h = build([1, 2])\nassert not f(h)\nh.next.next = h\nassert f(h)"),
+    "a shared node": (NODE + "def f():\n    end = Node(7)\n    return Node(1, kids=[end, end])",
+        "r = f()\nassert r.kids[0] is r.kids[1] and isinstance(r, Node) and not Node().kids"),
+    "equality and hash": (POINT + "def f(x): return {Point(x), Point(2)}",
+        "assert f(1) == {Point(1), Point(2)} and Point(2) in f(3)"),
+    "methods": (POINT + "def f(p): return Point(p.x + 1)", "assert f(Point(1)).twice() == Point(4)"),
+    "enum": (POINT + "def f(c): return Color.BLUE if c is Color.RED else Color.RED",
+        "assert f(Color.RED) == Color.BLUE and f(Color.BLUE) is Color.RED"),
+    "named tuple": (POINT + "def f(p): return Pair(p.a + 1)", "assert f(Pair(1)) == Pair(2)"),
+    "slots": (POINT + "def f(s):\n    s.y = s.x\n    return s", "assert f(Slots(3)).y == 3"),
+    # Objects of the program's own can be asked, and can do what they can do.
+    "a class": (STACK + "f = Stack", "s = f()\nassert not s and len(s) == 0\ns.push(1); s.push(2)\n"
+        "assert s and s.size == 2 and s.items == [1, 2] and s.pop() == 2 and s.items == [1]", ""),
+    "fields are read anew": (STACK + "def f(): return kept",
+        "a = f()\nassert a.size == 0 and a.items == []\nbump()\nassert a.items == [1]", ""),
+    "a container": (BOX, "b = f()\nb['a'] = 1\nassert 'a' in b and 'z' not in b and b['a'] == 1\n"
+        "assert list(b) == ['a']\ndel b['a']\nassert len(b) == 0", ""),
+    "a context manager": (BOX, "b = f()\nwith b as c:\n    assert c is b and list(b) == ['in']\n"
+        "assert list(b) == ['in', 'out']", ""),
+    "a generator": (COUNT, "import collections.abc, inspect\ng = f()\n"
+        "assert inspect.isgenerator(g) and isinstance(g, collections.abc.Iterator) and iter(g) is g\n"
+        "assert not callable(g) and not hasattr(g, '__len__') and next(g) == 0 and seen() == [0]\n"
+        "assert list(g) == [1, 2]", ""),
+    "a long iterator": (COUNT, "assert sum(f(300_000)) == 150_000 * 299_999", ""),
+    "an error at the end of one": ("def f():\n    yield from range(999)\n    raise ValueError",
+        "n = 0\ntry:\n    for x in f(): n += 1\nexcept ValueError: pass\nassert n == 999", ""),
+    "no iterator": ("class A:\n    def __getitem__(self, i): return [4, 5][i]\ndef f(): return A()",
         "import collections.abc\na = f()\nassert not callable(a) and not hasattr(a, '__iter__')\n"
-        "assert not isinstance(a, collections.abc.Iterable) and list(a) == [4, 5]",
-    ),
-    "metadata": ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'; f()"),
-    "30,000 nodes": (
-        f"{NODE}f = build",
-        "node, total = f(range(30_000)), 0\n"
-        "while node: total += node.val; node = node.next\nassert total == 449_985_000",
-    ),
-}
+        "assert not isinstance(a, collections.abc.Iterable) and list(a) == [4, 5]", ""),
+    "metadata": ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'; f()", ""),
+    "nodes of its own": (NODE + "f = build", "node, total = f(range(30_000)), 0\n"
+        "while node: total += node.val; node = node.next\nassert total == 449_985_000", ""),
+    "coroutines": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n",
+        "import asyncio\nasync def both(): return await asyncio.gather(f(1), f(2))\n"
+        "assert asyncio.run(f(1)) == 2 and asyncio.run(both()) == [2, 3]", ""),
+    **{f"nested {shape}": (
+        f"def f(n, x):\n    for _ in range(n): x = {shape}\n    return x\n{more}",
+        f"x = 1\nfor _ in range(900): x = {shape}\nassert f(0, x) == x and f(900, 1) == x", "")
+       for shape in ("[x]", "(x,)", "{'k': x}")
+       for more in ("", "import sys\nsys.setrecursionlimit(2**31 - 1)")},
+    # What a test does.
+    "draws": ("def f(xs): return sum(xs)", "import random\nfor _ in range(9):\n"
+        "    xs = [random.random(), 1]\n    assert f(xs) == sum(xs)"),
+    "names of the library": ("import math\nfrom math import *\ndef f(x): return x * math.pi",
+        "assert math.isclose(f(2), 2 * pi)", ""),
+    "a builtin type": ("f = str", "assert f(1) == '1'", "def f(x): return str(x)"),
+    "a builtin type, no reference": ("f = str", "assert f(1) == '1'", ""),
+    "prompt helpers": ("def encode(s): return s[::-1]\ndef f(s): return s[::-1]",
+        "assert f(encode('ab')) == 'ab'"),
+}  # fmt: skip
 
 
-def test_objects_of_the_program_s_own_can_be_asked(sandbox):
+@pytest.fixture(scope="module")
+def verdicts():
+    checks = []
+    for program, lines, *reference in RIGHT.values():
+        checks.append(Check(program, check_of(lines), "f", *(reference or [program])))
     with Sandbox(workers=2) as roomy:
-        assert not failed(roomy, OBJECTS)
+        return dict(zip(RIGHT, roomy.run(checks), strict=True))
 
 
-def test_coroutines_are_awaited_by_the_test(sandbox):
-    program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
-    test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
-    test += "assert asyncio.run(f(1)) == 2\nassert asyncio.run(both()) == [2, 3]\n"
-    assert judge(sandbox, program, test).passed
-    assert judge(sandbox, program.replace("+ 1", "+ 2"), test).outcome == "wrong_answer"
-
-
-@pytest.mark.parametrize("shape", ["[x]", "(x,)", "{'k': x}"])
-def test_values_may_be_nested_deeper_than_a_program_recurses(sandbox, shape):
-    program = f"def f(n, x):\n    for _ in range(n):\n        x = {shape}\n    return x\n"
-    test = program.replace("def f", "def g") + "def check(f):\n"
-    test += "    x = g(900, 1)\n    assert f(0, x) == x\n    assert f(900, 1) == x\n"
-    assert judge(sandbox, program, test, "f").passed
-    low = "import sys\nsys.setrecursionlimit(2**31 - 1)\n"
-    assert judge(sandbox, low + program, test, "f").passed
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_pass(verdicts, name):
+    assert verdicts[name].passed, verdicts[name]
 
 
 # ---- exceptions ----------------------------------------------------------------------------------
@@ -382,62 +336,41 @@ class NoFunds(Exception):
     def __init__(self, need, have):
         super().__init__(f'need {need}, have {have}')
         self.need = need
-    def short(self): return self.need
 class Said(Exception):
     def __init__(self, word): self.word = word
     def __str__(self): return f'<{self.word}>'
+class Worse(NoFunds): pass
 """
 RAISED = {  # program, what it should raise, what is true of that
     "builtin": ("def f(): raise ValueError('bad', 1)", "ValueError", "e.args == ('bad', 1)"),
     "a subclass": ("class B(ValueError): pass\ndef f(): raise B('bad')", "ValueError", "e.args"),
-    "by its name": ("class B(ValueError): pass\ndef f(): raise B('bad')", "B", "str(e) == 'bad'"),
-    "a base by its name": ("class A(Exception): pass\nclass B(A): pass\ndef f(): raise B", "A", "1"),
-    "with attributes": (FUNDS + "def f(): raise NoFunds(5, 3)", "NoFunds",
-                        "e.need == 5 and str(e) == 'need 5, have 3'"),
-    "that says": (FUNDS + "def f(): raise Said('x')", "Exception", "str(e) == '<x>'"),
-    "from another": ("def f():\n    try: 1 / 0\n    except Exception as e: raise KeyError(1) from e",
-                     "KeyError", "isinstance(e.__cause__, ZeroDivisionError)"),
-    "of json": ("import json\ndef f(): json.loads('{bad')", "json.JSONDecodeError", "e.pos == 1"),
-    "of statistics": ("import statistics\ndef f(): statistics.mean([])",
-                      "statistics.StatisticsError", "isinstance(e, ValueError)"),
-    "of dataclasses": ("import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int\n"
-                       "def f(): P(1).x = 2", "dataclasses.FrozenInstanceError", "1"),
+    "attributes": (FUNDS + "def f(): raise NoFunds(5, 3)", "NoFunds",
+                   "e.need == 5 and str(e) == 'need 5, have 3'"),
+    "a base": (FUNDS + "def f(): raise Worse(5, 3)", "NoFunds", "e.need == 5"),
+    "its text": (FUNDS + "def f(): raise Said('x')", "Exception", "str(e) == '<x>'"),
+    "cause": ("def f():\n    try: 1 / 0\n    except Exception as e: raise KeyError(1) from e",
+              "KeyError", "isinstance(e.__cause__, ZeroDivisionError)"),
+    "json": ("import json\ndef f(): json.loads('{bad')", "json.JSONDecodeError", "e.pos == 1"),
+    "statistics": ("import statistics\ndef f(): statistics.mean([])", "statistics.StatisticsError",
+                   "isinstance(e, ValueError)"),
+    "frozen": ("import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int\n"
+               "def f(): P(1).x = 2", "dataclasses.FrozenInstanceError", "1"),
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", RAISED)
 @pytest.mark.parametrize("with_reference", [False, True])
-def test_exceptions_come_with_class_arguments_and_attributes(sandbox, with_reference):
-    lines = "import dataclasses, json, statistics\ntry:\n    f()\nexcept {} as e:\n    assert {}\n"
-    lines += "else:\n    assert False"
-    cases = {name: (p, lines.format(kind, that)) for name, (p, kind, that) in RAISED.items()}
-    assert not failed(sandbox, cases, with_reference)
-    for program, kind, that in RAISED.values():  # another error, or none
-        test = f"def check(f):\n{textwrap.indent(lines.format(kind, that), '    ')}"
-        for wrong in "raise TypeError('bad')", "return 1":
-            other = program[: program.index("def f")] + f"def f(): {wrong}"
-            outcome = judge(sandbox, other, test, "f", program if with_reference else "").outcome
-            assert outcome in (("exception", "wrong_answer")[wrong == "return 1"], "wrong_answer")
-
-
-CALLBACK_ERRORS = {
-    "the program's": ("class E(Exception): pass", "E"),
-    "the test's own": ("", "Own"),
-    "builtin": ("", "LookupError"),
-}
-
-
-@pytest.mark.parametrize("name", CALLBACK_ERRORS)
-def test_an_error_of_the_test_s_goes_through_the_program(sandbox, name):
-    head, kind = CALLBACK_ERRORS[name]
-    program = f"{head}\ndef f(g, n):\n    for _ in range(n):\n        try: return g()\n"
-    program += f"        except {kind if kind != 'Own' else 'KeyError'}: pass\n    return g()\n"
-    test = "def check(f):\n    class Own(Exception): pass\n    calls = []\n    def g():\n"
-    test += f"        calls.append(1)\n        if len(calls) < 3: raise {kind}(len(calls))\n"
-    test += "        return 'ok'\n"
-    retried = test + "    assert f(g, 5) == 'ok' and len(calls) == 3\n"
-    raised = test + f"    try: f(g, 0)\n    except {kind} as e: assert e.args == (1,)\n"
-    assert judge(sandbox, program, raised + "    else: assert False\n").passed
-    assert judge(sandbox, program, retried).passed == (kind != "Own")
+def test_exceptions_come_with_class_arguments_and_attributes(sandbox, name, with_reference):
+    program, kind, that = RAISED[name]
+    test = check_of(
+        f"import dataclasses, json, statistics\ntry: f()\nexcept {kind} as e:\n    assert {that}\n"
+        "else:\n    assert False"
+    )
+    head, reference = program[: program.index("def f")], program if with_reference else ""
+    programs = program, head + "def f(): raise TypeError('bad')", head + "def f(): return 1"
+    outcomes = [v.outcome for v in sandbox.run([Check(p, test, "f", reference) for p in programs])]
+    other = "wrong_answer" if kind == "Exception" else "exception"  # it is caught, and not as said
+    assert outcomes == ["passed", other, "wrong_answer"]
 
 
 CATCHES = """
@@ -473,46 +406,47 @@ def test_exceptions_of_the_program_can_be_named_by_a_test(sandbox, classes, rais
     assert judge(sandbox, program, CATCHES).outcome == outcome
 
 
-# ---- forms of tests ------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["E", "LookupError", "Own"])
+def test_an_error_of_the_test_s_goes_through_the_program(sandbox, kind):
+    """E is the program's class, Own the test's; a program that knows it may catch it."""
+    program = "class E(Exception): pass\ndef f(g, n):\n    for _ in range(n):\n        try: return "
+    program += f"g()\n        except {kind if kind != 'Own' else 'E'}: pass\n    return g()\n"
+    lines = "class Own(Exception): pass\ncalls = []\ndef g():\n    calls.append(1)\n"
+    lines += f"    if len(calls) < 3: raise {kind}(len(calls))\n    return 'ok'\n"
+    raised = f"try: f(g, 0)\nexcept {kind} as e: assert e.args == (1,)\nelse: assert False\n"
+    assert judge(sandbox, program, check_of(lines + raised)).passed
+    retried = judge(
+        sandbox, program, check_of(lines + "assert f(g, 5) == 'ok' and len(calls) == 3")
+    )
+    assert retried.passed == (kind != "Own")
+
+
+# ---- tests ---------------------------------------------------------------------------------------
 
 NEXT = "def f(x): return x + 1\n"
 TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
     "under a guard": ("if __name__ == '__main__':\n    assert f(1) == 2\n", NEXT),
-    "unittest": (
-        "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
-        "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()\n",
-        NEXT,
-    ),
+    "unittest": ("import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
+        "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()\n", NEXT),
     "ends itself": ("import sys\nsys.exit(0 if f(1) == 2 else 1)\n", NEXT),
     "ends before its check": ("import sys\ndef check(f):\n    assert f(1) == 2\nsys.exit()\n", NEXT),
     "catches all": ("while 1:\n    try:\n        if f(1) == 2: break\n    except: pass\n"
-                    "    assert f(1) == 2\n", NEXT),
-    "threads": (
-        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
-        "    assert list(pool.map(f, range(50))) == list(range(1, 51))\n",
-        NEXT,
-    ),
+        "    assert f(1) == 2\n", NEXT),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+        "    assert list(pool.map(f, range(50))) == list(range(1, 51))\n", NEXT),
     "int subclass": ("import enum\nclass E(enum.IntEnum):\n    A = 1\nassert f(E.A) == 2\n", NEXT),
     "callback": ("assert f(lambda *, x: x) == 2", "def f(g): return g(x=1) + 1\n"),
-    "views": (
-        "keys, items = f({1: 2})\nassert keys == {2} and list(keys) == [2] and items == {(2, 3)}\n",
-        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()\n",
-    ),
-    "endless": (
-        "import itertools\nassert f(itertools.count(7)) == 8\n",
-        "def f(xs): return next(xs) + 1\n",
-    ),
-    "seeds": (
-        "import random\nrandom.seed(7)\nx = random.random()\nrandom.seed(7)\nassert f(0) == x + 1\n",
-        "import random\ndef f(x): return random.random() + 1\n",
-    ),
-    "seeds numpy": (
-        "import numpy as np\nnp.random.seed(7)\nx = np.random.rand()\nnp.random.seed(7)\n"
-        "assert f(0) == x + 1\n",
-        "import numpy.random\ndef f(x): return numpy.random.rand() + 1\n",
-    ),
-    "a folder": ("import os\nopen('a', 'w').write('1')\nassert os.listdir() == ['a']\n"
-                 "assert os.getcwd() != '/' and f(1) == 2\n", NEXT),
+    "views": ("k, i = f({1: 2})\nassert k == {2} and list(k) == [2] and i == {(2, 3)}\n",
+        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()\n"),
+    "endless": ("import itertools\nassert f(itertools.count(7)) == 8\n",
+        "def f(xs): return next(xs) + 1\n"),
+    "seeds": ("import random\nrandom.seed(7)\nx = random.random()\nrandom.seed(7)\n"
+        "assert f() == x + 1\n", "import random\ndef f(): return random.random() + 1\n"),
+    "seeds numpy": ("import numpy\nnumpy.random.seed(7)\nx = numpy.random.rand()\n"
+        "numpy.random.seed(7)\nassert f() == x + 1\n",
+        "import numpy\ndef f(): return numpy.random.rand() + 1\n"),
+    "has a folder": ("import os\nopen('a', 'w').write('1')\nassert os.listdir() == ['a']\n"
+        "assert os.getcwd() != '/' and f(1) == 2\n", NEXT),
 }  # fmt: skip
 
 
@@ -525,44 +459,10 @@ def test_forms_of_tests(sandbox, form, with_reference):
     assert judge(sandbox, wrong, test, "f", reference).outcome == "wrong_answer"
 
 
-@pytest.mark.parametrize("reference", ["", "def f(x):\n    return str(x)\n"])
-def test_a_builtin_type_may_be_the_answer(sandbox, reference):
-    test = "def check(candidate):\n    assert candidate(1) == '1'"
-    assert judge(sandbox, "f = str\n", test, "f", reference).passed
-    assert judge(sandbox, "f = list\n", test, "f", reference).outcome == "wrong_answer"
-
-
-def test_names_beside_the_entry_point_are_the_reference_s(sandbox):
-    reference = "def encode(s):\n    return s[::-1]\ndef f(s):\n    return s[::-1]\n"
-    lying = "def encode(s):\n    return s\ndef f(s):\n    return s\n"
-    test = "def check(candidate):\n    assert candidate(encode('ab')) == 'ab'"
-    assert judge(sandbox, reference, test, "f", reference).passed
-    assert not judge(sandbox, lying, test, "f", reference).passed
-    # Without an entry point all that the test uses is the program's, its classes too.
-    test = "assert f(encode('ab')) == 'ab'"
-    assert sandbox.run([Check(lying, test, "", reference)])[0].passed
+def test_without_an_entry_point_all_that_the_test_uses_is_the_program_s(sandbox):
     stack = "class Stack:\n    def top(self): return {}\ndef f(): return Stack()\n"
     checks = [Check(stack.format(n), "assert f().top() == 2", "", stack.format(2)) for n in (2, 3)]
     assert [verdict.passed for verdict in sandbox.run(checks)] == [True, False]
-
-
-def test_modules_that_a_test_uses_are_its_own(sandbox):
-    program = "import math\nfrom math import *\ndef f(x):\n    return x * math.pi"
-    assert judge(sandbox, program, "assert math.isclose(f(2), 2 * pi)").passed
-    lies = [
-        "class math:\n    isclose = lambda a, b: True\n",
-        "import math\n",
-        "from math import *\n",
-    ]
-    lies[1] += "math.isclose = lambda a, b: True\n"
-    lies[2] = lies[1] + "from math import isclose\n"
-    for lie in lies:
-        program, test = lie + "def f(x):\n    return 0", "assert math.isclose(f(2), 6.28)"
-        bare = test.replace("math.", "") if "from" in lie else test
-        assert not judge(sandbox, program, bare).passed
-        assert not judge(sandbox, program, test, "f", "import math\ndef f(x): return 2 * x").passed
-    lie = "import numpy as np\nnp.allclose = lambda a, b: True\ndef f(x): return [0.0]\n"
-    assert not judge(sandbox, lie, "assert np.allclose(f(2), [2.0])").passed
 
 
 SETS = {  # what a test may leave behind, and a test that would feel it
@@ -572,40 +472,37 @@ SETS = {  # what a test may leave behind, and a test that would feel it
                   "import sys\nassert sys.getrecursionlimit() > 900"),
     "a patched module": ("import math\nmath.sqrt = None", "import math\nassert math.sqrt(4) == 2"),
     "a builtin": ("import builtins\nbuiltins.abs = None", "assert abs(-1) == 1"),
-    "random state": ("import random\nrandom.seed(1)", "import random\n"
-                     "assert random.random() != random.Random(1).random()"),
+    "random state": ("import random\nrandom.seed(1)",
+                     "import random\nassert random.random() != random.Random(1).random()"),
     "files": ("open('left', 'w').write('x')", "import os\nassert os.listdir() == []"),
     "environment": ("import os\nos.environ['X'] = '1'", "import os\nassert 'X' not in os.environ"),
     "memory": ("big = [bytes(1 << 20) for _ in range(300)]", "big = bytes(300 << 20)"),
 }  # fmt: skip
+LEAVES_AND_FEELS = [
+    Check(NEXT, f"{text}\nassert f(1) == 2", "f") for pair in SETS.values() for text in pair
+]
 
 
 def test_nothing_of_a_test_stays_for_the_next():
     with Sandbox(workers=1, memory_mb=256) as one:
-        for name, (leaves, feels) in SETS.items():
-            checks = [Check(NEXT, f"{text}\nassert f(1) == 2", "f") for text in (leaves, feels)]
-            assert [verdict.outcome for verdict in one.run(checks)] == ["passed"] * 2, name
+        outcomes = [verdict.outcome for verdict in one.run(LEAVES_AND_FEELS)]
+    assert outcomes == ["passed"] * 2 * len(SETS)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_verdicts_do_not_depend_on_the_order(workers):
     checks = [Check(p, TEST_ADD, "add") for p, o in OUTCOME_OF.items() if o != "timeout"]
-    checks += [Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()]
-    checks += [
-        Check(NEXT, f"{text}\nassert f(1) == 2", "f") for pair in SETS.values() for text in pair
-    ]
-    draws = "import random\ndef f(x): return random.random()\n"
-    checks += [
-        Check(draws + f"#{i}", "raise ValueError(f'{f(1)}', random.random())", "f") for i in (1, 2)
-    ]
+    checks += [Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()] + LEAVES_AND_FEELS
+    draws = "import random\ndef f(): return random.random()\n#"
+    told = "import random\nraise ValueError(f(), random.random())"
+    checks += [Check(draws + str(i), told, "f") for i in range(2)]
     with Sandbox(workers=workers) as box:
         first = [(v.outcome, v.detail) for v in box.run(checks)]
         for seed in 1, 2:
             order = random.Random(seed).sample(range(len(checks)), len(checks))
-            verdicts = dict(zip(order, box.run([checks[i] for i in order]), strict=True))
-            again = [(verdicts[i].outcome, verdicts[i].detail) for i in range(len(checks))]
-            assert again == first
-    assert first[-1] == first[-2] and "ValueError" in first[-1][1]
+            again = dict(zip(order, box.run([checks[i] for i in order]), strict=True))
+            assert [(again[i].outcome, again[i].detail) for i in range(len(checks))] == first
+    assert first[-1] == first[-2] and "ValueError" in first[-1][1]  # it draws the same each time
 
 
 # ---- it survives ---------------------------------------------------------------------------------
@@ -615,24 +512,23 @@ def descendants(pid):
     parents = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+                parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
     found = [pid]
     for one in found:
         found += [child for child, parent in parents.items() if parent == one]
     return found[1:]
 
 
-def alive(pid):
-    """Does the process exist, and not only as an entry that its parent has yet to read?"""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+def processes(box):
+    """The process ids of a sandbox, of its servers first."""
+    own = [server.process.pid for worker in box._workers for server in worker.servers.values()]
+    return own + [pid for server in own for pid in descendants(server)]
+
+
+def exists(pid):
+    """Zombies do as well."""
+    return os.path.exists(f"/proc/{pid}")
 
 
 def numbered(count, slow=0.0):
@@ -642,14 +538,8 @@ def numbered(count, slow=0.0):
     return [Check(program, TEST_ADD, "add") for program in programs]
 
 
-def processes(box):
-    """The process ids of a sandbox, of its servers first."""
-    own = [server.process.pid for worker in box._workers for server in worker.servers.values()]
-    return own + [pid for server in own for pid in descendants(server)]
-
-
 @pytest.mark.parametrize("victim", [0, 1, 4])  # of a name space: its holder; servers
-def test_killed_processes_lose_no_verdict(victim):
+def test_killed_processes_lose_no_verdict(victim, capfd):
     with Sandbox(workers=2) as shot:
         seen = []
 
@@ -661,7 +551,7 @@ def test_killed_processes_lose_no_verdict(victim):
 
         verdicts = shot.run(numbered(40, slow=0.01), progress)
     assert [v.outcome for v in verdicts] == ["passed", "wrong_answer"] * 20
-    assert sum(seen) == 40
+    assert sum(seen) == 40 and capfd.readouterr().err == ""
 
 
 def test_interrupted_run_leaves_nothing_for_the_next(sandbox):
@@ -673,7 +563,29 @@ def test_interrupted_run_leaves_nothing_for_the_next(sandbox):
     assert [v.passed for v in sandbox.run(numbered(6))] == [True, False] * 3
 
 
-def test_killed_owner_leaves_no_process():
+def test_closing_leaves_nothing_and_ends_a_run_under_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tmp_path.chmod(0o755)
+    box, found = Sandbox(workers=2), []
+
+    def work():
+        with pytest.raises(RuntimeError, match="closed"):
+            box.run(numbered(4, slow=60))
+        found.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.3)
+    pids = processes(box)
+    box.close()
+    box.close()
+    thread.join()
+    assert found and len(pids) > 8 and not any(map(exists, pids)) and not list(tmp_path.iterdir())
+
+
+def test_killed_owner_leaves_no_process_and_no_file(tmp_path):
+    tmp_path.chmod(0o755)
     program = f"""
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})
@@ -685,22 +597,20 @@ print("done", flush=True)
 sys.stdin.read()
 """
     for last_word in "ready", "done":
-        owner = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        owner = subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes)
         while owner.stdout.readline().decode().strip() != last_word:
             pass
         time.sleep(0.2)
         pids = descendants(owner.pid)
         owner.kill()
-        owner.wait()
+        owner.communicate()
         end = time.monotonic() + 10
-        while any(map(alive, pids)):
+        while any(map(exists, pids)) or list(tmp_path.iterdir()):
             assert time.monotonic() < end
             time.sleep(0.05)
         assert len(pids) >= 4
-        owner.stdin.close()
-        owner.stdout.close()
 
 
 def test_equal_checks_run_once_and_progress_adds_up(sandbox):
@@ -708,21 +618,8 @@ def test_equal_checks_run_once_and_progress_adds_up(sandbox):
     steps, start = [], time.monotonic()
     verdicts = sandbox.run([sleepy] * 50 + numbered(2), steps.append)
     assert [v.passed for v in verdicts] == [True] * 51 + [False]
-    assert sum(steps) == 52 and time.monotonic() - start < 3
+    assert sum(steps) == 52 and time.monotonic() - start < 9
     assert sandbox.run([]) == []
-
-
-def test_a_busy_machine_fails_no_honest_program():
-    burn = "import time\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n"
-    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
-    try:
-        with Sandbox(workers=2, timeout=0.5) as busy:
-            found = busy.run([Check(burn.format(s) + ADD, TEST_ADD, "add") for s in (0.3, 0.31, 5)])
-    finally:
-        for hog in hogs:
-            hog.kill()
-            hog.wait()
-    assert [v.outcome for v in found] == ["passed", "passed", "timeout"]
 
 
 def test_from_a_thread_and_beside_another(sandbox):
@@ -739,12 +636,6 @@ def test_from_a_thread_and_beside_another(sandbox):
     assert [v.passed for v in found] == [v.passed for v in mine] == [True, False] * 2
 
 
-def test_closing_twice_is_closing_once():
-    box = Sandbox(workers=1)
-    box.close()
-    box.close()
-
-
 # ---- the benchmarks' files -----------------------------------------------------------------------
 
 
@@ -754,7 +645,7 @@ def rows(name):
 
 
 @needs_data
-def test_humaneval_references_pass_and_pass_does_not(sandbox):
+def test_references_pass_and_pass_does_not(sandbox):
     checks, empty = [], []
     for row in rows("HumanEval.jsonl.gz"):
         reference = row["prompt"] + row["canonical_solution"]
@@ -763,10 +654,6 @@ def test_humaneval_references_pass_and_pass_does_not(sandbox):
         empty.append(Check(program, row["test"], row["entry_point"], reference))
     assert sum(v.passed for v in sandbox.run(checks)) == 164
     assert sum(v.passed for v in sandbox.run(empty)) == 0
-
-
-@needs_data
-def test_mbpp_references_pass(sandbox):
     checks = []
     for row in rows("mbpp.jsonl.gz")[:100] + rows("mbpp.jsonl.gz")[360:370]:
         if row["task_id"] != 123:  # it takes longer than the limit
@@ -908,60 +795,53 @@ def directly(program, test):
 
 # ---- what the docstring says of its limits -------------------------------------------------------
 
-NOT_CONTAINED = {  # why it passes: (program, test); nothing here is a right program
+NOT_CONTAINED = {  # what passes, and is no right program: (program, test)
     "hard-coded": ("def f(x): return {1: 2, 5: 6}[x]", "assert f(1) == 2 and f(5) == 6"),
     "methods of its own classes": (
         "class Y:\n    startswith = lambda self, text: True\ndef f(): return Y()",
-        "assert f().startswith('abc')",
-    ),
+        "assert f().startswith('abc')"),
     "a test that executes the answer": (
-        'def f(): return \'type("E", (), {"__eq__": lambda s, o: True})()\'',
-        "assert eval(f()) == 5",
-    ),
+        "def f(): return 'type(\"E\", (), {\"__eq__\": lambda s, o: True})()'",
+        "assert eval(f()) == 5"),
     "an assert that the program may catch": (
         "def f(g):\n    try: g(1)\n    except AssertionError: pass",
-        "def g(x): assert x == 2\nf(g)",
-    ),
-}
-FAILS = {  # though it is right: (program, test, reference)
-    "other processes": (
-        "import subprocess\ndef f(): return subprocess.check_output(['/bin/echo', 'a'])",
-        "assert f() == b'a\\n'",
-    ),
+        "def g(x): assert x == 2\nf(g)"),
+}  # fmt: skip
+FAILS = {  # though it is right: (program, test)
+    "processes": ("import subprocess as s\ndef f(): return s.check_output(['/bin/echo', 'a'])",
+                  "assert f() == b'a\\n'"),
     "standard input": ("def f(): return input()",
                        "import io, sys\nsys.stdin = io.StringIO('a')\nassert f() == 'a'"),
-    "files": ("def f(): return open('a').read()", "open('a', 'w').write('a')\nassert f() == ''"),
+    "files": ("def f(): return open('a').read()", "open('a', 'w').write('a')\nassert f() == 'a'"),
     "environment": ("import os\ndef f(): return os.environ['A']",
                     "import os\nos.environ['A'] = 'a'\nassert f() == 'a'"),
-    "objects of the test's own classes": ("def f(x): return x.a",
-                                          "class A: a = 1\nassert f(A()) == 1"),
+    "objects of the test's": ("def f(x): return x.a", "class A: a = 1\nassert f(A()) == 1"),
     "copies": ("class P: a = 1\ndef f(): return P()", "import copy\nassert copy.copy(f()).a == 1"),
     "operators": ("class P:\n    def __add__(self, o): return 5\ndef f(): return P()",
                   "assert f() + 1 == 5"),
     "equality": ("class P:\n    def __eq__(self, other): return True\ndef f(): return P()",
                  "assert f() == f()"),
     "isinstance": ("class P: pass\ndef f(): return P()", "assert isinstance(f(), P)"),
-    "one list twice": ("def f(): return [[0]] * 2",
-                       "r = f()\nr[0].append(1)\nassert r[1] == [0, 1]"),
+    "one list twice": ("def f(): return [[0]] * 2", "r = f()\nr[0].append(1)\nassert r[1] == [0, 1]"),
     "suppressed errors": ("import contextlib\nf = contextlib.suppress",
                           "with f(ValueError): int('x')"),
 }  # fmt: skip
 
 
 def test_the_limits_are_those_that_the_docstring_tells(sandbox):
-    checks = [
-        Check(program, test, "f") for program, test in [*NOT_CONTAINED.values(), *FAILS.values()]
-    ]
-    passed = [verdict.passed for verdict in sandbox.run(checks)]
-    assert passed == [True] * len(NOT_CONTAINED) + [False] * len(FAILS)
+    cases = NOT_CONTAINED | FAILS
+    verdicts = sandbox.run([Check(program, test, "f") for program, test in cases.values()])
+    passed = {name for name, verdict in zip(cases, verdicts, strict=True) if verdict.passed}
+    assert passed == NOT_CONTAINED.keys()
 
 
 def test_a_program_may_leave_a_message_in_the_kernel_s_numbers():
-    look = "import os\ndef f():\n    with open('a', 'w') as file:\n        return os.fstat(file.fileno())"
+    program = "import os\ndef f():\n    for i in range({}): open(str(i), 'w').close()\n"
+    program += "    return os.stat('0').st_ino\n#{}"
     with Sandbox(workers=1) as one:
-        found = []
-        for files in 0, 100, 0:
-            program = f"{look}.st_ino\nfor i in range({files}): open(str(i), 'w').close()\n"
-            detail = judge(one, program + f"#{len(found)}", "raise ValueError(f())").detail
-            found.append(int(detail.split()[-1]))
-    assert found[2] - found[1] < found[1] - found[0] or found[2] > found[0] + 50
+        runs = [
+            judge(one, program.format(n, i), "raise ValueError(f())")
+            for i, n in enumerate((1, 99, 1))
+        ]
+    first, _, third = (int(verdict.detail.split()[-1]) for verdict in runs)
+    assert third - first > 50
