@@ -15,7 +15,7 @@ from pfppo.sandbox import Check, Sandbox, walls
 from pfppo.config import UserError
 
 import pytest
-from test_sandbox import ADD, TEST_ADD, WRONG, alive, judge, needs_data, processes, rows
+from test_sandbox import ADD, TEST_ADD, WRONG, check_of, exists, judge, needs_data, processes, rows
 
 
 @pytest.fixture(scope="module")
@@ -36,73 +36,55 @@ def say(text, table=''):
     link.sock.sendall(len(data).to_bytes(4, 'little') + data)
 """
 EQUAL = "class E:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\n"
+SAID = (  # in place of an answer
+    '["passed", ""]', 'passed ["passed", ""]', 'ok "passed"', 'ok [{"J": [0, "", ""]}, null]',
+    'ok [7, null] ', 'ok [{"C": [-1, "x", ""]}, null]', 'ok [{"C": [5, "N", "="]}, null]',
+    'ok [{"C": [5, "int", "__eq__ __index__ __abs__"]}, null]', 'ok [{"f": "exec"}, null]',
+    'ok [{"T": "exec"}, null]', 'ok [{"T": "BaseException"}, null]', "raise 5", "ok [1, 7]",
+    'raise {"X": [[], [], [], null, ""]}', "callback 7", 'callback [0, [1], {"d": []}]',
+    'raise {"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}', 'ok [{"x": []}, null]',
+    'raise {"X": [[["", "SystemExit"]], [0], [], null, ""]}', 'ok [{"F": [1, 0]}, null]',
+    'ok [{"N": ["f8", [1000000000], "00"]}, null]', 'ok [{"N": ["O", [1], "00"]}, null]',
+    'ok [{"t": [], "s": []}, null]', 'ok [{"n": ["P", ["a b"], [1]]}, null]',
+    'ok [{"C": [[1], "x", ""]}, null]', 'ok [{"C": [8, "a\\u0000b", ""]}, null]',
+)  # fmt: skip
+SENDS = "def add(x, y):\n    link.sock.sendall({!r})\n"
 FORGED = {
-    "equals everything": EQUAL + "def add(x, y):\n    return E()",
-    "lying int": EQUAL.replace("E:", "E(int):") + "def add(x, y):\n    return E(9)",
-    "not there": "def __getattr__(n): return lambda *a: 1\n",
-    "patched builtins": "import builtins\nfor n in ('abs', 'len', 'exec', 'eval', 'all', 'type'):\n"
-    "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
-    "excepthook": "import sys, os, atexit\nsys.excepthook = lambda *a: os._exit(0)\n"
-    "atexit.register(os._exit, 0)\n" + WRONG,
-    "every descriptor": "import os\nfor d in range(64):\n"
-    "    for t in ('passed', '[\"passed\", 0, \"\"]'):\n"
-    "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
+    **{said: LINK + f"def add(x, y): say({said!r})\n" for said in SAID},
+    "fields of what has none": LINK + "def add(x, y): say('ok [1, null]', '[[[1], \"a\", 5]]')\n",
     "frames ahead of time": LINK + "for _ in range(9): say('passed [0, null]')\n" + WRONG,
     "answers ahead of time": LINK + "for _ in range(9): say('ok [1, null]')\n" + WRONG,
-    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(serve=print)\n"
-    "    f = f.f_back\n" + WRONG,
-    **{
-        said: LINK + f"def add(x, y):\n    say({said!r})\n"
-        for said in (
-            '["passed", ""]',
-            'passed ["passed", ""]',
-            'ok "passed"',
-            'ok [{"J": [0, "", ""]}, null]',
-            "ok [7, null] ",
-            'ok [{"C": [-1, "x", ""]}, null]',
-            'ok [{"C": [5, "N", "="]}, null]',
-            'ok [{"C": [5, "int", "__eq__ __index__ __abs__"]}, null]',
-            'ok [{"f": "exec"}, null]',
-            'ok [{"T": "exec"}, null]',
-            'ok [{"T": "BaseException"}, null]',
-            "raise 5",
-            "ok [1, 7]",
-            'raise {"X": [[], [], [], null, ""]}',
-            "callback 7",
-            'callback [0, [1], {"d": []}]',
-            'raise {"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}',
-            'raise {"X": [[["", "SystemExit"]], [0], [], null, ""]}',
-            'ok [{"x": []}, null]',
-            'ok [{"N": ["f8", [1000000000], "00"]}, null]',
-            'ok [{"N": ["O", [1], "00"]}, null]',
-            'ok [{"t": [], "s": []}, null]',
-            'ok [{"F": [1, 0]}, null]',
-            'ok [{"n": ["P", ["a b"], [1]]}, null]',
-            'ok [{"C": [[1], "x", ""]}, null]',
-        )
-    },
-    "fields of what has none": LINK
-    + "def add(x, y):\n    say('ok [1, null]', '[[[1], \"a\", 5]]')\n",
     "no names": LINK + "say('ok [7, null]')\n",
-    "other names": LINK + 'say(\'ok [{"d": ["add", {"T": "max"}]}, null]\')\n',
-    "too long": LINK + "def add(x, y):\n    link.sock.sendall(b'\\xff' * 4)\n",
-    "too much": LINK + "def add(x, y):\n    link.sock.sendall(b'\\xff' * 4)\n"
-    "    while 1: link.sock.sendall(bytes(1 << 20))\n",
-    "no text": LINK
-    + "def add(x, y):\n    link.sock.sendall(b'\\4\\0\\0\\0\\xff\\xff\\xff\\xff')\n",
-    "trickle": LINK + "import time\ndef add(x, y):\n    link.sock.sendall(b'\\xff\\0\\0\\0')\n"
-    "    while 1: link.sock.sendall(b' '); time.sleep(0.2)",
-    "closes": "import os\ndef add(x, y): os.close(3)\n",
+    "other names": LINK + "say('ok [{\"d\": [\"add\", {\"T\": \"max\"}]}, null]')\n",
+    "too long": LINK + SENDS.format(b"\xff\xff\xff\xff"),
+    "too much": LINK + SENDS.format(b"\xff\xff\xff\xff") + "    while 1: say('x' * (1 << 20))\n",
+    "no text": LINK + SENDS.format(b"\4\0\0\0\xff\xff\xff\xff"),
+    "trickle": "import time\n" + LINK + SENDS.format(b"\xff\0\0\0")
+        + "    while 1: link.sock.sendall(b' '); time.sleep(0.2)",
+    "equals everything": EQUAL + "def add(x, y): return E()",
+    "lying int": EQUAL.replace("E:", "E(int):") + "def add(x, y): return E(9)",
+    "not there": "def __getattr__(n): return lambda *a: 1\n",
+    "patched builtins": "import builtins\nfor n in ('abs', 'len', 'exec', 'eval', 'all', 'type'):\n"
+        "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
+    "excepthook": "import sys, os, atexit\nsys.excepthook = lambda *a: os._exit(0)\n"
+        "atexit.register(os._exit, 0)\n" + WRONG,
+    "every descriptor": "import os\nfor d in range(64):\n    for t in ('passed', '[\"passed\", 0]'):\n"
+        "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
+    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(serve=print)\n"
+        "    f = f.f_back\n" + WRONG,
+    "closes its socket": "import os\ndef add(x, y): os.close(3)\n",
     "nested": "def add(x, y):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
     "itself": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
-    "slow equality": "import decimal\ndef add(x, y):\n    return decimal.Decimal('1e999999999')",
-    "claims the test's error": "def add(x, y):\n    raise AssertionError",
-    "StopIteration": "def add(x, y):\n    raise StopIteration",
-    "exits in a thread": "import os, threading, time\nthreading.Timer(0.1, os._exit, [0]).start()\n"
-    "def add(x, y):\n    time.sleep(0.5)",
+    "slow equality": "import decimal\ndef add(x, y): return decimal.Decimal('1e999999999')",
+    "claims the test's error": "def add(x, y): raise AssertionError",
+    "an error that exits": "class E(Exception):\n    def __str__(s): raise SystemExit(0)\n"
+        "def add(x, y): raise E",
+    "StopIteration": "def add(x, y): raise StopIteration",
+    "exits in a thread": "import os, threading, time\n"
+        "threading.Timer(0.1, os._exit, [0]).start()\ndef add(x, y): time.sleep(0.5)",
     "stops itself": "import ctypes\nctypes.CDLL(None)['raise'](19)\n" + WRONG,
     "segfault": "import ctypes\nctypes.string_at(0)\n" + ADD,
-}
+}  # fmt: skip
 
 
 def test_forged_verdicts_do_not_pass(sandbox):
@@ -253,9 +235,9 @@ def test_nothing_outlives_the_verdict():
         assert len(processes(one)) == len(pids)
         pids += processes(one)
     deadline = time.monotonic() + 10  # the kernel ends them when it gets round to it
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    while any(map(exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert pids and not any(map(alive, pids))
+    assert pids and not any(map(exists, pids))
 
 
 @pytest.mark.parametrize(
