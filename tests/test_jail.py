@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 
-from pfppo.sandbox import Check, Sandbox, walls
 from pfppo.config import UserError
+from pfppo.sandbox import Check, Sandbox, walls
 
 import pytest
 from test_sandbox import ADD, TEST_ADD, WRONG, check_of, exists, judge, needs_data, processes, rows
@@ -107,38 +107,122 @@ def test_a_program_gives_the_test_no_name_that_it_did_not_ask_for(sandbox, refer
     assert judge(sandbox, program, test, "add", reference).outcome == "wrong_answer"
 
 
-def test_objects_cannot_say_what_the_test_hopes_to_hear(sandbox):
-    yes = "class Y:\n    def __getattr__(s, n): return lambda *a: True\n    __abs__ = __sub__ = "
-    yes += "__lt__ = __contains__ = lambda *a: s\n    def __iter__(s): return iter([])\ndef f(x):\n"
-    yes = yes.replace("lambda *a: s\n", "lambda *a: True\n") + "    return Y()\n"
-    reference = "def f(x):\n    return 'abc'"
-    field = "import collections\nP = collections.namedtuple('P', 'startswith')\ndef f(x):\n"
-    field += "    return P(lambda *a: True)\n"
-    test = "def check(f):\n    assert f(1).startswith('a')"
-    assert not judge(sandbox, field, test, "f", reference).passed
-    for question in "r.startswith('a')", "abs(r - 2) < 1e-6", "r < 3", "'a' in r", "r == r.lower()":
-        test = f"def check(candidate):\n    r = candidate(1)\n    assert {question}"
-        assert not judge(sandbox, yes, test, "f", reference).passed, question
+YES = """
+class Y:
+    def __getattr__(s, n): return lambda *a: True
+    __abs__ = __sub__ = __lt__ = __eq__ = __contains__ = lambda *a: True
+    __float__ = lambda s: 5.0
+    __index__ = __int__ = lambda s: 1
+    __hash__ = lambda s: 0
+    def __iter__(s): return iter([])
+f = lambda x=1: Y()
+"""
+NODE = """
+class Node:
+    def __init__(self, val=0, next=None): self.val, self.next = val, next
+    def show(self): return [self.val]
+def build(v): return Node(v[0], build(v[1:])) if v else None
+def same(a, b):
+    while a and b:
+        if a.val != b.val: return False
+        a, b = a.next, b.next
+    return not a and not b
+def f(x): return x
+"""
+TURNED = "assert same(f(build([1, 2])), build([2, 1])) and same(f(build([3, 4])), build([4, 3]))"
+SIZED = "class A:\n    k = 0\n    def __len__(s): {}\n    def __iter__(s):\n"
+SIZED += "        while A.k < {}: A.k += 1; yield A.k - 1\ndef f(): return A()\n"
+PRIMES = "r = f()\nassert len(r) == 3 and all(p in r for p in (2, 3, 5))"
+MANAGER = (
+    "class M:\n    def __enter__(s): return s\n    def __exit__(s, *a): {}\ndef f(): return M()\n"
+)
+FIVE, ABC = "def f(x=1): return 5", "def f(x=1): return 'abc'"
+CATCH = "try:\n    f(1)\n    assert False\nexcept {}: pass"
+EXITS = "def g(): raise {}\nassert f(g) == 1"
+UNIT = "import unittest\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(1), 5)\n"
+LIES = {  # name: (program that solves nothing, body of check(f) or a whole test, reference)
+    **{f"says yes to {q}": (YES, f"assert {q}", ABC) for q in (
+        "f().startswith('a')", "abs(f() - 2) < 1e-6", "f() < 3", "'a' in f()", "f() == f().lower()",
+        "f() == 5", "not f() != 5", "round(f()) == 5", "[1, 2][f()] == 2", "{5: 1}[f()]",
+        "f() in [5]", "__import__('math').isclose(f(), 5)", "__import__('numpy').allclose(f(), 5)")},
+    "a field for a method": ("import collections\nP = collections.namedtuple('P', 'startswith')\n"
+        "def f(): return P(lambda *a: True)", "assert f().startswith('a')", ABC),
+    # Expected values are of the reference's classes, and what comes back is compared by its methods.
+    "nodes that seem empty": ("class Node:\n    def __init__(s, *a): s.__dict__['s'] = 0\n"
+        "    def __setattr__(s, n, v): s.__dict__['s'] = 1\n    @property\n    def next(s):\n"
+        "        q, s.__dict__['s'] = s.__dict__['s'], 0\n        return s if q else None\n"
+        "def f(x): return Node()", TURNED, NODE),
+    "a subclass of nodes": (NODE + "class N(Node):\n    n = 0\n    @property\n    def next(s):\n"
+        "        N.n += 1\n        return s if N.n % 3 else None\n    next = next.setter(print)\n"
+        "def f(x): return N()", TURNED, NODE),
+    "values that equal all": (NODE + EQUAL + "def f(x):\n    n = x\n"
+        "    while n: n.val = E(); n = n.next\n    return x", TURNED, NODE),
+    "a replaced helper": (NODE + "def same(a, b): return True", TURNED, NODE),
+    "a field for a method of the class": (NODE + "def f(x): x.show = lambda: [2]; return x",
+        "assert f(Node(1)).show() == [2]", NODE),
+    "nodes without end": (NODE + "def f(x): x.next = x; return x",
+        "n = f(Node(1))\nwhile n: n = n.next", NODE),
+    # Objects are what they can do, and the same at each look.
+    "length and items differ": (SIZED.format("return 3", 10**9), PRIMES, ""),
+    "other items each time": (SIZED.format("A.k = -1; return 3", "A.k + 3"), PRIMES, ""),
+    "another length each time": (SIZED.format("A.k -= 1; return 3 if A.k < 0 else 9", 9), PRIMES, ""),
+    "an iterable that is no iterator": ("class R:\n    def __iter__(s): return iter([1])\nf = R",
+        "import collections.abc\nassert isinstance(f(), collections.abc.Iterator)", ""),
+    "endless": ("def f():\n    while True: yield 'x' * 1000", "assert list(f()) == []", ""),
+    # Modules are the test's own, as far as it uses them as such.
+    **{f"a module of its own, {n}": (lie + "def f(x): return [0.0]",
+        f"assert {'' if 'from' in lie else 'np.'}allclose(f(1), [2.0])", "")
+       for n, lie in enumerate((
+           "class np:\n    allclose = lambda a, b: True\n",
+           "import numpy as np\nnp.allclose = lambda a, b: True\n",
+           "import numpy\nnumpy.allclose = lambda a, b: True\nfrom numpy import allclose\n"))},
+    "the test's draws": ("import random\ndef f(x): return [random.random() for _ in x]",
+        "import random\nx = [random.random()]\nassert f(x) == x", "def f(x): return x"),
+    # Exceptions: the test's own end is its own.
+    "a class that exits": ("class E(SystemExit): pass\ndef f(g): return g()", EXITS.format("E"), ""),
+    "a class of the reference that exits": ("class E(SystemExit): pass\ndef f(g): return g()",
+        EXITS.format("E"), "import builtins\nclass E(builtins.SystemExit): pass\ndef f(g): pass"),
+    "a class of the test that exits": ("def f(g): return g()",
+        "class E(SystemExit): pass\n" + EXITS.format("E"), ""),
+    "a function that exits": ("def f(g): return g()", "import sys\nassert f(sys.exit) == 1", ""),
+    "a class that interrupts": ("class E(KeyboardInterrupt): pass\ndef f(g): return g()",
+        EXITS.format("E"), ""),
+    "a test that is skipped": ("import unittest\ndef f(x): raise unittest.SkipTest",
+        UNIT + "unittest.main()", ""),
+    **{f"a class that catches all, {n}": (f"{lie}\ndef f(x): pass\n", CATCH.format(name), "")
+       for n, (lie, name) in enumerate((
+           ("Bad = Exception", "Bad"), ("Bad = AssertionError", "Bad"), ("Bad = BaseException", "Bad"),
+           ("class Bad(AssertionError): pass\nBad.__name__ = 'AssertionError'", "Bad"),
+           ("class A: Bad = BaseException", "A.Bad"), ("def f(x): return AssertionError", "f(1)"),
+           ("class M(type):\n    __subclasscheck__ = __instancecheck__ = lambda *a: True\n"
+            "class Bad(Exception, metaclass=M): pass", "Bad")))},
+    "a manager that suppresses": (MANAGER.format("return True"), "with f(): assert False", ""),
+    "a manager that replaces": (MANAGER.format("raise ValueError"),
+        "try:\n    with f(): assert False\nexcept ValueError: pass", ""),
+    "the end of a loop": ("def f(x): raise StopIteration",
+        "assert all(map(lambda x: f(x) == x, [1])) and list(map(f, [1])) == []", ""),
+    # A test passes where it has run to its end, and has asked.
+    "never called": ("def f(x): pass", "assert g(1) == 1", "def g(x): return x\ndef f(x): pass"),
+    "never awaited": ("def f(x): pass", "async def check(f): assert f(1) == 1", ""),
+    "swallowed exit": ("def f(): raise SystemExit", "try: f()\nexcept: pass", ""),
+    "swallowed death": ("import os\ndef f(): os._exit(0)", "try: f()\nexcept: pass", ""),
+}  # fmt: skip
 
 
-def test_a_test_that_swallows_everything_passes_nothing_that_died(sandbox):
-    test = "def check(candidate):\n    try:\n        candidate()\n    except:\n        pass"
-    assert judge(sandbox, "def f():\n    raise SystemExit", test).outcome == "exit"
-    assert judge(sandbox, "import os\ndef f():\n    os._exit(0)", test).outcome == "exit"
-    assert judge(sandbox, "def f():\n    raise ValueError", test).passed
+@pytest.fixture(scope="module")
+def lies(sandbox):
+    checks = []
+    for program, test, reference in LIES.values():
+        whole = "check(f)" in test or "unittest" in test
+        checks.append(Check(program, test if whole else check_of(test), "f", reference))
+    return dict(zip(LIES, sandbox.run(checks), strict=True))
 
 
-def test_endless_answers_end(sandbox):
-    endless = "def f():\n    while True: yield 'x' * 1000"
-    verdict = judge(sandbox, endless, "assert list(f()) == []")
-    assert verdict.outcome in ("timeout", "memory") and verdict.seconds < 12
-
-
-def test_a_test_that_never_calls_the_program_is_no_pass(sandbox):
-    test = "def check(candidate):\n    assert g(1) == 1"
-    assert not judge(
-        sandbox, "def f(x): pass", test, "f", "def g(x): return x\ndef f(x): pass"
-    ).passed
+@pytest.mark.parametrize("name", LIES)
+def test_programs_that_solve_nothing_do_not_pass(lies, name):
+    assert not lies[name].passed
+    if "swallowed" in name:
+        assert lies[name].outcome == "exit"
 
 
 # ---- containment ---------------------------------------------------------------------------------
@@ -303,6 +387,7 @@ def test_a_vanishing_temporary_folder_changes_no_verdict(without, monkeypatch, t
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     monkeypatch.setenv("TMPDIR", str(private))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     write = "open('x', 'w').write('1')\nint(open('x').read())\n"
     checks = [
         Check(f"{write}{ADD if i % 2 else WRONG}\n# {i}", TEST_ADD, "add") for i in range(200)
@@ -324,6 +409,7 @@ def test_root_s_private_temporary_folder_keeps_no_candidate_out(monkeypatch, tmp
     monkeypatch.setattr(Sandbox, "without", ("namespaces", "landlock"))
     tmp_path.chmod(0o700)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with Sandbox(workers=1, allow_weak_isolation=True) as box:
         assert judge(box, ADD).passed
 
@@ -334,20 +420,21 @@ PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\
 
 
 @needs_data
-def test_hostile_examples_get_their_verdicts():
+@pytest.mark.parametrize("file, seconds", [("hostile_examples", 1.6), ("hostile_examples_2", 3.0)])
+def test_hostile_examples_get_their_verdicts(file, seconds):
     canary = pathlib.Path("/tmp/pf_canary")
     (canary / "home").mkdir(parents=True, exist_ok=True)
     files = [canary / "secret.txt", canary / "keep.txt", canary / "home" / "notes.txt"]
-    for file in files:
-        file.write_text("topsecret")
+    for path in files:
+        path.write_text("topsecret")
     files[0].chmod(0o600)
-    examples = rows("hostile_examples.jsonl")
-    checks = []
+    examples, checks = rows(f"{file}.jsonl"), []
     for example in examples:
-        preamble = PREAMBLE if "class Solution" in example["candidate"] else ""
-        program = preamble + example["candidate"]
-        checks.append(Check(program, example["test"], example["entry_point"]))
-    with Sandbox(workers=2, timeout=1.6) as box:
+        preamble = PREAMBLE if example.get("format") == "leetcode" else ""
+        reference = example.get("prompt", "") + example.get("canonical_solution", "")
+        program, test = preamble + example["candidate"], example["test"]
+        checks.append(Check(program, test, example["entry_point"], reference))
+    with Sandbox(workers=2, timeout=seconds) as box:
         verdicts = box.run(checks)
     wrong = [
         (example["id"], verdict)
@@ -355,6 +442,5 @@ def test_hostile_examples_get_their_verdicts():
         if verdict.passed != (example["expected"] == "pass") and example["id"] != "ok_subprocess"
     ]
     assert not wrong
-    assert [file.read_text() for file in files] == ["topsecret"] * 3
-    for file in files:
-        file.unlink()
+    assert [path.read_text() for path in files] == ["topsecret"] * 3
+    shutil.rmtree(canary)
