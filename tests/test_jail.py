@@ -68,7 +68,7 @@ FORGED = {
         "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
     "excepthook": "import sys, os, atexit\nsys.excepthook = lambda *a: os._exit(0)\n"
         "atexit.register(os._exit, 0)\n" + WRONG,
-    "every descriptor": "import os\nfor d in range(64):\n    for t in ('passed', '[\"passed\", 0]'):\n"
+    "every descriptor": "import os\nfor d in range(64):\n    for t in 'passed', '[\"passed\"]':\n"
         "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
     "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(serve=print)\n"
         "    f = f.f_back\n" + WRONG,
@@ -139,15 +139,15 @@ MANAGER = (
 FIVE, ABC = "def f(x=1): return 5", "def f(x=1): return 'abc'"
 CATCH = "try:\n    f(1)\n    assert False\nexcept {}: pass"
 EXITS = "def g(): raise {}\nassert f(g) == 1"
-UNIT = "import unittest\nclass T(unittest.TestCase):\n    def test_f(self): self.assertEqual(f(1), 5)\n"
+UNIT = "import unittest\nclass T(unittest.TestCase):\n    def test_f(s): s.assertEqual(f(1), 5)\n"
 LIES = {  # name: (program that solves nothing, body of check(f) or a whole test, reference)
     **{f"says yes to {q}": (YES, f"assert {q}", ABC) for q in (
         "f().startswith('a')", "abs(f() - 2) < 1e-6", "f() < 3", "'a' in f()", "f() == f().lower()",
         "f() == 5", "not f() != 5", "round(f()) == 5", "[1, 2][f()] == 2", "{5: 1}[f()]",
-        "f() in [5]", "__import__('math').isclose(f(), 5)", "__import__('numpy').allclose(f(), 5)")},
+        "f() in [5]", "__import__('cmath').isclose(f(), 5)", "__import__('numpy').all(f() == 5)")},
     "a field for a method": ("import collections\nP = collections.namedtuple('P', 'startswith')\n"
         "def f(): return P(lambda *a: True)", "assert f().startswith('a')", ABC),
-    # Expected values are of the reference's classes, and what comes back is compared by its methods.
+    # Expected values are of the reference's classes, and what comes back is so too.
     "nodes that seem empty": ("class Node:\n    def __init__(s, *a): s.__dict__['s'] = 0\n"
         "    def __setattr__(s, n, v): s.__dict__['s'] = 1\n    @property\n    def next(s):\n"
         "        q, s.__dict__['s'] = s.__dict__['s'], 0\n        return s if q else None\n"
@@ -165,7 +165,8 @@ LIES = {  # name: (program that solves nothing, body of check(f) or a whole test
     # Objects are what they can do, and the same at each look.
     "length and items differ": (SIZED.format("return 3", 10**9), PRIMES, ""),
     "other items each time": (SIZED.format("A.k = -1; return 3", "A.k + 3"), PRIMES, ""),
-    "another length each time": (SIZED.format("A.k -= 1; return 3 if A.k < 0 else 9", 9), PRIMES, ""),
+    "another length each time": (
+        SIZED.format("A.k -= 1; return 3 if A.k < 0 else 9", 9), PRIMES, ""),
     "an iterable that is no iterator": ("class R:\n    def __iter__(s): return iter([1])\nf = R",
         "import collections.abc\nassert isinstance(f(), collections.abc.Iterator)", ""),
     "endless": ("def f():\n    while True: yield 'x' * 1000", "assert list(f()) == []", ""),
@@ -179,7 +180,7 @@ LIES = {  # name: (program that solves nothing, body of check(f) or a whole test
     "the test's draws": ("import random\ndef f(x): return [random.random() for _ in x]",
         "import random\nx = [random.random()]\nassert f(x) == x", "def f(x): return x"),
     # Exceptions: the test's own end is its own.
-    "a class that exits": ("class E(SystemExit): pass\ndef f(g): return g()", EXITS.format("E"), ""),
+    "an exiting class": ("class E(SystemExit): pass\ndef f(g): return g()", EXITS.format("E"), ""),
     "a class of the reference that exits": ("class E(SystemExit): pass\ndef f(g): return g()",
         EXITS.format("E"), "import builtins\nclass E(builtins.SystemExit): pass\ndef f(g): pass"),
     "a class of the test that exits": ("def f(g): return g()",
@@ -191,11 +192,13 @@ LIES = {  # name: (program that solves nothing, body of check(f) or a whole test
         UNIT + "unittest.main()", ""),
     **{f"a class that catches all, {n}": (f"{lie}\ndef f(x): pass\n", CATCH.format(name), "")
        for n, (lie, name) in enumerate((
-           ("Bad = Exception", "Bad"), ("Bad = AssertionError", "Bad"), ("Bad = BaseException", "Bad"),
+           ("Bad = Exception", "Bad"), ("Bad = BaseException", "Bad"),
+           ("Bad = AssertionError", "Bad"),
            ("class Bad(AssertionError): pass\nBad.__name__ = 'AssertionError'", "Bad"),
            ("class A: Bad = BaseException", "A.Bad"), ("def f(x): return AssertionError", "f(1)"),
            ("class M(type):\n    __subclasscheck__ = __instancecheck__ = lambda *a: True\n"
             "class Bad(Exception, metaclass=M): pass", "Bad")))},
+    "a caught crash": ("Bad = Exception\ndef f(x): raise TypeError", CATCH.format("Bad"), ""),
     "a manager that suppresses": (MANAGER.format("return True"), "with f(): assert False", ""),
     "a manager that replaces": (MANAGER.format("raise ValueError"),
         "try:\n    with f(): assert False\nexcept ValueError: pass", ""),

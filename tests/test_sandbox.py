@@ -55,7 +55,7 @@ OUTCOME_OF = {
     "syntax_error": ["def add(x, y) return x", ADD + "\0", "```python\n" + ADD + "```"],
     "exception": ["def add(x, y): return add(x, y)", "def add(x, y): return x / 0", "other = 1",
                   "n = input()\n" + ADD, "def add(x, y): return a", "import no_such\n" + ADD],
-    "timeout": ["def add(x, y):\n    while True: pass", "import time\ndef add(x, y): time.sleep(60)",
+    "timeout": ["def add(x, y):\n    while 1: pass", "import time\ndef add(x, y): time.sleep(60)",
                 "import re\ndef add(x, y): re.match(r'(a+)+$', 'a' * 45 + 'b')"],
     "memory": ["def add(x, y): return bytearray(1 << 30)"],
     "forbidden": ["import socket\nsocket.socket()\n" + ADD, "import os\nos.fork()\n" + ADD],
@@ -286,7 +286,7 @@ RIGHT = {  # name: (program, body of check(f), "" or the reference; without it: 
     "metadata": ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'; f()", ""),
     "nodes of its own": (NODE + "f = build", "node, total = f(range(30_000)), 0\n"
         "while node: total += node.val; node = node.next\nassert total == 449_985_000", ""),
-    "coroutines": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n",
+    "coroutines": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1",
         "import asyncio\nasync def both(): return await asyncio.gather(f(1), f(2))\n"
         "assert asyncio.run(f(1)) == 2 and asyncio.run(both()) == [2, 3]", ""),
     **{f"nested {shape}": (
@@ -335,6 +335,7 @@ class Worse(NoFunds): pass
 RAISED = {  # program, what it should raise, what is true of that
     "builtin": ("def f(): raise ValueError('bad', 1)", "ValueError", "e.args == ('bad', 1)"),
     "a subclass": ("class B(ValueError): pass\ndef f(): raise B('bad')", "ValueError", "e.args"),
+    "an alias": ("B = ValueError\ndef f(): raise B('bad')", "B", "e.args == ('bad',)"),
     "attributes": (FUNDS + "def f(): raise NoFunds(5, 3)", "NoFunds",
                    "e.need == 5 and str(e) == 'need 5, have 3'"),
     "a base": (FUNDS + "def f(): raise Worse(5, 3)", "NoFunds", "e.need == 5"),
@@ -362,39 +363,6 @@ def test_exceptions_come_with_class_arguments_and_attributes(sandbox, name, with
     outcomes = [v.outcome for v in sandbox.run([Check(p, test, "f", reference) for p in programs])]
     other = "wrong_answer" if kind == "Exception" else "exception"  # it is caught, and not as said
     assert outcomes == ["passed", other, "wrong_answer"]
-
-
-CATCHES = """
-def check(candidate):
-    for x in (1, 2):
-        try:
-            candidate(x)
-            assert False, "no error"
-        except Bad as error:
-            assert x == 1 and error.args == (1,)
-        except Worse:
-            assert x == 2
-"""
-
-
-@pytest.mark.parametrize(
-    "classes, raised, outcome",
-    [
-        ("class Bad(Exception): pass\nclass Worse(Exception): pass", "Bad Worse", "passed"),
-        ("class Worse(Exception): pass\nclass Bad(Worse): pass", "Bad Worse", "passed"),
-        ("class Base(ValueError): pass\nclass Bad(Base): pass\nclass Worse(Base): pass\n"
-         "class Worst(Worse): pass", "Bad Worst", "passed"),
-        ("Bad = ValueError\nWorse = TypeError", "Bad Worse", "passed"),
-        ("Bad = ValueError\nWorse = TypeError", "Bad ValueError", "wrong_answer"),
-        ("Bad, Worse = KeyError, Exception", "Bad None", "exception"),
-        ("Bad, Worse = KeyError, AssertionError", "Bad None", "exception"),
-        ("class Bad(Exception): pass\nWorse = Bad", "None None", "exception"),
-    ],
-)  # fmt: skip
-def test_exceptions_of_the_program_can_be_named_by_a_test(sandbox, classes, raised, outcome):
-    one, other = raised.split()
-    program = f"{classes}\ndef f(x):\n    raise ({one} if x == 1 else {other})(x)\n"
-    assert judge(sandbox, program, CATCHES).outcome == outcome
 
 
 @pytest.mark.parametrize("kind", ["E", "LookupError", "Own"])
@@ -426,7 +394,7 @@ TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
     "int subclass": ("import enum\nclass E(enum.IntEnum):\n    A = 1\nassert f(E.A) == 2\n", NEXT),
     "callback": ("assert f(lambda *, x: x) == 2", "def f(g): return g(x=1) + 1\n"),
     "views": ("k, i = f({1: 2})\nassert k == {2} and list(k) == [2] and i == {(2, 3)}\n",
-        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()\n"),
+        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()"),
     "endless": ("import itertools\nassert f(itertools.count(7)) == 8\n",
         "def f(xs): return next(xs) + 1\n"),
     "seeds": ("import random\nrandom.seed(7)\nx = random.random()\nrandom.seed(7)\n"
@@ -555,18 +523,21 @@ def test_closing_leaves_nothing_and_ends_a_run_under_way(tmp_path, monkeypatch):
     box, found = Sandbox(workers=2), []
 
     def work():
+        found.extend(verdict.passed for verdict in box.run(numbered(4)))
         with pytest.raises(RuntimeError, match="closed"):
             box.run(numbered(4, slow=60))
-        found.append(True)
+        found.append("closed")
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(0.3)
+    while len(found) < 4:
+        time.sleep(0.1)
     pids = processes(box)
     box.close()
     box.close()
     thread.join()
-    assert found and len(pids) > 8 and not any(map(exists, pids)) and not list(tmp_path.iterdir())
+    assert found == [True, False, True, False, "closed"]
+    assert len(pids) > 8 and not any(map(exists, pids)) and not list(tmp_path.iterdir())
 
 
 def test_killed_owner_leaves_no_process_and_no_file(tmp_path):
@@ -603,20 +574,6 @@ def test_equal_checks_run_once_and_progress_adds_up(sandbox):
     verdicts = sandbox.run([numbered(1)[0]] * 50 + numbered(3)[1:], steps.append)
     assert [v.passed for v in verdicts] == [True] * 50 + [False, True]
     assert sorted(steps) == [1, 1, 50] and sandbox.run([]) == []
-
-
-def test_from_a_thread_and_beside_another(sandbox):
-    found = []
-
-    def work():
-        with Sandbox(workers=1) as own:
-            found.extend(own.run(numbered(4)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    mine = sandbox.run(numbered(4))
-    thread.join()
-    assert [v.passed for v in found] == [v.passed for v in mine] == [True, False] * 2
 
 
 # ---- the benchmarks' files -----------------------------------------------------------------------
@@ -707,7 +664,7 @@ def test_an_answer_that_is_sent_twice_answers_nothing_later(sandbox):
 # A test's verdict is that of the same test in one process, whatever it does with its arguments.
 TESTS = {
     "an argument used again after the program may have changed it":
-        "xs = [2, 1]\nassert f(xs) == 3\nassert f(xs + [1]) == 4\nxs.append(f(xs))\nassert f(xs) == 6",
+        "xs = [2, 1]\nassert f(xs) == 3 and f(xs + [1]) == 4\nxs.append(f(xs))\nassert f(xs) == 6",
     "an expected exception":
         "assert f([1]) == 1\ntry: f(None)\nexcept TypeError: pass\nelse: assert False\n"
         "assert f([2]) == 2",
@@ -715,7 +672,7 @@ TESTS = {
         "import random\nfor _ in range(100):\n"
         "    xs = [random.randint(0, 9) for _ in range(4)]\n    assert f(xs) == sum(xs)",
     "state of the test's own":
-        "seen = [1]\nassert f(seen) == 1\nseen.append(1)\nassert f(seen) == 2\nassert len(seen) == 2",
+        "seen = [1]\nassert f(seen) == 1\nseen.append(1)\nassert f(seen) == 2 == len(seen)",
     "large arguments":
         "for n in (10, 20_000, 10, 100_000, 20_000, 7): assert f([1] * n) == n",
     "many calls": "for i in range(1000): assert f([i, 1]) == i + 1",
@@ -778,7 +735,7 @@ FAILS = {  # though it is right: (program, test)
     "equality": ("class P:\n    def __eq__(self, other): return True\ndef f(): return P()",
                  "assert f() == f()"),
     "isinstance": ("class P: pass\ndef f(): return P()", "assert isinstance(f(), P)"),
-    "one list twice": ("def f(): return [[0]] * 2", "r = f()\nr[0].append(1)\nassert r[1] == [0, 1]"),
+    "one list twice": ("def f(): return [[]] * 2", "r = f()\nr[0].append(1)\nassert r[1] == [1]"),
     "suppressed errors": ("import contextlib\nf = contextlib.suppress",
                           "with f(ValueError): int('x')"),
 }  # fmt: skip
