@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import train_rm
-from pfppo import answers, data, files, fsdp, lab, loading, problems, reliability, run
+from pfppo import answers, data, files, fsdp, lab, loading, problems, run
 from pfppo.config import Count, Natural, Positive, Seed, Share, require
 from pfppo.model import check_positions, read_causal_lm
 from pfppo.reward import BY_MODEL, load_reward, try_reward
@@ -37,6 +37,7 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     benchmark: Literal["lab", "humaneval", "mbpp", "leetcode"] = "lab"  # form of the problems
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
     samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
+    allow_partial: bool = False  # --samples may lack some problems: pass@k of those it has
     prompt_style: Literal["plain", "few_shot", "chat", "deepseek"] = "plain"  # few_shot: MBPP's
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
@@ -95,14 +96,14 @@ def check(args):
     return ks
 
 
-def compare_filters(args, ranks):
+def compare_again(args, ranks):
     """--from_samples: the table and the figure of filters, from samples judged before."""
     out = run.claim(args, ranks, "runs/eval", "out", files=())
 
     def report():
-        judged = reliability.read_judged(args.from_samples)
-        weighs = reliability.load_filters(args.filters, judged.rewards.shape[1], print)
-        reliability.report(args, weighs, judged, out)
+        judged = run.read_judged(args.from_samples)
+        weighs = run.load_filters(args.filters, judged.rewards.shape[1], print)
+        run.compare_filters(args, weighs, judged, out)
 
     fsdp.on_main(ranks, report)
 
@@ -111,15 +112,15 @@ def main(args):
     ranks = fsdp.init_ranks(args.device, minutes=args.collective_timeout)
     ks = check(args)
     if args.from_samples:
-        return compare_filters(args, ranks)
+        return compare_again(args, ranks)
     judging, N = args.reward_model or args.reward != "model", args.samples_per_problem
     reward_of = load_reward(args.reward, args.reward_model or not judging)
-    weighs = reliability.load_filters(args.filters, N, ranks.say) if judging else {}
+    weighs = run.load_filters(args.filters, N, ranks.say) if judging else {}
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     args.policy = "" if args.samples or args.contamination else args.policy
     args.reward_model = args.reward_model if args.reward in BY_MODEL else ""  # nobody would ask it
     args.problems = args.problems or "lab"
-    form = args.benchmark if args.benchmark in problems.FORMS else "humaneval"
+    form = args.benchmark if args.benchmark in problems.FORMS else ""
     lab.resolve(args)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     ours = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
@@ -135,7 +136,11 @@ def main(args):
 
     # Samples and verdicts, in the order of the input
     if args.samples:
-        rows, answer, group = problems.read_samples(args.samples, asked), None, 1
+        rows, answer, group = (
+            problems.read_samples(args.samples, asked, args.allow_partial),
+            None,
+            1,
+        )
         sandbox = answers.open_sandbox(args, ranks)
     else:
         tokens, texts = data.Tokens.of(args), None
@@ -143,8 +148,7 @@ def main(args):
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)
         prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        longest = max(map(len, prompted.prompts)) + args.max_new_tokens
-        check_positions(args.policy, "policy", longest)
+        check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
@@ -164,7 +168,7 @@ def main(args):
         def report():
             answers.judge(args, reward_of, asked, rows, results)
             files.rewrite_jsonl(out / "samples.jsonl", rows)
-            reliability.report(args, weighs, reliability.judged_rows(rows, N), out)
+            run.compare_filters(args, weighs, run.judged_rows(rows, N), out)
 
         fsdp.on_main(ranks, report)
     ranks.say(f"\n{out}: results.jsonl" + ("" if args.samples else ", samples.jsonl"))

@@ -14,8 +14,6 @@ Each step:
 Without step 3 this is PPO. Not covered: asynchronous sampling, several turns, adapters.
 """
 
-import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +21,7 @@ from typing import Literal
 import train_rm
 from pfppo import data, filters, fsdp, lab, loading, ppo, reward, rollout, run
 from pfppo.answers import Examiner
-from pfppo.config import Count, NonNegative, Positive, Seed, Share
+from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share
 from pfppo.metrics import Meter
 from pfppo.sampler import draw_uniforms, sample
 
@@ -50,6 +48,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     samples_per_prompt: Count = 5  # N
     max_new_tokens: Count = 64  # longest response
     temperature: Positive = 1.0  # of sampling, and of all log-probs
+    refill: Natural = 0  # further rounds of prompts at most, until P prompts have weight
     # 2. Score
     reward: str = "model"  # name in REWARDS, module:function or file.py:function
     reward_clip: Positive = 10.0  # limit of the normalised reward
@@ -71,8 +70,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     actor_lr: Positive = 2e-4  # AdamW (.9, .95); the paper: 5e-7 at 6.7B
     critic_lr: Positive = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
     grad_norm: Positive = 1.0  # global norm that gradients are clipped to
-    warmup: Share = 0.03  # share of the steps in which learning rates rise
-
+    warmup: Share = 0.03  # share of the steps, and one, in which learning rates rise
     FREE = ("steps", "eval_every")  # may differ on --resume, as what is inherited
 
 
@@ -90,10 +88,8 @@ FORWARD = {"actor": log_probs, "critic": values_of}  # what each trained model i
 
 
 def collect(step, round, models, train, examiner, reward_of, session, meter):
-    """Steps 1 and 2: N samples of each of this rank's prompts, and what they are worth.
-
-    Returns reward.Answers, B = P / W x N of them; None where the run is to end. A collective.
-    """
+    """Steps 1 and 2: reward.Answers of this rank, N to each of its P / W prompts, rewards included.
+    None where the run is to end. A collective."""
     args, ranks, tokens = session.args, session.ranks, examiner.tokens
     P, N = args.prompts_per_step, args.samples_per_prompt
 
@@ -117,14 +113,13 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
 
     # 2. Score: by the tests to know the truth, by the reward slot to learn from.
     problems, texts = [train.problems[i] for i, _ in keys], tokens.decode(samples.ids)
+    asked = [train.prompts[i] for i, _ in keys]
     answers = reward.Answers(
         problems,
         texts,
         scores=examiner.run_tests(problems, texts),  # [B]
         finished=torch.tensor(samples.finished),
-        rows=rollout.collate(
-            [train.prompts[i] for i, _ in keys], samples.ids, tokens.pad, ranks.device
-        ),
+        rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device),
         seed=args.seed,
         reward_model=models.reward_model,
         microbatch=args.microbatch,
@@ -163,15 +158,13 @@ def main(args, ranks=None):
     with fsdp.agreed(ranks):
         weigh = filters.load_filter(args.filter, N)
         reward_of = reward.load_reward(args.reward, args.reward_model)
-    kept_per_prompt = fsdp.on_main(ranks, filters.kept_per_prompt, weigh, N)  # None: it varies
-    ranks.say(rollout.check_sizes(args, kept_per_prompt, ranks.world))
+        sizes = rollout.check_sizes(args, filters.kept_per_prompt(weigh, N), ranks.world)
+    ranks.say(sizes)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     session = run.Session(args, ranks)  # its folder, checkpoints, logs and end
     lab.make(args, ranks, train_rm.make_for_lab)  # what is named of it and not there yet
     inputs = data.read_inputs(args)
-    with fsdp.agreed(ranks):
-        reward.try_reward(args.reward, reward_of, inputs.train.problems[:2])
-    run.require_fits(args, ranks, inputs.longest)
+    session.check(inputs, reward_of)  # what can still be told before models are loaded
 
     # Models, and the state that a checkpoint holds
     models = loading.load_models(args, inputs.tokens, ranks)
@@ -180,27 +173,32 @@ def main(args, ranks=None):
         "actor": (models.policy, fsdp.adamw(models.policy, args.actor_lr)),
         "critic": (models.critic, fsdp.adamw(models.critic, args.critic_lr)),
     }
-    rates = {"actor": args.actor_lr, "critic": args.critic_lr}
     state = session.load(trained)  # the newest checkpoint's, or that of step 0
     state.normaliser = models.normalise(state.normaliser, examiner, inputs.train)
     if args.selfcheck:
-        sys.exit(run.selfcheck(models, trained, examiner, inputs.train, FORWARD, backward))
+        return run.selfcheck(models, trained, examiner, inputs.train, FORWARD, backward)
     session.open(state)
     if state.step == 0:
         session.offer(examiner.greedy(models, inputs.validation), models, inputs.tokens, state)
 
     for step in range(state.step, args.steps):
-        meter = Meter(ranks)
+        meter, answers = Meter(ranks), None
+        for round in range(1 + args.refill):
+            # 1. Sample, 2. Score
+            more = collect(step, round, models, inputs.train, examiner, reward_of, session, meter)
+            if more is None:
+                break
+            answers = more if answers is None else answers + more
 
-        # 1. Sample, 2. Score
-        answers = collect(step, 0, models, inputs.train, examiner, reward_of, session, meter)
-        if answers is None:
+            # 3. FILTER. Rank 0 sees all rewards [P, N], and all ranks get the same weights [P, N].
+            rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
+            generator = rollout.seeded("filter", args.seed, step)
+            weights = fsdp.on_main(ranks, weigh, rewards, generator)
+            if (weights.sum(1) > 0).sum() >= P:
+                break
+        if more is None:
             break  # told to end, and nothing has changed in this step
-
-        # 3. FILTER. Rank 0 sees all rewards [P, N], and all ranks get the same weights [P, N].
-        rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        weights = fsdp.on_main(ranks, weigh, rewards, generator)
+        weights[(weights.sum(1) > 0).cumsum(0) > P] = 0  # no more than P prompts teach
         answers.rows.rewards = answers.rewards.to(ranks.device)
         kept = answers.rows.kept(weights, args.minibatch, ranks)  # this rank's survivors
 
@@ -211,22 +209,19 @@ def main(args, ranks=None):
             kept.old_values = kept.evaluate(values_of, models.critic, args)
 
             # 5. Advantages
-            kept.adv, kept.returns = ppo.advantages(
-                kept, state.kl_coef, args.gamma, args.lam, fsdp.sum_over_ranks
-            )
+            how = args.gamma, args.lam, fsdp.sum_over_ranks
+            kept.adv, kept.returns = ppo.advantages(kept, state.kl_coef, *how)
             meter.kept(kept)
 
         # 6. Update
         if session.stops():
             break  # the last moment at which nothing has changed
-        warm = min(1.0, (step + 1) / max(1, math.ceil(args.warmup * args.steps)))
-        for epoch in range(args.ppo_epochs if len(kept) else 0):
-            order = torch.randperm(len(kept.parts), generator=generator)
-            order = fsdp.from_main(order, ranks).tolist()
-            for rows in kept.minibatches(order if epoch else None):
+        warm = min(1.0, (step + 1) / (1 + args.warmup * args.steps))
+        for epoch in range(args.ppo_epochs):
+            for rows in kept.minibatches(rollout.seeded("minibatches", args.seed, step, epoch)):
                 meter.losses(backward(trained, rows, args, ranks))
                 for name, (model, optimizer) in trained.items():
-                    norm = fsdp.step(model, optimizer, rates[name] * warm, args.grad_norm)
+                    norm = fsdp.step(model, optimizer, warm, args.grad_norm)
                     meter.gradient(name, norm)
         meter.lap("update")
 
@@ -247,9 +242,8 @@ def main(args, ranks=None):
 
     if session.close(trained, state):  # all is saved; True where it was told to end
         return
-    chosen = "best on validation" if len(inputs.validation) else "exported"
-    examiner.compare(models, session.folder, inputs.test, chosen, state)
-    session.leave(chosen)
+    examiner.compare(models, session.folder, inputs.test, state)
+    session.leave(state)
 
 
 if __name__ == "__main__":

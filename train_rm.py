@@ -13,18 +13,16 @@ and holds `reward_model.json` (normaliser, template and vocabulary hashes) and `
 """
 
 import math
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from pfppo import data, fsdp, lab, loading, run
+from pfppo import data, fsdp, lab, loading, reward, run
 from pfppo.answers import Examiner
 from pfppo.config import Count, Positive, Seed, Share, require
 from pfppo.files import append_jsonl, write_json
 from pfppo.model import check_positions, empty_classifier, read_causal_lm
 from pfppo.problems import prompt_text
-from pfppo.reward import RewardCard, bradley_terry_loss, farthest_pair
-from pfppo.rollout import collate, rows_per_rank
+from pfppo.rollout import collate, rows_per_rank, seeded
 
 import torch
 from tqdm import tqdm
@@ -58,11 +56,8 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
 
 def pairs_by_tests(args, tokens, ranks):
     """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows)."""
-    asked = data.read_problems(args.prompts, tokens)
-    untested = [problem.task_id for problem in asked.problems if not problem.test]
-    require(not untested, f"--prompts {args.prompts}: task {untested[:1]} has no test")
-    longest = max(map(len, asked.prompts)) + args.max_new_tokens
-    check_positions(args.policy, "policy", longest)
+    asked = data.read_problems(args, "prompts", tokens)
+    check_positions(args.policy, "policy", asked.longest + args.max_new_tokens)
     with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
@@ -71,9 +66,9 @@ def pairs_by_tests(args, tokens, ranks):
     pairs, texts, rows = [], [], []
     for problem, prompt, group in zip(asked.problems, asked.prompts, groups, strict=True):
         rows += [(prompt, answer.ids) for answer in group]
-        found = farthest_pair([a.ids for a in group], [a.passed for a in group])
-        if found:
-            chosen, rejected = (group[i] for i in found)
+        farthest = reward.farthest_pair([a.ids for a in group], [a.passed for a in group])
+        if farthest:
+            chosen, rejected = (group[i] for i in farthest)
             pairs.append((prompt, chosen.ids, rejected.ids))
             texts.append((prompt_text(problem, args.prompt_style), chosen.text, rejected.text))
     passed = sum(answer.passed for group in groups for answer in group) / len(rows)
@@ -84,48 +79,12 @@ def pairs_by_tests(args, tokens, ranks):
     return pairs, texts, rows
 
 
-def pairs_of_file(args, tokens):
-    """Pairs of a file. The normaliser then comes from all its responses, chosen and rejected."""
-    pairs, texts = data.read_pairs(args.pairs, tokens)
-    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
-    what = f"the longest row of --pairs {args.pairs}"
-    check_positions(args.policy, "policy", longest, what)
-    return pairs, texts, rows_of(pairs)
-
-
-def rows_of(pairs):
-    return [(prompt, ids) for prompt, *responses in pairs for ids in responses]
-
-
-def split_by_prompt(pairs, share, seed):
-    """(training, held out): a prompt's pairs are all held out, or all trained on."""
-    of_prompt = defaultdict(list)
-    for pair in pairs:
-        of_prompt[tuple(pair[0])].append(pair)
-    groups, generator = list(of_prompt.values()), torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(groups), generator=generator).tolist()
-    cut = round(len(groups) * share)
-    return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
-
-
-@torch.no_grad()
-def raw_scores(model, rows, pad_id, microbatch, ranks):
-    """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks."""
-    mine, scores = rows[ranks.rank :: ranks.world], []
-    for start in range(0, math.ceil(len(rows) / ranks.world), 2 * microbatch):  # equal on all ranks
-        some = mine[start : start + 2 * microbatch] or rows[:1]
-        batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
-        scores += model(batch.ids, batch.ends).flatten().tolist()
-    return torch.tensor(fsdp.gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
-
-
 def make_for_lab(folder, ranks):
     """The lab's reward model, on any number of ranks."""
     main(Args(run_dir=folder, batch=math.ceil(16 / ranks.world) * ranks.world), ranks)
 
 
 def main(args, ranks=None):
-    # train_ppo.py has joined its ranks already
     ranks = ranks or fsdp.init_ranks(args.device, minutes=args.collective_timeout)
     N, size = args.samples_per_prompt, args.batch
     require(args.pairs or N > 1, f"--samples_per_prompt {N}: a pair needs at least 2")
@@ -139,18 +98,17 @@ def main(args, ranks=None):
     # Pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
     tokens = data.Tokens.of(args)
     if args.pairs:
-        pairs, texts, rows = pairs_of_file(args, tokens)
+        pairs, texts = data.read_pairs(args.pairs, tokens)
+        rows = reward.rows_of(pairs)
     else:
         pairs, texts, rows = pairs_by_tests(args, tokens, ranks)
-    training, held_out = split_by_prompt(pairs, args.held_out, args.seed)
+    training, held_out = reward.split_by_prompt(pairs, args.held_out, args.seed)
     per_epoch = len(training) // size
     few = f"--batch {size}: more than the {len(training)} pairs there are for training"
     require(per_epoch > 0, few)
 
     # Model: the SFT policy's backbone, a new scalar head
     model = loading.new_scalar(args, ranks)
-    if args.gradient_checkpointing:
-        fsdp.recompute_blocks(model)
     optimizer = fsdp.adamw(model, args.lr)
     steps = per_epoch * args.epochs
     ranks.say(
@@ -161,10 +119,9 @@ def main(args, ranks=None):
     bar = tqdm(range(steps), "reward model", mininterval=1, disable=not ranks.is_main)
     for step in bar:
         epoch, part = divmod(step, per_epoch)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        shuffled = torch.randperm(len(training), generator=generator).tolist()
+        shuffled = torch.randperm(len(training), generator=seeded("pairs", args.seed, epoch))
         mine = shuffled[part * size : (part + 1) * size][ranks.rank :: ranks.world]
-        warm = min(1.0, (step + 1) / math.ceil(0.03 * steps))
+        warm = min(1.0, (step + 1) / (1 + 0.03 * steps))
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         sums = torch.zeros(2, device=ranks.device)
         for start in range(0, share, microbatch):
@@ -172,22 +129,22 @@ def main(args, ranks=None):
             prompts, chosen, rejected = zip(*some, strict=True)
             batch = collate(prompts * 2, chosen + rejected, tokens.pad, ranks.device)
             scores = model(batch.ids, batch.ends)[:, 0, 0]  # [2 * microbatch]: chosen, rejected
-            loss, metrics = bradley_terry_loss(*scores.chunk(2))
+            loss, metrics = reward.bradley_terry_loss(*scores.chunk(2))
             (loss * ranks.world / size).backward()  # FSDP averages over ranks, the loss is a sum
             sums += torch.stack([metrics["loss"], metrics["accuracy"]])
-        fsdp.step(model, optimizer, args.lr * warm * cosine, args.grad_norm)
+        fsdp.step(model, optimizer, warm * cosine, args.grad_norm)
         loss, accuracy = (fsdp.sum_over_ranks(sums) / size).tolist()
         bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
 
     # Normaliser, accuracy, checkpoint
     how = tokens.pad, args.microbatch, ranks
-    raw = raw_scores(model, rows, *how)
+    raw = reward.raw_scores(model, rows, *how)
     alike = f"--run_dir {folder}: the model scores all {len(rows)} responses alike"
     require(raw.std() > 0, alike)
-    card = RewardCard(raw.mean().item(), raw.std().item(), *tokens.hashes())
+    card = reward.RewardCard(raw.mean().item(), raw.std().item(), *tokens.hashes())
     accuracies = []
     for part in (training, held_out):
-        chosen, rejected = raw_scores(model, rows_of(part), *how).view(-1, 2).T
+        chosen, rejected = reward.raw_scores(model, reward.rows_of(part), *how).view(-1, 2).T
         accuracies.append((chosen > rejected).double().mean().item())
 
     def write_pairs(temporary):

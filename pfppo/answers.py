@@ -11,6 +11,7 @@ Not here: code out of responses, checks out of problems (problems/), verdicts (s
 """
 
 import contextlib
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Answer:
 class Examiner:
     """Asks models and runs tests, with what stays the same in a script. A context.
 
-    args: seed, max_new_tokens, temperature, sampling_batch; workers, timeout, require_isolation.
+    args: seed, max_new_tokens, temperature, sampling_batch; workers, timeout, allow_weak_isolation.
     """
 
     def __init__(self, tokens, args, ranks):
@@ -128,9 +129,9 @@ class Examiner:
         path, size = self.args.reward_model, self.args.microbatch
         return spread_of(model_rewards(models.reward_model, rows, size), path)
 
-    def compare(self, models, folder, asked, chosen, state):
-        """Pass rates, greedy and sampled, of the policy before, the `chosen` one in the run's
-        folder, and the last one, on a ProblemSet: as a table, and in result.json. A collective."""
+    def compare(self, models, folder, asked, state):
+        """Pass rates, greedy and sampled, of the policy before, the chosen one in the run's folder,
+        and the last one, on a ProblemSet: as a table, and in result.json. A collective."""
         if not len(asked):
             return
         rates, ranks = {}, self.ranks
@@ -138,7 +139,7 @@ class Examiner:
         best = read_causal_lm(folder / "policy", dtype=models.unsharded.dtype).to(ranks.device)
         for name, opened in {
             "before": models.gathered(models.reference),
-            f"{chosen}, step {state.best_step}": contextlib.nullcontext(best),
+            f"{state.chosen}, step {state.best_step}": contextlib.nullcontext(best),
             f"last, step {state.step}": models.gathered(models.policy),
         }.items():
             with opened as model:
@@ -153,7 +154,7 @@ class Examiner:
 
 def open_sandbox(args, ranks):
     """The sandbox of a command line; says what this machine grants it."""
-    sandbox = Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation)
+    sandbox = Sandbox(args.workers, args.timeout, allow_weak_isolation=args.allow_weak_isolation)
     ranks.say(f"sandbox: {sandbox.mode}")
     return sandbox
 
@@ -192,8 +193,7 @@ def left(path, group, ranks):
 
     def cut_back():
         rows = files.whole_lines(path)
-        rows = rows[: len(rows) // group * group]
-        files.rewrite_jsonl(path, rows)
+        files.rewrite_jsonl(path, rows := rows[: len(rows) // group * group])
         return rows
 
     return on_main(ranks, cut_back)
@@ -249,32 +249,34 @@ def results_of(out, problems, rows, answer, group, args, sandbox, ranks):
     total = len(problems) * group if answer else len(rows)
     size = max(1, args.sampling_batch // group) * group * ranks.world
     results = left(out / "results.jsonl", group, ranks)
-    bar = {"total": total, "mininterval": 1, "disable": not ranks.is_main}
-    with ThreadPoolExecutor(1) as pool, tqdm(desc="samples, tests", **bar) as shown:
+    chunks = chunks_of(rows, out, len(results), total, group, size, answer, ranks)
+    bar = tqdm(total=total, desc="samples, tests", mininterval=1, disable=not ranks.is_main)
+    bar.update(len(results))
 
-        def finish(part, verdicts):
-            verdicts = gather_lists(verdicts.result(), ranks)
-            new = [_result(row, verdict) for row, verdict in zip(part, verdicts, strict=True)]
-            results.extend(new)
-            if ranks.is_main:
-                files.append_jsonl(out / "results.jsonl", new)
-            shown.n = len(results)
-            shown.refresh()
+    def progress(count):
+        bar.update(count * ranks.world)  # about right, until the chunk is complete
 
-        def progress(count):
-            shown.update(count * ranks.world)  # about right, until `finish` knows
-
-        shown.update(len(results))
-        under_way = None
+    with ThreadPoolExecutor(1) as pool, bar:
         try:
-            for part in chunks_of(rows, out, len(results), total, group, size, answer, ranks):
-                mine = part[ranks.rank :: ranks.world]
-                checks = [check_of(known[row["task_id"]], row["solution"]) for row in mine]
-                if under_way:
-                    finish(*under_way)
-                under_way = part, pool.submit(sandbox.run, checks, progress)
-            if under_way:
-                finish(*under_way)
+            running = None  # (chunk, future of its verdicts)
+            for chunk in itertools.chain(chunks, [None]):
+                before, running = running, None
+                if chunk:
+                    mine = chunk[ranks.rank :: ranks.world]
+                    checks = [check_of(known[row["task_id"]], row["solution"]) for row in mine]
+                    running = chunk, pool.submit(sandbox.run, checks, progress)
+                if before:
+                    verdicts = gather_lists(before[1].result(), ranks)
+                    new = [
+                        {"task_id": row["task_id"], "sample": row["sample"], "passed": v.passed}
+                        | {"outcome": v.outcome, "seconds": round(v.seconds, 4)}
+                        for row, v in zip(before[0], verdicts, strict=True)
+                    ]
+                    results += new
+                    if ranks.is_main:
+                        files.append_jsonl(out / "results.jsonl", new)
+                    bar.n = len(results)
+                    bar.refresh()
         except BaseException:
             sandbox.close()  # the tests under way would hold up an error or a Ctrl-C
             raise
@@ -301,8 +303,3 @@ def judge(args, reward_of, problems, rows, results):
         if row.get("reward", reward) != reward:
             row.setdefault("raw_reward", row["reward"])
         row |= {"reward": reward, "score": score}
-
-
-def _result(row, verdict):
-    known = {"task_id": row["task_id"], "sample": row["sample"], "passed": verdict.passed}
-    return known | {"outcome": verdict.outcome, "seconds": round(verdict.seconds, 4)}

@@ -89,8 +89,8 @@ def described(cls):
         for line in lines:
             if heading := re.match(r"    # (.*)", line):
                 group = heading[1]
-            elif field := re.match(r"    (\w+): .*?  # (.*)", line):
-                found.setdefault(field[1], (group, field[2]))
+            elif field := re.match(r'    (\w+):(?:"[^"]*"|[^#"])*(?:# *(.*))?', line):
+                found.setdefault(field[1], (group, field[2] or ""))
     return found
 
 
@@ -123,6 +123,8 @@ def parse(cls, argv=None):
     )
     fields, groups = {field.name: field for field in dataclasses.fields(cls)}, {}
     for name, (title, comment) in described(cls).items():
+        if name not in fields:  # a line of a docstring
+            continue
         field, group = fields[name], groups.get(title)
         if group is None:
             group = groups[title] = parser.add_argument_group(title)

@@ -19,6 +19,7 @@ from pfppo.config import UserError, reason, require, require_folder
 from pfppo.model import check_cache, check_positions, stop_ids
 from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
 from pfppo.reward import BY_TESTS
+from pfppo.rollout import seeded
 
 import torch
 from tokenizers import Tokenizer
@@ -66,6 +67,7 @@ def _rules(tokenizer):
 class Tokens:
     """What token ids mean to the policy of a command line."""
 
+    policy: str  # the folder
     tokenizer: object  # of transformers
     stop: list[int]  # end-of-sequence ids
     style: str  # --prompt_style
@@ -81,7 +83,7 @@ class Tokens:
         )
         check_cache(args.policy)
         stop = stop_ids(args.policy, tokenizer)
-        return cls(tokenizer, stop, args.prompt_style, args.max_prompt_tokens)
+        return cls(args.policy, tokenizer, stop, args.prompt_style, args.max_prompt_tokens)
 
     @property
     def pad(self):
@@ -174,10 +176,19 @@ class ProblemSet:
     def __len__(self):
         return len(self.problems)
 
+    @property
+    def longest(self):
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts), default=0)
 
-def read_problems(path, tokens):
-    """ProblemSet of a JSONL file; an empty one where path is "". Raises UserError."""
-    problems = load_prompts(path) if path else []
+
+def read_problems(args, option, tokens, tested=True):
+    """ProblemSet of the file that an option names, of MBPP the split that belongs to it; an empty
+    set where it names none. tested: raise UserError where one has no test."""
+    path, split = getattr(args, option), "train" if option == "prompts" else option
+    problems = load_prompts(path, split) if path else []
+    lacking = [problem.task_id for problem in problems if tested and not problem.test][:1]
+    require(not lacking, f"--{option} {path}: {lacking} has no 'test'")
     return ProblemSet(problems, tokens.prompts(problems, path))
 
 
@@ -187,6 +198,8 @@ def read_pairs(path, tokens):
     for line, (prompt, *responses) in said:
         ids = tokens.prompt(prompt, f"{path}, line {line}")
         pairs.append((ids, *map(tokens.response, responses)))
+    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
+    check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
     return pairs, [triple for _, triple in said]
 
 
@@ -202,23 +215,20 @@ class Inputs:
     @property
     def longest(self):
         """Tokens of the longest prompt."""
-        return max(map(len, self.train.prompts + self.validation.prompts + self.test.prompts))
+        return max(part.longest for part in (self.train, self.validation, self.test))
 
 
 def read_inputs(args):
     """Inputs of train_ppo.py, checked before anything long begins. Raises UserError."""
     tokens = Tokens.of(args)
-    names = ("prompts", "validation", "test")
-    inputs = Inputs(tokens, *(read_problems(getattr(args, name), tokens) for name in names))
+    train = read_problems(args, "prompts", tokens, args.reward in BY_TESTS)
+    others = (read_problems(args, name, tokens) for name in ("validation", "test"))
+    inputs = Inputs(tokens, train, *others)
     P, count = args.prompts_per_step, len(inputs.train)
-    more = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
-    require(P <= count, more)
-    tested = {"validation": inputs.validation, "test": inputs.test}
-    tested |= {"prompts": inputs.train} if args.reward in BY_TESTS else {}
-    for name, asked in tested.items():
-        lacking = [problem.task_id for problem in asked.problems if not problem.test][:1]
-        path = getattr(args, name)
-        require(not lacking, f"--{name} {path}: {lacking} has no 'test' and 'entry_point'")
+    what = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
+    require(P <= count, what)
+    what = f"--refill {args.refill}: more rounds of {P} than {count} prompts of {args.prompts} give"
+    require(args.refill < count // P, what)
     for name in ("policy", "reward_model"):
         if getattr(args, name):
             check_positions(getattr(args, name), name, inputs.longest + args.max_new_tokens)
@@ -233,6 +243,5 @@ def step_prompts(count, prompts_per_step, step, seed, round=0):
     per_epoch = count // prompts_per_step
     epoch, part = divmod(step, per_epoch)
     part = (part + round) % per_epoch
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=seeded("prompts", seed, epoch))
     return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()

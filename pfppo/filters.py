@@ -120,32 +120,26 @@ def load_filter(spec, samples, option="filter"):
     chosen = FILTERS[spec] if spec in FILTERS else load_function(spec, option)
 
     def checked(rewards, generator):
+        sizes = " --samples_per_prompt" if option == "filter" else ", N ="
+        where, shape = f"--{option} {spec}{sizes} {rewards.shape[1]}", tuple(rewards.shape)
         try:
-            return apply_filter(chosen, rewards, generator)
+            weights = chosen(rewards.clone(), generator)  # a user's filter may work in place
         except (Exception, SystemExit) as error:
             why = str(error) if type(error) is ValueError else reason(error)
-            sizes = " --samples_per_prompt" if option == "filter" else ", N ="
-            raise UserError(f"--{option} {spec}{sizes} {rewards.shape[1]}: {why}") from error
+            raise UserError(f"{where}: {why}") from error
+        size = tuple(weights.shape) if isinstance(weights, torch.Tensor) else None
+        kind = type(weights).__name__ if size is None else f"a tensor of shape {size}"
+        expected = f"expected weights, a tensor of shape {shape}, found {kind}"
+        require(size == shape, f"{where}: {expected}")
+        weights = weights.detach().to(rewards.dtype)
+        fits = torch.isfinite(weights).all() and (weights >= 0).all()
+        require(fits, f"{where}: expected weights that are finite and >= 0")
+        return weights
 
     generator = torch.Generator().manual_seed(0)
     for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):
         checked(rewards, generator)
     return checked
-
-
-def apply_filter(chosen, rewards, generator):
-    """weights [P, N] = chosen(rewards [P, N], generator), checked; ValueError on nonsense."""
-    weights = chosen(rewards.clone(), generator)  # a user's filter may work in place
-    found = type(weights).__name__
-    if isinstance(weights, torch.Tensor):
-        found = f"a tensor of shape {tuple(weights.shape)}"
-    if found != f"a tensor of shape {tuple(rewards.shape)}":
-        shape = tuple(rewards.shape)
-        raise ValueError(f"expected weights, a tensor of shape {shape}, found {found}")
-    weights = weights.detach().to(rewards.dtype)
-    if not torch.isfinite(weights).all() or (weights < 0).any():
-        raise ValueError("expected weights that are finite and >= 0")
-    return weights
 
 
 def kept_per_prompt(chosen, samples):

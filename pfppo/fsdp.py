@@ -1,13 +1,10 @@
 """Ranks and sharding: process group, `fully_shard` by plan, whole-phase gathering, reductions.
 
 One to many ranks run the same lines, started by torchrun or, as a single rank, by plain python.
-
 Models start without weights (structure without memory), are sharded block by block, and are filled
 slice by slice (loading.py). Parameters and optimizer states stay fp32 (master weights); on GPU
-forward and backward run in bf16 with fp32 reductions.
-
-Sampling would gather every block at every token. So the policy is gathered once for the whole phase
-into a plain copy without hooks (`gathered`), which is emptied afterwards.
+forward and backward run in bf16 with fp32 reductions. Sampling would gather every block at every
+token, so the policy is gathered once for the whole phase into a plain copy without hooks.
 
 FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
 loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
@@ -77,10 +74,8 @@ def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    require(
-        device != "cuda" or torch.cuda.is_available(),
-        "--device cuda: torch finds no CUDA device here, expected --device cpu or auto",
-    )
+    none = "--device cuda: torch finds no CUDA device here, expected --device cpu or auto"
+    require(device != "cuda" or torch.cuda.is_available(), none)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     store, rank, world = dist.HashStore(), 0, 1
     patience = datetime.timedelta(minutes=minutes)
@@ -90,32 +85,26 @@ def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
         # After a restart torchrun's store still has the addresses of the workers before.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    where, local = torch.device(device), int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        where = torch.device("cuda", local)
-        torch.cuda.set_device(where)
+        torch.cuda.set_device(local)
     size = shard_group_size or world
-    require(
-        world % size == 0,
-        f"--shard_group_size {size}: does not divide the {world} ranks there are",
-    )
+    divides = f"--shard_group_size {size}: does not divide the {world} ranks there are"
+    require(world % size == 0, divides)
     shape, names = ((world,), ("shard",))
     if size < world:
         shape, names = (world // size, size), ("replicate", "shard")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
-    return Ranks(rank, local, world, where, mesh)
+    index = local if device == "cuda" else None
+    return Ranks(rank, local, world, torch.device(device, index), mesh)
 
 
 def find_blocks(model):
     """The transformer blocks: of all lists of equal modules, the one with most parameters."""
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    ]
-    if not lists:
-        raise UserError(f"{type(model).__name__}: no list of transformer blocks found to shard")
-    return list(max(lists, key=lambda module: sum(p.numel() for p in module.parameters())))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [blocks for blocks in lists if len({type(block) for block in blocks}) == 1]
+    require(lists, f"{type(model).__name__}: no list of transformer blocks found to shard")
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
 
 
 def compute_dtype(param_dtype, ranks):
@@ -134,14 +123,9 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
     device when it is used. Returns the sharded model.
     """
     dtype = compute_dtype(param_dtype, ranks)
-    how = {
-        "mesh": ranks.mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if dtype == torch.float32 else dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,  # inputs are token ids
-        ),
-    }
+    dtypes = {"param_dtype": None if dtype == torch.float32 else dtype}
+    dtypes |= {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # they are token ids
+    how = {"mesh": ranks.mesh, "mp_policy": MixedPrecisionPolicy(**dtypes)}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     empty.requires_grad_(trainable)
@@ -166,31 +150,31 @@ def _set_buffers(model, buffers):
 def recompute_blocks(model):
     """Gradient checkpointing: every block keeps its input only and runs again in the backward pass.
 
-    For a third more time, activations take one block's memory and L inputs instead of L blocks'. It
-    changes no number, and without gradients it does nothing.
+    For a third more time, activations take one block's memory and L inputs instead of L blocks'.
     """
+    how = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
     for block in find_blocks(model):
-        # Dropout is off, so there is no random state to bring back.
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        block.forward = functools.partial(checkpoint, block.forward, **how)
+
+
+def whole_parameters(sharded):
+    """(name, whole fp32 tensor) of one parameter after the other, tied ones once. A collective."""
+    for name, parameter in sharded.named_parameters():
+        yield name, parameter.detach().full_tensor()
 
 
 @contextlib.contextmanager
 def gathered(sharded, unsharded):
-    """Fill `unsharded`, a copy on the meta device, with the whole weights of `sharded` for a phase.
-
-    They are cast to the copy's dtype.
+    """Fill `unsharded`, a copy on the meta device, with the whole weights of `sharded` for a phase,
+    cast to the copy's dtype.
 
     All ranks must enter together; inside there are no collectives, so they may do different amounts
     of work. The copy shares nothing with the optimizer: updating inside has no effect on it.
     """
-    whole = {}
-    for name, parameter in sharded.named_parameters():
-        mesh = parameter.device_mesh
-        tensor = parameter.detach().full_tensor()
-        # Copied at one rank, where `full_tensor` is the optimizer's own tensor.
-        whole[name] = tensor.to(mesh.device_type, unsharded.dtype, copy=mesh.size() == 1)
+    device = next(sharded.parameters()).device_mesh.device_type
+    # Copied at one rank, where a whole tensor is the optimizer's own.
+    how = {"dtype": unsharded.dtype, "copy": dist.get_world_size() == 1}
+    whole = {name: tensor.to(device, **how) for name, tensor in whole_parameters(sharded)}
     unsharded.load_state_dict(whole, strict=False, assign=True)
     _set_buffers(unsharded, dict(sharded.named_buffers()))
     unsharded.tie_weights()
@@ -201,15 +185,12 @@ def gathered(sharded, unsharded):
 
 
 def full_state(sharded):
-    """{name: whole fp32 tensor on the CPU} on rank 0, tied names once; {} elsewhere. A collective.
-
-    One parameter at a time, so that no other rank holds more than one whole.
-    """
+    """{name: whole tensor on the CPU} on rank 0; {} elsewhere, where no more than one parameter at
+    a time is whole. A collective."""
     state = {}
-    for name, parameter in sharded.named_parameters():
-        whole = parameter.detach().full_tensor()
+    for name, tensor in whole_parameters(sharded):
         if dist.get_rank() == 0:
-            state[name] = whole.cpu()
+            state[name] = tensor.cpu()
     return state
 
 
@@ -237,11 +218,8 @@ def gather_lists(values, ranks):
 
 @contextlib.contextmanager
 def agreed(ranks):
-    """A UserError inside, on whichever rank, is raised on all of them. A collective at its end.
-
-    Without this the other ranks would wait for the one that failed, and rank 0, the only one that
-    prints, would have nothing to say.
-    """
+    """A UserError inside, on whichever rank, is raised on all of them. A collective at its end:
+    without it the others would wait, and rank 0, which prints, would have nothing to say."""
     failure = None
     try:
         yield
@@ -279,13 +257,14 @@ def adamw(model, lr):
     )
 
 
-def step(model, optimizer, lr, limit):
-    """Clip the gradients to a global norm of at most `limit`, update, clear.
+def step(model, optimizer, factor, limit):
+    """Clip the gradients to a global norm of at most `limit`, update with `factor` times the
+    optimizer's learning rate, clear.
 
     A gradient that is not finite skips the update. Returns the norm before clipping, a float.
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).full_tensor().item()
-    optimizer.param_groups[0]["lr"] = lr
+    optimizer.param_groups[0]["lr"] = factor * optimizer.defaults["lr"]
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()

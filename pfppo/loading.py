@@ -68,10 +68,8 @@ def fetch(args, names, ranks):
                     if turn:
                         setattr(args, name, snapshot_download(path, ignore_patterns=UNREAD))
                 except Exception as error:  # no network, no such model, no permission, ...
-                    raise UserError(
-                        f"--{name} {path}: there is no such folder, and the Hugging Face Hub did "
-                        f"not give it: {reason(error)}"
-                    ) from error
+                    hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
+                    raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
 
 
 def stored_tensors(folder, option):
@@ -94,10 +92,8 @@ def stored_tensors(folder, option):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)
         except Exception as error:  # safetensors has an exception of its own
-            raise UserError(
-                f"--{option} {path}: damaged or cut short, {path.stat().st_size} bytes: "
-                f"{reason(error)}"
-            ) from error
+            size = f"damaged or cut short, {path.stat().st_size} bytes"
+            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
     return found
 
 
@@ -133,9 +129,8 @@ class Slices:
 
     def local(self, name, parameter):
         """This rank's part of a DTensor parameter, on the CPU."""
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
+        where = parameter.device_mesh, parameter.placements
+        shape, offset = compute_local_shape_and_global_offset(parameter.shape, *where)
         part = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         if name in self.new:
             return self.new[name][part]
@@ -196,11 +191,12 @@ class Models:
     def normalise(self, known, examiner, train):
         """Give reward model and critic their normaliser, [mean, sd]: that of the RM's card, or one
         `known` from a checkpoint, or measured over samples of the SFT policy. Returns it."""
+        scalars = [model for model in (self.reward_model, self.critic) if model is not None]
         if not self.normalised:
             known = known or examiner.spread(self, train)
-            for scalar in (self.reward_model, self.critic):
+            for scalar in scalars:
                 scalar.mean, scalar.std = known
-        return [self.critic.mean, self.critic.std]
+        return [scalars[0].mean, scalars[0].std] if scalars else [0.0, 1.0]
 
 
 def load_models(args, tokens, ranks):
@@ -218,8 +214,8 @@ def load_models(args, tokens, ranks):
         reward_model, critic = load_scalars(args, tokens, ranks, (False, True))
     else:
         known, reward_model, critic = True, None, new_scalar(args, ranks)
-    for model in (policy, critic) if args.gradient_checkpointing else ():
-        fsdp.recompute_blocks(model)
+    if args.gradient_checkpointing:
+        fsdp.recompute_blocks(policy)
     return Models(policy, reference, critic, reward_model, unsharded, known)
 
 
@@ -249,6 +245,8 @@ def load_scalars(args, tokens, ranks, trainable):
     for scalar, trained in zip(scalars, trainable, strict=True):
         offload = getattr(args, "offload_optimizer" if trained else "offload_reward", False)
         fsdp.shard(scalar, source, ranks, args.param_dtype, trained, offload)
+        if trained and args.gradient_checkpointing:
+            fsdp.recompute_blocks(scalar)
     return scalars
 
 
@@ -263,4 +261,7 @@ def new_scalar(args, ranks):
 
     source = source_of(empty, path, "policy", read, ranks, new)
     offload = getattr(args, "offload_optimizer", False)
-    return fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)
+    fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)
+    if args.gradient_checkpointing:
+        fsdp.recompute_blocks(empty)
+    return empty

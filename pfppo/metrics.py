@@ -68,9 +68,10 @@ class Meter:
         self.updates = self.skipped = 0
 
     def lap(self, name):
-        """Seconds since the last lap."""
+        """Seconds since the last lap; those of one name are added up."""
         now = time.perf_counter()
-        self.laps[f"seconds_{name}"], self.at = now - self.at, now
+        name = f"seconds_{name}"
+        self.laps[name], self.at = self.laps.get(name, 0) + now - self.at, now
 
     def add(self, name, total, count):
         pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
@@ -99,16 +100,16 @@ class Meter:
 
     def kept(self, kept):
         """The survivors with all their old numbers. A collective."""
-        for rows in kept.minibatches():
-            alive, kl = (rows.weights > 0).float(), ppo.kl_k1(rows.old_logp, rows.ref_logp)
-            k3 = ppo.kl_k3(rows.old_logp, rows.ref_logp)
-            self.add("kl_k1", ((kl * rows.mask).sum(1) * alive).sum(), alive.sum())
-            self.add("kl_k3", ((k3 * rows.mask).sum(1) * alive).sum(), alive.sum())
-            tokens = rows.mask * alive[:, None]
-            self.add("entropy", (rows.entropy * tokens).sum(), tokens.sum())
-        weights = kept.mask * kept.weights[:, None]
-        explained = ppo.explained_variance(kept.old_values, kept.returns, weights, sum_over_ranks)
-        self.values["explained_variance"] = explained.item()
+        alive = (kept.weights > 0).double()  # 0 where a row is padded
+        tokens = kept.mask * alive[:, None]
+        self.add("entropy", (kept.entropy * tokens).sum(), tokens.sum())
+        for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
+            kl = estimator(kept.old_logp, kept.ref_logp)
+            self.add(name, (kl * tokens).sum(), alive.sum())
+        if kept.old_values is not None:
+            how = kept.mask * kept.weights[:, None], sum_over_ranks
+            explained = ppo.explained_variance(kept.old_values, kept.returns, *how)
+            self.values["explained_variance"] = explained.item()
 
     def losses(self, sums):
         """What the losses of one optimizer step say: parts of numbers divided by a global

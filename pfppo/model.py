@@ -1,4 +1,5 @@
-"""The two kinds of network: a policy that gives token log-probs, and a scalar head on a backbone.
+"""The two kinds of network, a policy that gives token log-probs and a scalar head on a backbone;
+and what a model folder says.
 
 `Policy` wraps a causal LM of transformers, `ScalarModel` a sequence classifier with one label: the
 reward model (RM) reads it at the last response token, the critic before every token. Both are fed
@@ -16,6 +17,7 @@ import contextlib
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
+from pfppo.rollout import seeded
 
 import torch
 import transformers
@@ -80,8 +82,7 @@ class Policy(nn.Module):
 
 def head_logits(lm, states):
     """Hidden states [..., D] -> logits [..., V], with the scaling that some families add."""
-    logits = lm.get_output_embeddings()(states)
-    config = lm.config.get_text_config()
+    logits, config = lm.get_output_embeddings()(states), lm.config.get_text_config()
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         logits = logits * config.logit_scale
     if getattr(config, "logits_scaling", None) is not None:  # Granite
@@ -124,9 +125,8 @@ def read_config(path, option):
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
-        raise UserError(
-            f"--{option} {path}: not a model of transformers: {reason(error)}"
-        ) from error
+        why = f"--{option} {path}: not a model of transformers: {reason(error)}"
+        raise UserError(why) from error
 
 
 def read_generation_config(path, option="policy"):
@@ -143,27 +143,22 @@ def check_positions(path, option, longest, what="the longest prompt with --max_n
     """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
     config = read_config(path, option).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or longest
-    require(
-        longest <= positions,
-        f"--{option} {path}: {what} is {longest} tokens long, expected at most {positions}, the "
-        "max_position_embeddings of its config.json",
-    )
+    what = f"--{option} {path}: {what} is {longest} tokens long, expected at most {positions}, the "
+    require(longest <= positions, what + "max_position_embeddings of its config.json")
 
 
 def check_cache(path, option="policy"):
     """UserError where a model does not keep plain keys and values: encoder-decoders, recurrent and
     hybrid ones. A sliding window is a mask here, over keys that all stay."""
     config = read_config(path, option)
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
+    odd = layers - {"full_attention", "sliding_attention", "chunked_attention"}
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     stateful = odd or getattr(kind, "_is_stateful", False)
-    found = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
-    require(
-        not config.is_encoder_decoder and not stateful,
-        f"--{option} {path}: {config.model_type} is {found}, expected a decoder with plain "
-        "keys and values in its cache, as sampling here needs them",
-    )
+    what = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
+    what = f"--{option} {path}: {config.model_type} is {what}, expected a decoder with plain keys "
+    what += "and values in its cache, as sampling here needs them"
+    require(not config.is_encoder_decoder and not stateful, what)
 
 
 def stop_ids(path, tokenizer):
@@ -208,10 +203,8 @@ def causal_lm_config(path, option="policy"):
     """The configuration of a causal LM. Raises UserError where it is another kind of model."""
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or [])
-    require(
-        "SequenceClassification" not in kinds,
-        f"--{option} {path}: not a causal LM but a {kinds}",
-    )
+    what = f"--{option} {path}: not a causal LM but a {kinds}"
+    require("SequenceClassification" not in kinds, what)
     return config
 
 
@@ -230,15 +223,11 @@ def classifier_config(path, option="reward_model"):
     """
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or ["no architecture"])
-    require(
-        "CausalLM" not in kinds and "LMHead" not in kinds,
-        f"--{option} {path}: not a reward model but a causal LM ({kinds}), expected a sequence "
-        "classifier with one label, as train_rm.py writes it",
-    )
-    require(
-        config.num_labels == 1,
-        f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}",
-    )
+    what = f"--{option} {path}: not a reward model but a causal LM ({kinds}), expected a sequence "
+    what += "classifier with one label, as train_rm.py writes it"
+    require("CausalLM" not in kinds and "LMHead" not in kinds, what)
+    what = f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}"
+    require(config.num_labels == 1, what)
     return config
 
 
@@ -246,10 +235,8 @@ def read_classifier(path, option="reward_model"):
     """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError."""
     kinds = ", ".join(classifier_config(path, option).architectures or ["no architecture"])
     model, missing = _read(AutoModelForSequenceClassification, path, option)
-    require(
-        not missing,
-        f"--{option} {path}: not a reward model: {kinds} without {', '.join(sorted(missing)[:3])}",
-    )
+    some = ", ".join(sorted(missing)[:3])
+    require(not missing, f"--{option} {path}: not a reward model: {kinds} without {some}")
     return model
 
 
@@ -269,7 +256,7 @@ def classifier_from_causal_lm(path, seed, option="policy"):
 
 def new_head(classifier, seed):
     """{name: value} of a classifier's last layer, weights drawn from the seed, bias 0."""
-    head, generator = scalar_head(classifier), torch.Generator().manual_seed(seed)
+    head, generator = scalar_head(classifier), seeded("head", seed)
     weight = torch.empty(head.weight.shape)
     weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
     names = {parameter: name for name, parameter in classifier.named_parameters()}
@@ -290,9 +277,7 @@ def _read(auto, path, option, dtype=torch.float32, **kwargs):
         model, report = auto.from_pretrained(path, dtype=dtype, **loading, **kwargs)
     except Exception as error:  # a damaged file fails in a dozen ways
         raise UserError(f"--{option} {path}: cannot read the weights: {reason(error)}") from error
-    for name, found, expected in sorted(report["mismatched_keys"], key=str):
-        found, expected = list(found), list(expected)
-        raise UserError(
-            f"--{option} {path}: {name} has shape {found}, expected {expected} by config.json"
-        )
+    for name, shape, other in sorted(report["mismatched_keys"], key=str):
+        expected = f"expected {list(other)} by config.json"
+        raise UserError(f"--{option} {path}: {name} has shape {list(shape)}, {expected}")
     return model.eval(), report["missing_keys"]

@@ -28,15 +28,16 @@ that is *added* to z would carry lukewarm cases into the extremes of what is see
 """
 
 import functools
-import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
 from pfppo.files import write_json
+from pfppo.fsdp import gather_lists
+from pfppo.rollout import collate, seeded
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -126,6 +127,33 @@ def farthest_pair(responses, passed):
     return max(pairs, key=lambda pair: pair[0])[1:] if pairs else None
 
 
+def rows_of(pairs):
+    """Pairs (prompt, chosen, rejected) -> [(prompt, response)], chosen ones at even places."""
+    return [(prompt, ids) for prompt, *responses in pairs for ids in responses]
+
+
+def split_by_prompt(pairs, share, seed):
+    """(training, held out): a prompt's pairs are all held out, or all trained on."""
+    of_prompt = {}
+    for pair in pairs:
+        of_prompt.setdefault(tuple(pair[0]), []).append(pair)
+    groups = list(of_prompt.values())
+    order = torch.randperm(len(groups), generator=seeded("held out", seed)).tolist()
+    cut = round(len(groups) * share)
+    return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
+
+
+@torch.no_grad()
+def raw_scores(model, rows, pad_id, microbatch, ranks):
+    """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. A collective."""
+    mine, scores = rows[ranks.rank :: ranks.world], []
+    for start in range(0, math.ceil(len(rows) / ranks.world), 2 * microbatch):  # equal on all ranks
+        some = mine[start : start + 2 * microbatch] or rows[:1]
+        batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
+        scores += model(batch.ids, batch.ends).flatten().tolist()
+    return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
+
+
 @dataclass
 class Answers:
     """What a reward may look at: B samples, one rank's. `rewards` is what it said of them."""
@@ -140,6 +168,13 @@ class Answers:
     reward_model: object = None  # model.ScalarModel, for `by_model`
     microbatch: int = 0
     clip: float = math.inf
+
+    def __add__(self, other):
+        """Both, prompt after prompt: of another round of the step."""
+        both = {n: getattr(self, n) + getattr(other, n) for n in ("problems", "texts", "rows")}
+        for name in ("scores", "finished", "rewards"):
+            both[name] = torch.cat([getattr(self, name), getattr(other, name)])
+        return replace(self, **both)
 
     @functools.cached_property
     def by_model(self):
@@ -173,8 +208,7 @@ def noisy(answers, place):
 
 def _draw(seed, prompt, response):
     """(|n|, a number in [0, 1)) that belong to this prompt and response."""
-    key = hashlib.blake2b(f"{seed}\0{prompt}\0{response}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key, "big"))
+    generator = seeded("noise", seed, prompt, response)
     return tuple(draw((), generator=generator).abs().item() for draw in (torch.randn, torch.rand))
 
 

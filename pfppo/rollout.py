@@ -33,12 +33,20 @@ padded with their row 0 at weight 0 (0*). It costs a forward and a backward pass
 number: whatever is summed over rows is multiplied by their weights.
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 
 from pfppo.config import require
 
 import torch
 from torch.nn.functional import pad
+
+
+def seeded(purpose, *key):
+    """A generator for one purpose and key, such as "filter", seed, step. All randomness of a run
+    comes from these: streams of different purposes or keys have nothing in common."""
+    digest = hashlib.blake2b(repr((purpose, *key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 @dataclass
@@ -61,6 +69,14 @@ class Rollout:
 
     def __len__(self):
         return len(self.ids)
+
+    def __add__(self, other):
+        """The rows of both, without what stands in neither's first three fields."""
+        longest = max(self.ids.shape[1], other.ids.shape[1])
+        ids = [pad(rows.ids, (0, longest - rows.ids.shape[1])) for rows in (self, other)]
+        lengths = torch.cat([self.lengths, other.lengths])
+        prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+        return Rollout(torch.cat(ids), prompt_lengths, lengths)
 
     @property
     def width(self):
@@ -134,10 +150,12 @@ class Rollout:
         chosen.parts = tuple(parts)
         return chosen
 
-    def minibatches(self, order=None):
-        """The minibatches, one for each optimizer step; order: indices of them, default as cut."""
+    def minibatches(self, generator):
+        """The minibatches in random order, one for each optimizer step. None of no rows."""
+        if not len(self):
+            return []
         cut = torch.arange(len(self)).split(self.parts or [len(self)])
-        return [self.select(cut[i]) for i in (range(len(cut)) if order is None else order)]
+        return [self.select(cut[i]) for i in torch.randperm(len(cut), generator=generator)]
 
     def microbatches(self, size):
         """Slices of at most `size` rows, each within a minibatch."""

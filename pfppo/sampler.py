@@ -18,8 +18,9 @@ Not covered: encoder-decoder, recurrent and hybrid models (refused: `model.check
 speculative decoding, CUDA graphs.
 """
 
-import hashlib
 from dataclasses import dataclass
+
+from pfppo.rollout import seeded
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -77,11 +78,8 @@ class RoomLayer(DynamicLayer):
 def draw_uniforms(seed, step, rows, width):
     """[len(rows), width] numbers in [0, 1); `rows` are (prompt index, sample index) pairs."""
     drawn = torch.empty(len(rows), width)
-    generator = torch.Generator()
     for target, (prompt, sample) in zip(drawn, rows, strict=True):
-        key = hashlib.blake2b(f"{seed} {step} {prompt} {sample}".encode(), digest_size=7)
-        generator.manual_seed(int.from_bytes(key.digest(), "big"))
-        target.uniform_(generator=generator)
+        target.uniform_(generator=seeded("sample", seed, step, prompt, sample))
     return drawn
 
 

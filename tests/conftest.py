@@ -115,8 +115,8 @@ def ragged(lengths, seed=0):
 def policy_of(lm, ranks):
     """A causal LM as a sharded policy."""
     from pfppo.fsdp import shard
-    from pfppo.model import Policy, empty_causal_lm
     from pfppo.loading import Whole
+    from pfppo.model import Policy, empty_causal_lm
 
     return shard(Policy(empty_causal_lm(lm.config)), Whole(Policy(lm)), ranks)
 
@@ -124,8 +124,8 @@ def policy_of(lm, ranks):
 def scalar_of(classifier, ranks):
     """A classifier as a sharded scalar model."""
     from pfppo.fsdp import shard
-    from pfppo.model import ScalarModel, empty_classifier
     from pfppo.loading import Whole
+    from pfppo.model import ScalarModel, empty_classifier
 
     empty = ScalarModel(empty_classifier(classifier.config))
     return shard(empty, Whole(ScalarModel(classifier)), ranks)

@@ -31,7 +31,7 @@ CHANGED = {"steps": 60, "save_every": 1, "eval_every": 2, "keep": 2, "test": ""}
 
 def everything(run_dir):
     """What two runs must have in common."""
-    newest = checkpoint.complete(run_dir)[0][0]
+    newest = checkpoint.complete(run_dir)[0]
     weights = export.policy_of(newest) | load_file(run_dir / "policy/model.safetensors")
     rest = numbers(run_dir), read(run_dir / "samples.jsonl"), (newest / "state.json").read_text()
     return weights, rest
@@ -48,21 +48,26 @@ def whole_run(tiny, run_dir, ranks):
 
 def killed_run(tiny, run_dir, ranks, kills, longest, draw):
     """Kill at most so many times, then run to the end. Returns what was going on at each kill."""
-    found, metrics = [], run_dir / "metrics.jsonl"
-    while len(found) < kills:
-        lines = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    moments, metrics = [], run_dir / "metrics.jsonl"
+
+    def steps():
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    while len(moments) < kills:
+        before = steps()
         process = started("train_ppo.py", tiny, run_dir, "--resume", ranks=ranks, **CHANGED)
         try:
             process.communicate(timeout=draw.uniform(0.2, 1.2) * longest)
-            return found  # it came to its end before
+            return moments  # it came to its end before
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-        after = len(metrics.read_text().splitlines()) if metrics.exists() else 0
         saving = list(run_dir.glob("checkpoints/*.tmp")) or list(run_dir.glob("*.tmp"))
-        found.append("while saving" if saving else "in a step" if after > lines else "starting")
+        moments.append(
+            "while saving" if saving else "in a step" if steps() > before else "starting"
+        )
     whole_run(tiny, run_dir, ranks)
-    return found
+    return moments
 
 
 def equal(first, second):
@@ -82,15 +87,14 @@ def main():
         (folder / "tiny").mkdir()
         tiny = make_tiny(folder / "tiny")
         longest = whole_run(tiny, folder / "whole", args.ranks)
-        draw, found, same, runs = random.Random(args.seed), Counter(), True, 0
-        while same and sum(found.values()) < args.kills:
+        draw, moments, same, runs = random.Random(args.seed), Counter(), True, 0
+        while same and moments.total() < args.kills:
             runs += 1
-            left = args.kills - sum(found.values())
-            run_dir = folder / f"killed {runs}"
-            found.update(killed_run(tiny, run_dir, args.ranks, left, longest, draw))
+            left, run_dir = args.kills - moments.total(), folder / f"killed {runs}"
+            moments.update(killed_run(tiny, run_dir, args.ranks, left, longest, draw))
             same = equal(folder / "whole", run_dir)
-            print(f"run {runs}: {dict(found)}", flush=True)
-    print(f"{sum(found.values())} kills in {runs} runs of {CHANGED['steps']} steps: {dict(found)}")
+            print(f"run {runs}: {dict(moments)}", flush=True)
+    print(f"{moments.total()} kills in {runs} runs of {CHANGED['steps']} steps: {dict(moments)}")
     print("metrics, samples, checkpoint and policy are", "equal" if same else "NOT equal")
     sys.exit(not same)
 

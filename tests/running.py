@@ -1,17 +1,24 @@
 """How the tests run the three scripts: on a tiny random checkpoint, with tiny numbers."""
 
 import dataclasses
+import gc
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import train_rm
-from pfppo.lab import default as lab, world
 from pfppo.config import parse
+from pfppo.lab import default as lab
+from pfppo.lab import world
 from pfppo.metrics import SECONDS
+from pfppo.run import launch
 
 import torch
 import torch.distributed as dist
@@ -20,18 +27,62 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def run(script, *argv):
-    """The script's main in this process, as `python script.py ARGV` would run it."""
+    """The script's main in this process, as `python script.py ARGV` would run it; its status."""
     try:
-        script.main(parse(script.Args, [str(word) for word in argv]))
+        return script.main(parse(script.Args, [str(word) for word in argv]))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def write_problems(path, problems):
-    rows = [{k: v for k, v in dataclasses.asdict(p).items() if v} for p in problems]
+def forked(script, *argv, ranks=2, timeout=120, **environment):
+    """The script on several ranks, forked from this process, which has imported all there is:
+    (exit statuses, what they printed)."""
+    port, children = find_free_port(), []
+    gc.collect()  # what is left of process groups would wait for threads that no child has
+    gc.freeze()
+    with tempfile.TemporaryFile("w+") as output:
+        for rank in range(ranks):
+            if child := os.fork():
+                children.append(child)
+                continue
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **environment}
+                for descriptor in (1, 2):
+                    os.dup2(output.fileno(), descriptor)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                sys.argv = [Path(script.__file__).name, *map(str, argv)]
+                signal.alarm(timeout)
+                launch(script.main, script.Args)
+                os._exit(0)
+            except SystemExit as error:
+                sys.stderr.flush()
+                os._exit(error.code or 0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        output.seek(0)
+        gc.unfreeze()
+        return statuses, output.read()
+
+
+def find_free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_problems(path, problems):
+    rows = [{k: v for k, v in dataclasses.asdict(p).items() if v} for p in problems]
+    return write_rows(path, rows)
 
 
 def read(path):
@@ -72,7 +123,7 @@ def make_tiny(folder):
         {"prompt": p.prompt, "chosen": p.canonical_solution, "rejected": "    return 0\n"}
         for p in world.draw_problems(1, "train", 24)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_rows(folder / "pairs.jsonl", pairs)
     rm = ("--policy", folder / "policy", "--pairs", folder / "pairs.jsonl")
     run(train_rm, *rm, "--run_dir", folder / "rm", "--batch", 8, "--held_out", 0.25)
     return folder

@@ -9,27 +9,25 @@ import json
 import shutil
 
 import train_ppo
-from pfppo import batch, data, fsdp, loading, sampler
+from pfppo.data import Tokens
+from pfppo.loading import load_models
+from pfppo.rollout import collate
 from pfppo.run import export
-from pfppo.metrics import SECONDS
+from pfppo.sampler import sample
 
 import pytest
 import torch
 from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
+from running import numbers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM as LM
+from transformers import AutoModelForSequenceClassification as RM
 
 HEAD = {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
-FAMILIES = {  # changes of conftest's configuration
-    "llama": {},
-    "qwen2": {},
+PLAIN = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
+FAMILIES = dict.fromkeys(PLAIN, {}) | {  # changes of conftest's configuration
     "qwen3": HEAD | {"tie_word_embeddings": True},
-    "mistral": {},
-    "gemma2": {},
-    "gemma3_text": {},
-    "gpt2": {},
-    "gpt_neox": {},
     "starcoder2": {"sliding_window": 5},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": HEAD | EXPERTS,
@@ -46,7 +44,6 @@ def write(folder, model, dtype=torch.float32, **how):
     """A checkpoint, by transformers' own `save_pretrained`."""
     model.to(dtype).save_pretrained(folder, **how)
     tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def theirs(kind, folder):
@@ -61,68 +58,57 @@ PARAMS = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) f
 @pytest.fixture(scope="module", params=PARAMS)
 def files(request, tmp_path_factory):
     """A folder with a policy, a reward model of its family where there is one, and prompts."""
-    folder, changes = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
-    how = FILES.get(request.param, {})
-    write(folder / "policy", tiny_lm(request.param, **changes), **how)
-    if request.param in SCALARS:
-        reward_model = tiny_classifier(SCALARS[request.param], seed=1)
-    else:
-        reward_model = tiny_classifier(request.param, seed=1, **changes)
-    write(folder / "rm", reward_model, **how)
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    changes, how = FAMILIES[name], FILES.get(name, {})
+    write(folder / "policy", tiny_lm(name, **changes), **how)
+    rm = tiny_classifier(SCALARS.get(name, name), seed=1, **changes)
+    write(folder / "reward_model", rm, **how)
     texts = tiny_tokenizer().batch_decode(ragged([3, 7, 1, 5]))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    (folder / "prompts").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
     return folder
 
 
-def train(folder, ranks, **changed):
-    chosen = {"policy": folder / "policy", "reward_model": folder / "rm"}
-    chosen |= {"prompts": folder / "prompts.jsonl", "run_dir": folder / "run"}
-    chosen = {name: str(path) for name, path in chosen.items()}
+def args_of(folder, **changed):
+    chosen = {n: str(folder / n) for n in ("policy", "reward_model", "prompts", "run_dir")}
     sizes = {"steps": 2, "prompts_per_step": 2, "samples_per_prompt": 3, "minibatch": 4}
     sizes |= {"microbatch": 2, "max_new_tokens": 9, "save_every": 1, "eval_every": 1, "workers": 1}
-    train_ppo.main(train_ppo.Args(**(chosen | sizes | changed), device="cpu"), ranks)
-    return folder / "run"
+    return train_ppo.Args(**(chosen | sizes | changed), validation="", test="", device="cpu")
 
 
-def numbers(run):
-    """metrics.jsonl without what depends on the machine's speed."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in row if name not in SECONDS} for row in rows]
+@pytest.fixture(scope="module")
+def models(files, ranks):
+    args = args_of(files)
+    return load_models(args, Tokens.of(args), ranks)
 
 
 @pytest.fixture(scope="module")
 def run(files, ranks):
     """The run directory after two steps."""
-    return train(files, ranks)
+    train_ppo.main(args_of(files), ranks)
+    return files / "run_dir"
 
 
-def test_it_is_loaded_and_sampled_as_by_transformers(files, ranks):
-    policy, _, twin = loading.load_policies(str(files / "policy"), ranks, "auto")
-    other, (prompt,) = theirs(AutoModelForCausalLM, files / "policy"), ragged([4], seed=2)
-    with fsdp.gathered(policy.lm, twin) as model:
-        (ids,) = sampler.sample(model, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
+def test_it_is_loaded_and_sampled_as_by_transformers(files, models):
+    other, (prompt,) = theirs(LM, files / "policy"), ragged([4], seed=2)
+    with models.gathered(models.policy) as lm:
+        (ids,) = sample(lm, [prompt], torch.zeros(1, 12), stop=[EOS], temperature=0).ids
     with torch.no_grad():
-        expected = other.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=EOS
-        )
-        row = batch.collate([prompt], [ids], 0)
-        logp, _ = policy(row.ids, row.states, row.responses, row.mask)
+        how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": EOS}
+        expected = other.generate(torch.tensor([prompt]), **how)
+        row = collate([prompt], [ids], 0)
+        logp, _ = models.policy(row.ids, row.states, row.responses, row.mask)
         logits = other(row.ids).logits.log_softmax(-1)[:, len(prompt) - 1 : -1]
     assert ids == expected[0, len(prompt) :].tolist()
     torch.testing.assert_close(logp, logits.gather(-1, row.responses[..., None])[..., 0])
 
 
-def test_its_reward_model_scores_as_in_transformers(files, ranks):
-    args = train_ppo.Args(policy=str(files / "policy"), reward_model=str(files / "rm"))
-    tokenizer = data.load_tokenizer(args.policy)
-    reward_model, critic, normalised = loading.load_scalars(args, tokenizer, ranks)
-    other = theirs(AutoModelForSequenceClassification, files / "rm")
-    row = batch.collate(ragged([4], seed=2), ragged([8], seed=3), 0)
+def test_its_reward_model_scores_as_in_transformers(files, models):
+    other = theirs(RM, files / "reward_model")
+    row = collate(ragged([4], seed=2), ragged([8], seed=3), 0)
     with torch.no_grad():
-        expected = other(row.ids).logits
-        for model in (reward_model, critic):
-            torch.testing.assert_close(model(row.ids, row.ends)[:, 0], expected)
-    assert not normalised
+        for model in (models.reward_model, models.critic):
+            torch.testing.assert_close(model(row.ids, row.ends)[:, 0], other(row.ids).logits)
+    assert not models.normalised
 
 
 def test_it_is_trained_on_what_it_sampled(run):
@@ -137,11 +123,8 @@ def test_it_is_trained_on_what_it_sampled(run):
 
 def shapes_of(folder):
     """{name: shape} of all weights in a folder's files."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}
-    return found
+    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
+    return {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}
 
 
 def logits_of(model):
@@ -152,17 +135,16 @@ def logits_of(model):
 def test_the_exported_policy_is_that_of_the_checkpoint(files, run, tmp_path):
     """Exported weights as transformers reads them, and saved ones as torch reads them."""
     saved = export.policy_of(run / "checkpoints/step_2")
-    model = theirs(AutoModelForCausalLM, files / "policy")
+    model = theirs(LM, files / "policy")
     before = logits_of(model)
     assert not model.load_state_dict(saved, strict=False).unexpected_keys
-    exported = logits_of(theirs(AutoModelForCausalLM, run / "policy"))
+    exported = logits_of(theirs(LM, run / "policy"))
     assert torch.equal(exported, logits_of(model))
     assert (exported - before).abs().max() > 1e-3
     export.from_run(run, tmp_path / "again")
-    assert torch.equal(logits_of(theirs(AutoModelForCausalLM, tmp_path / "again")), exported)
+    assert torch.equal(logits_of(theirs(LM, tmp_path / "again")), exported)
     judges = (
-        theirs(AutoModelForSequenceClassification, path)
-        for path in (files / "rm", tmp_path / "again/reward_model")
+        theirs(RM, path) for path in (files / "reward_model", tmp_path / "again/reward_model")
     )
     assert torch.equal(*map(logits_of, judges))
 
@@ -174,10 +156,9 @@ def test_the_exported_files_have_the_names_and_shapes_of_those_it_began_with(fil
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tmp_path):
-    again = tmp_path / "run"
-    shutil.copytree(run, again)
+    again = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(again / "checkpoints/step_2")
-    train(files, ranks, run_dir=str(again), resume=True)
+    train_ppo.main(args_of(files, run_dir=str(again), resume=True), ranks)
     assert numbers(again) == numbers(run)
-    policies = (logits_of(theirs(AutoModelForCausalLM, path / "policy")) for path in (run, again))
+    policies = (logits_of(theirs(LM, path / "policy")) for path in (run, again))
     assert torch.equal(*policies)

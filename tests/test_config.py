@@ -3,88 +3,76 @@
 This paragraph is not part of the help.
 """
 
+import errno
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from pfppo.config import (
-    Count,
-    Natural,
-    NonNegative,
-    Positive,
-    Seed,
-    Share,
-    UserError,
-    comments,
-    load_function,
-    parse,
-    reason,
-    require,
-)
+from pfppo import config
+from pfppo.config import UserError, load_function, parse, reason
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+
+@dataclass
+class Machine:
+    """The machine (changes no number)
+
+    Nor this.
+    """
+
+    workers: config.Count = 2  # processes
+    seed: int = 0  # of the machine
 
 
 @dataclass
-class Args:
+class Args(Machine):
     batch_size: int = 4  # rows, usually 1 to 64
-    # share of them that
-    learning_share: float = 0.5  # is used, 50 % by default
-    name: str = ""  # of the run
+    seed: config.Seed = 1  # of the run
+    # 1. Sample
+    learning_share: float = 0.5  # share of them that is used, 50 % by default
+    name: str = "a # b"  # a default may hold the sign
+
+    # 2. Check
     fast_mode: bool = False  # skip the checks
     careful: bool = True  # look twice
+    NAMES = ("a", "b")  # no field
+
+    def method(self):
+        inner: int = 3  # no field
+        # no group
+        return inner
+
     prompt_style: Literal["plain", "chat"] = "plain"  # how to ask
 
 
 @pytest.mark.parametrize(
-    "words",
+    "words, values",
     [
-        ["--batch_size", "7"],
-        ["--batch-size", "7"],
-        ["--batch_size=7"],
-        ["--batch-size=7"],
+        ([], {}),
+        (["--batch_size", "7"], {"batch_size": 7}),
+        (["--batch-size", "7"], {"batch_size": 7}),
+        (["--batch_size=7"], {"batch_size": 7}),
+        (["--batch-size=-3"], {"batch_size": -3}),
+        (["--learning_share", "1e-6"], {"learning_share": 1e-6}),
+        (["--name", "7"], {"name": "7"}),
+        (["--name", "a-b--c"], {"name": "a-b--c"}),  # dashes in a value stay
+        (["--name=a-b--no_c"], {"name": "a-b--no_c"}),
+        (["--prompt-style", "chat"], {"prompt_style": "chat"}),
+        (["--workers", "3"], {"workers": 3}),  # inherited
+        (["--fast_mode"], {"fast_mode": True}),
+        (["--fast-mode", "--no-fast-mode"], {"fast_mode": False}),  # the last one counts
+        (["--no_fast_mode", "--fast_mode"], {"fast_mode": True}),
+        (["--no_careful"], {"careful": False}),
+        (["--no-careful", "--careful"], {"careful": True}),
     ],
+    ids=lambda x: " ".join(x),
 )
-def test_an_option_is_taken_with_underscores_and_with_dashes(words):
-    assert parse(Args, words) == Args(batch_size=7)
-
-
-def test_without_options_every_field_has_its_default():
-    assert parse(Args, []) == Args()
-
-
-def test_values_have_the_types_of_their_fields():
-    args = parse(Args, ["--batch_size", "-3", "--learning_share", "1e-6", "--name", "7"])
-    assert (args.batch_size, args.learning_share, args.name) == (-3, 1e-6, "7")
-
-
-@pytest.mark.parametrize("words", [["--name", "a-b--c"], ["--name=a-b--c"]])
-def test_dashes_in_a_value_stay(words):
-    assert parse(Args, words).name == "a-b--c"
-
-
-@pytest.mark.parametrize(
-    "words, fast, careful",
-    [
-        (["--fast_mode"], True, True),
-        (["--fast-mode", "--no-fast-mode"], False, True),
-        (["--no_fast_mode", "--fast_mode"], True, True),
-        (["--no_careful"], False, False),
-        (["--no-careful", "--careful"], False, True),
-    ],
-)
-def test_a_flag_is_set_and_unset_by_its_name_and_the_last_one_counts(words, fast, careful):
+def test_options_are_taken_with_underscores_or_dashes_and_have_their_fields_types(words, values):
     args = parse(Args, words)
-    assert (args.fast_mode, args.careful) == (fast, careful)
-
-
-def test_a_literal_takes_its_choices():
-    assert parse(Args, ["--prompt-style", "chat"]).prompt_style == "chat"
+    assert args == Args(**values)
+    assert all(type(getattr(args, name)) is type(value) for name, value in values.items())
 
 
 @pytest.mark.parametrize(
@@ -96,11 +84,12 @@ def test_a_literal_takes_its_choices():
         (["--batch_size", "many"], ["--batch_size", "'many'", "int"]),
         (["--batch_size"], ["--batch_size"]),
         (["--learning_share", "nan"], ["--learning_share", "'nan'", "float"]),
-        (["--learning_share", "-inf"], ["--learning_share"]),
+        (["--learning_share=-inf"], ["--learning_share", "'-inf'"]),
         (["--learning-share=inf"], ["--learning_share", "'inf'"]),
         (["--prompt_style", "poem"], ["--prompt_style", "'poem'", "'plain'", "'chat'"]),
         (["--fast_mode=yes"], ["--fast_mode", "'yes'"]),
         (["stray"], ["stray"]),
+        (["--workers", "1.5"], ["--workers: invalid int value: '1.5'"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -111,51 +100,35 @@ def test_what_cannot_be_parsed_is_one_line_that_names_it(words, named):
     assert all(name in message for name in named) and "\n" not in message
 
 
-def test_the_help_holds_each_comment_each_default_and_the_first_paragraph(capsys):
+def test_the_help_holds_the_first_paragraph_and_in_groups_each_comment_and_each_default(capsys):
+    """Own fields stand before inherited ones, in the order of the source."""
     with pytest.raises(SystemExit) as stopped:
         parse(Args, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    for words in (
-        "The command line of a test.",
-        "rows, usually 1 to 64 [4]",
-        "share of them that is used, 50 % by default [0.5]",
-        "of the run",
-        "skip the checks [False]",
-        "how to ask [plain]",
-    ):
-        assert words in text
-    assert "This paragraph" not in text
-
-
-def test_require_raises_the_message_only_where_the_condition_fails():
-    require(True, "fine")
-    with pytest.raises(UserError, match="^not fine$"):
-        require(0, "not fine")
-
-
-@dataclass
-class Odd:
-    mark: str = "#"  # a default may hold the sign
-    none: str = "a:b"
-
-
-def test_a_comment_begins_where_python_says():
-    assert comments(Odd) == {"mark": "a default may hold the sign", "none": ""}
+    parts = """The command line of a test. | options: | rows, usually 1 to 64 [4] | of the run [1]
+        | 1. Sample: | share of them that is used, 50 % by default [0.5]
+        | --name str a default may hold the sign [a # b]
+        | 2. Check: | skip the checks [False] | look twice [True] | how to ask [plain]
+        | The machine (changes no number): | processes [2]"""
+    places = [text.index(" ".join(part.split())) for part in parts.split("|")]
+    assert places == sorted(places)
+    for absent in ("This paragraph", "Nor this", "of the machine", "no field", "no group"):
+        assert absent not in text
 
 
 @dataclass
 class Ranged:
-    rows: Count = 4  # at least 1
-    top: Natural = 0  # at least 0
-    lr: Positive = 0.1  # more than 0
-    beta: NonNegative = 0.1  # at least 0
-    gamma: Share = 0.9  # 0 to 1
-    seed: Seed = 1  # 32 bits
+    rows: config.Count = 4  # at least 1
+    top: config.Natural = 0  # at least 0
+    lr: config.Positive = 0.1  # more than 0
+    beta: config.NonNegative = 0.1  # at least 0
+    gamma: config.Share = 0.9  # 0 to 1
+    seed: config.Seed = 1  # 32 bits
 
 
 @pytest.mark.parametrize(
-    ("option", "inside", "outside", "expected"),
+    "option, inside, outside, expected",
     [
         ("rows", ["1", "9"], ["0", "-1"], "at least 1"),
         ("top", ["0", "5"], ["-1"], "at least 0"),
@@ -173,10 +146,10 @@ def test_a_number_out_of_its_range_is_refused_by_name(option, inside, outside, e
             parse(Ranged, [f"--{option}", text])
 
 
-def test_a_number_with_a_range_is_still_of_its_kind():
-    with pytest.raises(UserError, match="--rows: invalid int value: '1.5'"):
-        parse(Ranged, ["--rows", "1.5"])
-    assert type(parse(Ranged, ["--rows", "3"]).rows) is int
+def test_require_raises_the_message_only_where_the_condition_fails():
+    config.require(True, "fine")
+    with pytest.raises(UserError, match="^not fine$"):
+        config.require(0, "not fine")
 
 
 def test_a_reason_is_one_short_line():
@@ -186,22 +159,12 @@ def test_a_reason_is_one_short_line():
     assert len(reason(ValueError("long " * 100))) <= 240
 
 
-# ------------------------------------------------------------------------------- a user's function
-
-
-def test_a_function_is_loaded_from_a_file(tmp_path):
-    (tmp_path / "own.py").write_text("def double(x):\n    return 2 * x\n")
-    assert load_function(f"{tmp_path}/own.py:double", "filter")(21) == 42
-
-
-def test_a_function_is_loaded_from_a_module_in_the_working_folder(tmp_path, monkeypatch):
+def test_a_function_is_loaded_from_a_file_a_module_and_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "own_module_here.py").write_text("def triple(x):\n    return 3 * x\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_function("own_module_here:triple", "filter")(2) == 6
-
-
-def test_a_function_is_loaded_from_a_module():
+    for place in (f"{tmp_path}/own_module_here.py", "own_module_here"):
+        assert load_function(f"{place}:triple", "filter")(2) == 6
     assert load_function("os.path:basename", "filter") is os.path.basename
 
 
@@ -227,63 +190,59 @@ def test_a_function_that_cannot_be_loaded_is_one_line_that_says_why(tmp_path, sp
     assert message.startswith(f"--reward {spec}: ") and named in message and "\n" not in message
 
 
-# ------------------------------------------------------------------------------------------ launch
+@pytest.fixture
+def launched(monkeypatch, capsys):
+    """(words, error, rank) -> (exit status, standard error) of a script that raises the error."""
 
-SCRIPT = """
-import errno
-from dataclasses import dataclass
-from pfppo.config import UserError, launch
+    def run(*words, error=None, rank="0"):
+        def main(args):
+            assert args == Args(batch_size=7)
+            if error:
+                raise error
 
-@dataclass
-class Args:
-    error: str = ""  # what goes wrong
+        monkeypatch.setattr(sys, "argv", ["some/script.py", "--batch_size=7", *words])
+        monkeypatch.setenv("RANK", rank)
+        try:
+            status = config.launch(main, Args) or 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, capsys.readouterr().err
 
-def main(args):
-    if args.error == "user":
-        raise UserError("--size 3: expected 4")
-    if args.error == "full":
-        raise OSError(errno.ENOSPC, "No space left on device", "model.bin")
-    if args.error == "bug":
-        raise ValueError("our own mistake")
-    print("done")
-
-launch(main, Args)
-"""
-
-
-def run_script(folder, *words, rank="0"):
-    path = folder / "script.py"
-    path.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": rank}
-    return subprocess.run(
-        [sys.executable, path, *words], capture_output=True, text=True, env=environment
-    )
-
-
-def test_a_run_without_errors_ends_with_status_0(tmp_path):
-    result = run_script(tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+    return run
 
 
 @pytest.mark.parametrize(
-    "words, line",
+    "words, error, line",
     [
-        (["--error", "user"], "--size 3: expected 4"),
-        (["--eror", "user"], "unrecognized arguments: --eror user (see --help)"),
-        (["--error", "full"], "model.bin: No space left on device"),
+        ([], UserError("--size 3:\n expected 4"), "--size 3: expected 4"),
+        (["--eror", "user"], None, "unrecognized arguments: --eror user (see --help)"),
+        ([], OSError(errno.ENOSPC, "No space left", "model.bin"), "model.bin: No space left"),
+        ([], OSError(errno.EACCES, "Permission denied"), "file system: Permission denied"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_on_stderr_and_status_2(tmp_path, words, line):
-    result = run_script(tmp_path, *words)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr == f"script.py: error: {line}\n"
+def test_what_a_user_can_mend_is_one_line_of_rank_0_on_stderr_and_status_2(
+    launched, words, error, line
+):
+    assert launched(*words, error=error) == (2, f"script.py: error: {line}\n")
+    assert launched(*words, error=error, rank="1") == (2, "")
 
 
-def test_only_rank_0_prints_the_line(tmp_path):
-    result = run_script(tmp_path, "--error", "user", rank="1")
-    assert (result.returncode, result.stderr) == (2, "")
+def test_a_run_without_errors_ends_with_0_and_one_that_is_interrupted_with_130(launched):
+    assert launched() == (0, "") and launched(error=KeyboardInterrupt()) == (130, "")
 
 
-def test_a_bug_keeps_its_traceback(tmp_path):
-    result = run_script(tmp_path, "--error", "bug")
-    assert result.returncode == 1 and "Traceback" in result.stderr
+@pytest.mark.parametrize("bug", [ValueError("our own mistake"), OSError(errno.ENOENT, "gone")])
+def test_a_bug_keeps_its_traceback(launched, bug):
+    with pytest.raises(type(bug)) as caught:
+        launched(error=bug)
+    assert caught.value is bug
+
+
+@dataclass
+class Bare:
+    rows: int = 4
+    one: int = 1  # a comment after one blank
+
+
+def test_a_field_without_a_comment_is_still_an_option():
+    assert parse(Bare, ["--rows", "5", "--one", "2"]) == Bare(5, 2)

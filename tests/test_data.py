@@ -1,30 +1,31 @@
-"""JSONL in, prompts rendered, hashes, what a step sees; a byte-level tokenizer made here."""
+"""Text and token ids: prompts rendered, pairs, hashes, what a step sees, what a run reads.
+
+Not here: the forms of the files (test_problems and beside it).
+"""
 
 import json
+from types import SimpleNamespace
 
-from pfppo.problems.benchmarks import assemble
-from pfppo.config import UserError
 from pfppo.data import (
-    check_style,
-    decode,
-    load_pairs,
-    load_prompts,
-    load_rendered,
+    Tokens,
     load_tokenizer,
+    read_inputs,
+    read_pairs,
+    read_problems,
     render,
-    response_ids,
     step_prompts,
-    template_hash,
-    vocabulary_hash,
 )
+from pfppo.problems import assemble
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_tokenizer
+from conftest import PAD, tiny_config, tiny_tokenizer, write_model
+from ranks import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
+STYLES = ("plain", "chat", "deepseek")
 CHAT = (
     "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -34,127 +35,34 @@ CHAT = (
 def make_tokenizer(chat_template=None, closing=False, order=1):
     """One token per byte. `closing`: puts EOS after every text; `order`: -1 reverses the ids."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[::order]
-    vocabulary = {token: i for i, token in enumerate([EOS, *letters])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([EOS, *letters])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     if closing:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {EOS}", special_tokens=[(EOS, 0)]
-        )
+        how = {"single": f"$A {EOS}", "special_tokens": [(EOS, 0)]}
+        tokenizer.post_processor = processors.TemplateProcessing(**how)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, chat_template=chat_template
     )
 
 
+@pytest.fixture(scope="module")
+def tokens_of(tmp_path_factory):
+    """Makes the Tokens of a policy with 600 positions."""
+    policy = tmp_path_factory.mktemp("policy")
+    tiny_config("llama", max_position_embeddings=600).save_pretrained(policy)
+
+    def make(style="plain", limit=1000, template=CHAT, **how):
+        return Tokens(str(policy), make_tokenizer(template, **how), [0], style, limit)
+
+    return make
+
+
 def write(folder, *rows):
-    """A JSONL file of objects, and of lines that stand as they are."""
+    """A JSONL file of objects; "" is a blank line."""
     path = folder / "rows.jsonl"
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    path.write_text("".join((json.dumps(row) if row else "") + "\n" for row in rows))
     return path
-
-
-def refused(function, *args):
-    """The one line that a call ends in."""
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-TESTED = {"prompt": "def f():\n", "entry_point": "f", "test": "assert f() == 1"}
-
-# ----------------------------------------------------------------------------------------- prompts
-
-
-def test_a_prompt_alone_is_enough_and_is_named_by_its_line(tmp_path):
-    (first, second) = load_prompts(write(tmp_path, {"prompt": "a"}, "", {"prompt": "b"}))
-    assert (first.prompt, first.test, first.entry_point) == ("a", "", "")
-    assert [first.task_id, second.task_id] == ["line 1", "line 3"]
-
-
-def test_all_fields_of_a_problem_are_kept_and_others_ignored(tmp_path):
-    row = TESTED | {"task_id": "t/1", "canonical_solution": "    return 1\n", "setup": "x = 1\n"}
-    (problem,) = load_prompts(write(tmp_path, row | {"difficulty": 3}))
-    assert {name: getattr(problem, name) for name in row} == row
-
-
-@pytest.mark.parametrize(
-    "row, found",
-    [
-        ({"text": "a"}, "field 'prompt': expected a string, found nothing"),
-        ({"prompt": 3}, "field 'prompt': expected a string, found int"),
-        ({"prompt": None}, "field 'prompt': expected a string, found NoneType"),
-        ({"prompt": " \n"}, "field 'prompt' is empty"),
-        ({"prompt": []}, "field 'prompt': expected messages, found an empty list"),
-        ({"prompt": "a", "task_id": 7}, "field 'task_id': expected a string, found int"),
-        (TESTED | {"test": ["x"]}, "field 'test': expected a string, found list"),
-        (TESTED | {"entry_point": 1}, "field 'entry_point': expected a string, found int"),
-        (TESTED | {"canonical_solution": 1}, "field 'canonical_solution': expected a string"),
-        ({"prompt": "a", "test": "assert f()"}, "'test' and 'entry_point'"),
-        ({"prompt": "a", "entry_point": "f"}, "'test' and 'entry_point'"),
-        ("{'prompt'", "not JSON"),
-        ("3", "expected an object"),
-    ],
-)
-def test_a_bad_line_of_prompts_is_named_with_file_line_and_field(tmp_path, row, found):
-    path = write(tmp_path, {"prompt": "fine"}, row)
-    message = refused(load_prompts, path)
-    assert message.startswith(f"{path}, line 2: ") and found in message
-
-
-def test_a_task_id_that_stands_twice_is_refused_with_both_lines(tmp_path):
-    rows = [{"prompt": str(i), "task_id": f"t/{i % 2}"} for i in range(3)]
-    path = write(tmp_path, *rows)
-    message = refused(load_prompts, path)
-    assert message.startswith(f"{path}, line 3: ")
-    assert "'t/0'" in message and "line 1" in message
-
-
-def pairs_of(path, style="plain", limit=100):
-    """(pairs as token ids, as said) of a file, with a tokenizer that has a chat template."""
-    return load_pairs(path, make_tokenizer(CHAT), style, limit)
-
-
-@pytest.mark.parametrize("load", [load_prompts, pairs_of])
-def test_an_empty_or_absent_file_is_refused_by_name(tmp_path, load):
-    path = write(tmp_path)
-    assert refused(load, path).startswith(f"{path}: no rows")
-    path.write_text("\n\n")
-    assert refused(load, path).startswith(f"{path}: no rows")
-    assert refused(load, tmp_path / "none.jsonl").startswith(f"{tmp_path}/none.jsonl: cannot be")
-
-
-# ------------------------------------------------------------------------------------------- pairs
-
-
-def test_pairs_are_taken_by_our_names_and_by_the_authors(tmp_path):
-    ours = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-    authors = {"instruction": "q", "pos": "yes", "neg": ""}
-    _, said = pairs_of(write(tmp_path, ours, authors))
-    assert said == [("p", "good", "bad"), ("q", "yes", "")]
-
-
-@pytest.mark.parametrize(
-    "row, field, found",
-    [
-        ({"chosen": "a", "rejected": "b"}, "'prompt' (or 'instruction')", "found nothing"),
-        ({"prompt": "p", "rejected": "b"}, "'chosen' (or 'pos')", "found nothing"),
-        ({"prompt": "p", "chosen": "a", "neg": 3}, "'rejected' (or 'neg')", "found 3"),
-        ({"prompt": "", "chosen": "a", "rejected": "b"}, "'prompt' (or 'instruction')", "''"),
-        (
-            {"prompt": "p", "chosen": ["a"], "rejected": "b"},
-            "'chosen' (or 'pos'), message 1",
-            "found 'a'",
-        ),
-        ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' (or 'instruction')", "found {}"),
-        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "", "are the same"),
-    ],
-)
-def test_a_bad_line_of_pairs_is_named_with_file_line_and_field(tmp_path, row, field, found):
-    path = write(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "b"}, row)
-    message = refused(pairs_of, path)
-    assert message.startswith(f"{path}, line 2: ") and field in message and found in message
 
 
 def turn(role, content):
@@ -163,193 +71,166 @@ def turn(role, content):
 
 ASK = [turn("user", "q")]
 DIALOGUE = [turn("system", "s"), *ASK, turn("assistant", "a"), turn("user", "r")]
+RENDERED = "[system]s[user]q[assistant]a[user]r[assistant]"
 
 
+def answered(before, content):
+    return [*before, turn("assistant", content)]
+
+
+def read_any(path, tokens):
+    """Problems with tests or without."""
+    return read_problems(SimpleNamespace(prompts=path), "prompts", tokens, tested=False)
+
+
+def pair(prompt, chosen="yes", rejected="no"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+# ------------------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "q", "chosen": "yes", "rejected": "no"},
-        {"prompt": "q", "chosen": [turn("assistant", "yes")], "rejected": "no"},
-        {"prompt": ASK, "chosen": "yes", "rejected": [turn("assistant", "no")]},
-        {
-            "prompt": "q",
-            "chosen": [*ASK, turn("assistant", "yes")],
-            "rejected": [*ASK, turn("assistant", "no")],
-            "score_chosen": 7.0,
-        },
-        {"chosen": [*ASK, turn("assistant", "yes")], "rejected": [*ASK, turn("assistant", "no")]},
+        pair("q"),
+        pair("q", chosen=answered([], "yes")),
+        pair(ASK, rejected=answered([], "no")),
+        pair("q", answered(ASK, "yes"), answered(ASK, "no")) | {"score_chosen": 7.0},
+        {"chosen": answered(ASK, "yes"), "rejected": answered(ASK, "no")},
         {"instruction": ASK, "pos": "yes", "neg": "no"},
     ],
 )
-def test_every_form_of_a_pair_gives_equal_rows(tmp_path, row):
-    tokenizer = make_tokenizer(CHAT)
-    for style in ("plain", "chat", "deepseek"):
-        pairs, said = pairs_of(write(tmp_path, row), style, 1000)
-        assert said == [("q", "yes", "no")]
-        prompt, *responses = pairs[0]
-        assert prompt == render("q", tokenizer, style)
-        assert responses == [response_ids(text, tokenizer) for text in ("yes", "no")]
+def test_every_form_of_a_pair_gives_equal_rows(tokens_of, tmp_path, row, style):
+    tokens = tokens_of(style)
+    ((prompt, *responses),), said = read_pairs(write(tmp_path, row), tokens)
+    assert said == [("q", "yes", "no")]
+    assert prompt == render("q", tokens.tokenizer, style)
+    assert responses == [tokens.response("yes"), tokens.response("no")]
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": DIALOGUE, "chosen": "yes", "rejected": "no"},
-        {
-            name: [*DIALOGUE, turn("assistant", text)]
-            for name, text in (("chosen", "yes"), ("rejected", "no"))
-        },
-        {
-            "prompt": "q",
-            "chosen": [*DIALOGUE, turn("assistant", "yes")],
-            "rejected": [*DIALOGUE, turn("assistant", "no")],
-        },
+        pair(DIALOGUE),
+        {"chosen": answered(DIALOGUE, "yes"), "rejected": answered(DIALOGUE, "no")},
+        pair("q", answered(DIALOGUE, "yes"), answered(DIALOGUE, "no")),
     ],
 )
-def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tmp_path, row):
-    pairs, said = pairs_of(write(tmp_path, row), "chat")
-    tokenizer = make_tokenizer(CHAT)
-    assert [decode(ids, tokenizer) for ids in pairs[0]] == [
-        "[system]s[user]q[assistant]a[user]r[assistant]",
-        "yes",
-        "no",
-    ]
+def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tokens_of, tmp_path, row):
+    tokens = tokens_of("chat")
+    (ids,), said = read_pairs(write(tmp_path, row), tokens)
+    assert tokens.decode(ids) == [RENDERED, "yes", "no"]
     assert said == [(DIALOGUE, "yes", "no")]
-
-
-def test_pairs_written_down_as_they_were_said_are_read_again(tmp_path):
-    rows = [{"prompt": DIALOGUE, "chosen": "yes", "rejected": ""}]
-    pairs, said = pairs_of(write(tmp_path, *rows), "chat")
-    again = [dict(zip(("prompt", "chosen", "rejected"), triple, strict=True)) for triple in said]
-    assert pairs_of(write(tmp_path, *again), "chat") == (pairs, said)
+    # Written down as they were said they are read again.
+    again = write(tmp_path, *(pair(*triple) for triple in said))
+    assert read_pairs(again, tokens) == ([ids], said)
 
 
 @pytest.mark.parametrize("style", ["plain", "deepseek"])
 @pytest.mark.parametrize("prompt", [DIALOGUE, [turn("system", "s"), *ASK]])
-def test_several_turns_or_a_system_turn_need_the_chat_style(tmp_path, style, prompt):
-    path = write(tmp_path, "", {"prompt": prompt, "chosen": "yes", "rejected": "no"})
-    message = refused(pairs_of, path, style)
-    assert message.startswith(f"{path}, line 2: ") and "--prompt_style chat" in message
-    problems = write(tmp_path, "", {"prompt": prompt})
-    message = refused(load_rendered, problems, make_tokenizer(CHAT), style, 100)
-    assert "line 2" in message and "--prompt_style chat" in message
+def test_several_turns_or_a_system_turn_need_the_chat_style(tokens_of, tmp_path, style, prompt):
+    path = write(tmp_path, "", pair(prompt))
+    for read in (read_pairs, read_any):
+        message = refused(read, path, tokens_of(style))
+        assert message.startswith(str(path)) and "line 2: " in message
+        assert "--prompt_style chat" in message
 
 
-def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tmp_path):
+def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tokens_of, tmp_path):
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
-    row = {"prompt": DIALOGUE, "chosen": "yes", "rejected": "no"}
-    message = refused(load_pairs, write(tmp_path, row), make_tokenizer(strict), "chat", 100)
+    message = refused(read_pairs, write(tmp_path, pair(DIALOGUE)), tokens_of("chat", 9, strict))
     for part in ("line 1", "--prompt_style chat", "system, user", "no system"):
         assert part in message
 
 
-def test_a_prompt_of_a_pair_longer_than_the_limit_is_refused_with_its_line(tmp_path):
-    rows = [{"prompt": text, "chosen": "a", "rejected": "b"} for text in ("ab", "abcd")]
-    message = refused(pairs_of, write(tmp_path, *rows), "plain", 3)
-    for part in ("line 2", "4 tokens", "1 to 3", "--max_prompt_tokens"):
+@pytest.mark.parametrize("read, where", [(read_pairs, "line 2"), (read_any, "task t/2")])
+def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(
+    tokens_of, tmp_path, read, where
+):
+    path = write(tmp_path, pair("ab"), pair("abcd") | {"task_id": "t/2"})
+    message = refused(read, path, tokens_of(limit=3))
+    for part in (f"{path}, {where}: ", "4 tokens", "1 to 3", "--max_prompt_tokens"):
         assert part in message
+    read(path, tokens_of(limit=4))
 
 
-# ---------------------------------------------------------------------------------------- rendering
+def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, tmp_path):
+    path = write(tmp_path, pair("q" * 9, "y" * 590))  # and EOS
+    read_pairs(path, tokens_of())
+    path = write(tmp_path, pair("q" * 9, "y" * 591))
+    message = refused(read_pairs, path, tokens_of())
+    assert f"the longest row of --pairs {path} is 601 tokens long, expected at most 600" in message
 
 
-def test_a_plain_prompt_is_tokenized_as_it_stands():
-    tokenizer = make_tokenizer()
-    text = "def f(x):\n  # é\n"
-    assert tokenizer.decode(render(text, tokenizer, "plain")) == text
-
-
-def test_an_eos_that_the_tokenizer_puts_after_a_prompt_is_taken_off():
-    text = "def f(x):\n"
-    assert render(text, make_tokenizer(closing=True), "plain") == render(
-        text, make_tokenizer(), "plain"
-    )
-
-
-def test_a_chat_prompt_is_a_users_turn_and_asks_for_an_answer():
-    tokenizer = make_tokenizer(CHAT)
-    assert tokenizer.decode(render("hello", tokenizer, "chat")) == "[user]hello[assistant]"
-
-
-def test_a_chat_prompt_gets_no_special_tokens_beside_those_of_its_template():
-    tokenizer = make_tokenizer(CHAT, closing=True)
-    assert tokenizer.eos_token_id not in render("hello", tokenizer, "chat")
-
-
-def test_the_chat_style_needs_a_chat_template():
-    check_style(make_tokenizer(CHAT), "chat", "some/policy")
-    check_style(make_tokenizer(), "plain", "some/policy")
-    message = refused(check_style, make_tokenizer(), "chat", "some/policy")
-    assert "--prompt_style chat" in message and "--policy some/policy" in message
+@pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
+def test_a_plain_prompt_is_tokenized_as_it_stands(closing):
+    tokenizer, text = make_tokenizer(closing=closing), "def f(x):\n  # é\n"
+    ids = render(text, tokenizer, "plain")
+    assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
 
 
 @pytest.mark.parametrize("closing", [False, True])
-def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(closing):
-    tokenizer = make_tokenizer(closing=closing)
-    text = "    return x , y\n"
-    ids = response_ids(text, tokenizer)
-    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
-    assert decode(ids, tokenizer) == text
+def test_a_chat_prompt_is_a_users_turn_that_asks_for_an_answer_and_no_more(closing):
+    tokenizer = make_tokenizer(CHAT, closing)
+    assert tokenizer.decode(render("hello", tokenizer, "chat")) == "[user]hello[assistant]"
 
 
-def test_prompts_are_loaded_and_rendered_together(tmp_path):
-    path, tokenizer = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"}), make_tokenizer()
-    problems, rendered = load_rendered(path, tokenizer, "plain", limit=4)
-    assert [problem.prompt for problem in problems] == ["ab", "abcd"]
-    assert rendered == [render("ab", tokenizer, "plain"), render("abcd", tokenizer, "plain")]
-    assert load_rendered("", tokenizer, "plain", 4) == ([], [])
+@pytest.mark.parametrize("closing", [False, True])
+def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of, closing):
+    tokens, text = tokens_of(closing=closing), "    return x , y\n"
+    ids = tokens.response(text)
+    assert ids.count(0) == 1 and ids[-1] == 0
+    assert tokens.decode([ids]) == [text]
 
 
-def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tmp_path):
+def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
+    tokens = tokens_of(limit=4)
+    path = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"})
+    asked = read_any(path, tokens)
+    assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
+    assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
+    assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
+    lacking, args = (
+        f"--validation {path}: ['line 1'] has no 'test'",
+        SimpleNamespace(validation=path),
+    )
+    assert refused(read_problems, args, "validation", tokens) == lacking
+    assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
+
+
+def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp_path):
     path = write(tmp_path, {"prompt": "code", "instruction": "ask"}, {"prompt": "code"})
-    tokenizer = make_tokenizer(CHAT)
-    for style, expected in (
-        ("plain", ["code", "code"]),
-        ("chat", ["[user]ask[assistant]", "[user]code[assistant]"]),
-    ):
-        _, rendered = load_rendered(path, tokenizer, style, limit=50)
-        assert [tokenizer.decode(ids) for ids in rendered] == expected
+    chat = ["[user]ask[assistant]", "[user]code[assistant]"]
+    for style, expected in (("plain", ["code", "code"]), ("chat", chat)):
+        tokens = tokens_of(style)
+        assert tokens.decode(read_any(path, tokens).prompts) == expected
 
 
-def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(tmp_path):
-    path = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd", "task_id": "t/2"})
-    message = refused(load_rendered, path, make_tokenizer(), "plain", 3)
-    for part in (str(path), "t/2", "4 tokens", "1 to 3", "--max_prompt_tokens"):
-        assert part in message
-
-
-def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tmp_path):
+def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):
     tested = {"entry_point": "f", "test": "assert f()", "canonical_solution": "def f(): return 1\n"}
     path = write(tmp_path, {"prompt": DIALOGUE} | tested, {"prompt": "q", "messages": 3})
-    tokenizer = make_tokenizer(CHAT)
-    (dialogue, text), rendered = load_rendered(path, tokenizer, "chat", 100)
-    assert tokenizer.decode(rendered[0]) == "[system]s[user]q[assistant]a[user]r[assistant]"
+    tokens = tokens_of("chat")
+    asked = read_any(path, tokens)
+    dialogue, text = asked.problems
+    assert tokens.decode(asked.prompts[:1]) == [RENDERED]
     assert (dialogue.question, text.question) == ("r", "q") and not text.messages
     check = assemble(dialogue, "Sure:\n```python\ndef f():\n    return 2\n```")
     assert check.program == "def f():\n    return 2\n"  # nothing of the dialogue is code
 
 
-def test_one_users_turn_is_rendered_as_its_text_and_not_put_into_an_instruction(tmp_path):
-    tested = {"entry_point": "f", "test": "assert f()"}
-    path, tokenizer = write(tmp_path, {"prompt": ASK} | tested), make_tokenizer(CHAT)
-    for style in ("plain", "chat", "deepseek"):
-        _, (ids,) = load_rendered(path, tokenizer, style, 1000)
-        assert ids == render("q", tokenizer, style)
-
-
-# ------------------------------------------------------------------------------ tokenizers, hashes
-
-
-def test_a_saved_tokenizer_is_loaded_with_equal_hashes(tmp_path):
-    made = make_tokenizer(CHAT)
-    made.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert vocabulary_hash(loaded) == vocabulary_hash(made)
-    assert template_hash(loaded, "chat") == template_hash(made, "chat")
+@pytest.mark.parametrize("style", STYLES)
+def test_one_users_turn_is_rendered_as_its_text_and_not_put_into_an_instruction(
+    tokens_of, tmp_path, style
+):
+    path = write(tmp_path, {"prompt": ASK, "entry_point": "f", "test": "assert f()"})
+    tokens = tokens_of(style)
+    assert read_any(path, tokens).prompts == [render("q", tokens.tokenizer, style)]
 
 
 @pytest.mark.parametrize(
-    ("architecture", "named", "make"),
+    "architecture, named, make",
     [
         ("llama", "LlamaTokenizerFast", make_tokenizer),  # DeepSeek-Coder's folders, byte-level
         ("gpt2", "LlamaTokenizer", make_tokenizer),
@@ -366,8 +247,12 @@ def test_text_is_cut_as_tokenizer_json_says_whatever_class_is_named(
     config["tokenizer_class"] = named
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = load_tokenizer(tmp_path)
-    assert loaded(text)["input_ids"] == made(text)["input_ids"] != []
-    assert decode(loaded(text)["input_ids"], loaded) == decode(made(text)["input_ids"], made)
+    ids, (first, second) = (
+        made(text)["input_ids"],
+        (Tokens("", t, [], "", 9) for t in (made, loaded)),
+    )
+    assert loaded(text)["input_ids"] == ids != []
+    assert first.decode([ids]) == second.decode([ids])
     assert loaded.eos_token_id == made.eos_token_id
 
 
@@ -378,28 +263,45 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_with_its_option(tmp_path
     assert message.startswith(f"--reward_model {tmp_path}: cannot read the tokenizer")
     (tmp_path / "tokenizer.json").write_text("{")
     assert refused(load_tokenizer, tmp_path).startswith(f"--policy {tmp_path}: cannot read")
-
-
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
     assert refused(load_tokenizer, tmp_path) == f"--policy {tmp_path}: the tokenizer has no EOS"
 
 
-def test_the_template_hash_changes_with_what_renders_prompts():
-    one, other = make_tokenizer(CHAT), make_tokenizer(CHAT + " ")
-    assert template_hash(one, "chat") != template_hash(other, "chat")
-    assert template_hash(one, "chat") != template_hash(one, "plain")
-    assert template_hash(one, "plain") == template_hash(other, "plain")  # it plays no part there
+def test_the_template_hash_changes_with_what_renders_prompts(tokens_of, tmp_path):
+    one, other = tokens_of("chat"), tokens_of("chat", template=CHAT + " ")
+    plain = tokens_of()
+    assert len({tokens.hashes()[0] for tokens in (one, other, plain)}) == 3
+    assert one.hashes(other.tokenizer) == other.hashes()
+    assert plain.hashes(other.tokenizer)[0] == plain.hashes()[0]  # it plays no part there
+    one.tokenizer.save_pretrained(tmp_path)
+    assert one.hashes(load_tokenizer(tmp_path)) == one.hashes()
 
 
-def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else():
-    one = vocabulary_hash(make_tokenizer())
-    assert one == vocabulary_hash(make_tokenizer(CHAT, closing=True))
-    assert one != vocabulary_hash(make_tokenizer(order=-1))
-    more = make_tokenizer()
-    more.add_tokens(["one more"])
-    assert one != vocabulary_hash(more)
+def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else(tokens_of):
+    one, more = tokens_of(), tokens_of()
+    more.tokenizer.add_tokens(["one more"])
+    assert one.hashes()[1] == tokens_of("chat", 3, "", closing=True).hashes()[1]
+    assert len({tokens.hashes()[1] for tokens in (one, more, tokens_of(order=-1))}) == 3
+
+
+@pytest.mark.parametrize(
+    "special, pad, classifier_pad",
+    [
+        ({"pad_token": "<pad>", "bos_token": "<bos>"}, 0, 0),
+        ({"pad_token": "<eos>", "bos_token": "<bos>"}, 1, 2),  # EOS must stay visible at the end
+        ({"bos_token": "<bos>"}, 1, 2),
+        ({"pad_token": "w0", "bos_token": "<bos>"}, 3, 2),  # w0 ends responses too
+        ({}, 1, None),
+    ],
+)
+def test_rows_are_padded_with_anything_and_a_classifiers_never_with_an_end(
+    special, pad, classifier_pad
+):
+    inner = tiny_tokenizer().backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **special)
+    tokens = Tokens("", tokenizer, [1, 3], "plain", 9)
+    assert (tokens.pad, tokens.classifier_pad) == (pad, classifier_pad)
 
 
 # ----------------------------------------------------------------------------- what a step sees
@@ -410,23 +312,22 @@ def epoch_of(count, size, epoch, seed):
     return sum((step_prompts(count, size, step, seed) for step in steps), [])
 
 
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_is_a_permutation_of_the_prompts(epoch):
-    assert sorted(epoch_of(12, 4, epoch, seed=1)) == list(range(12))
+def test_an_epoch_is_a_permutation_of_the_prompts_and_the_next_one_another():
+    epochs = [epoch_of(12, 4, epoch, seed=1) for epoch in range(6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
 
 
-@pytest.mark.parametrize("step", range(9))
-def test_a_step_never_holds_a_prompt_twice_where_the_size_does_not_divide(step):
-    chosen = step_prompts(11, 4, step, seed=3)
-    assert len(set(chosen)) == 4 and set(chosen) <= set(range(11))
+def test_where_the_size_does_not_divide_a_step_never_holds_a_prompt_twice():
+    for step in range(9):
+        chosen = step_prompts(11, 4, step, seed=3)
+        assert len(set(chosen)) == 4 and set(chosen) <= set(range(11))
 
 
 def test_the_part_of_an_epoch_that_fills_no_step_is_left_out():
     assert len(set(epoch_of(11, 4, 0, seed=3))) == 8
     assert step_prompts(11, 4, 2, seed=3) == epoch_of(11, 4, 1, seed=3)[:4]
-
-
-def test_every_prompt_is_seen_sooner_or_later():
+    # Every prompt is seen sooner or later.
     assert {i for step in range(40) for i in step_prompts(11, 4, step, 3)} == set(range(11))
 
 
@@ -438,5 +339,55 @@ def test_a_step_is_a_function_of_seed_and_step_alone():
     assert step_prompts(50, 5, 8, seed=1) != first
 
 
-def test_epochs_have_different_orders():
-    assert epoch_of(20, 5, 0, seed=1) != epoch_of(20, 5, 1, seed=1)
+def test_the_rounds_of_a_step_have_different_prompts():
+    for step in range(3):
+        rounds = [step_prompts(12, 4, step, 1, round) for round in range(3)]
+        assert sorted(sum(rounds, [])) == list(range(12))
+        assert rounds[0] == step_prompts(12, 4, step, 1)
+
+
+@pytest.fixture
+def args(lms, tmp_path):
+    policy = write_model(tmp_path / "policy", lms["llama"])
+    rows = {"prompt": "w1 w2 w3"}, {"prompt": "w4", "test": "pass", "entry_point": "f"}
+    files = {"prompts": str(write(tmp_path, *rows)), "validation": "", "test": ""}
+    limits = {"prompts_per_step": 2, "refill": 0, "max_prompt_tokens": 20, "max_new_tokens": 10}
+    style = {"prompt_style": "plain", "reward": "model", "reward_model": ""}
+    return SimpleNamespace(policy=policy, **files, **limits, **style)
+
+
+def test_prompts_come_as_tokens_with_what_tokens_mean(args):
+    inputs = read_inputs(args)
+    tokenizer = tiny_tokenizer()
+    wanted = [tokenizer(text)["input_ids"] for text in ("w1 w2 w3", "w4")]
+    assert inputs.train.prompts == wanted and inputs.longest == 3
+    assert (inputs.tokens.stop, inputs.tokens.pad) == ([tokenizer.eos_token_id], PAD)
+    assert len(inputs.validation) == len(inputs.test) == 0
+
+
+@pytest.mark.parametrize(
+    "changed, parts",
+    [
+        ({"prompts_per_step": 3}, ["--prompts_per_step 3: more than the 2 prompts"]),
+        ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
+        ({"reward": "tests"}, ["--prompts ", "'line 1'", " has no 'test'"]),
+        ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
+        ({"max_new_tokens": 200}, ["--policy ", "203 tokens long, expected at most 128"]),
+        ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+    ],
+)
+def test_what_does_not_fit_is_one_line(args, changed, parts):
+    vars(args).update(changed)
+    message = refused(read_inputs, args)
+    assert all(part in message for part in parts), message
+
+
+def test_the_chat_style_needs_a_chat_template(args):
+    args.prompt_style, args.max_prompt_tokens, tokenizer = "chat", 99, tiny_tokenizer()
+    message = refused(read_inputs, args)
+    assert message.startswith(
+        f"--prompt_style chat: the tokenizer of --policy {args.policy} has no"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(args.policy)
+    assert read_inputs(args).tokens.style == "chat"

@@ -1,47 +1,53 @@
-"""Sharded networks equal whole ones, and two ranks equal one.
+"""Sharded networks equal whole ones, and two ranks equal one; steps, collectives, ends of ranks.
 
-All checks at two ranks run in one torchrun launch of this file (`main` at the bottom); it writes
-what it finds, and the tests below look at that, or compare it with the same lines at one rank.
+Not here: torchrun itself (test_scripts), weights from files (test_loading), offloading and
+checkpoints (test_checkpoint).
 """
 
-import json
+import contextlib
+import io
+import math
+import multiprocessing
+import os
+import re
+import select
+import signal
 import sys
-from pathlib import Path
+import time
+from datetime import timedelta
+from types import SimpleNamespace
 
-from pfppo.batch import collate, minibatch_plan, owned, rows_of
-from pfppo.config import UserError
-from pfppo.fsdp import (
-    agreed,
-    clip_gradients,
-    compute_dtype,
-    find_blocks,
-    from_main,
-    full_state,
-    gather_lists,
-    gather_rows,
-    gathered,
-    init_ranks,
-    recompute_blocks,
-    shard,
-    sum_over_ranks,
-)
+from pfppo import fsdp
+from pfppo.config import UserError, require
+from pfppo.fsdp import adamw, find_blocks, full_state, gathered, init_ranks, shard, sum_over_ranks
+from pfppo.loading import Whole
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
+from pfppo.ppo import loss_coefficients
+from pfppo.rollout import collate
 from pfppo.sampler import draw_uniforms, sample
-from pfppo.weights import Whole
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ragged, run_ranks, tiny_classifier, tiny_config, tiny_lm
+import torch.distributed as dist
+from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm
+from ranks import forked, ranked, refused
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 
 KINDS = [*ARCHITECTURES, "llama tied"]
-WORLDS = (1, 2)
+ATTENTION = ("self_attn", "attn", "attention")  # what a block has
 
 
-def lm_of(kind, seed=0):
+@pytest.fixture(scope="module", autouse=True)
+def imported(lms):
+    """What transformers imports when a model is first made, before this process forks."""
+
+
+def lm_of(kind):
     """A causal LM; "llama tied" has one matrix for embedding and head (so has GPT-2)."""
     architecture, *tied = kind.split()
-    return tiny_lm(architecture, seed, **({"tie_word_embeddings": True} if tied else {}))
+    return tiny_lm(architecture, **({"tie_word_embeddings": True} if tied else {}))
 
 
 def sharded_policy(kind, ranks, **options):
@@ -54,375 +60,99 @@ def sharded_policy(kind, ranks, **options):
 def data():
     """Eight rows, two prompts' samples each; lengths differ."""
     prompts = [p for p in ragged([3, 7, 1, 5]) for _ in range(2)]
-    rows = collate(prompts, ragged([6, 2, 1, 9, 4, 4, 8, 3], seed=1), pad_id=0)
-    rows.weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.3, 1.0, 1.0])
-    return rows
+    return collate(prompts, ragged([6, 2, 1, 9, 4, 4, 8, 3], seed=1), pad_id=0)
 
 
-def log_probs(policy, rows):
+def log_probs(policy, rows=None):
+    rows = rows or data()
     return policy(rows.ids, rows.states, rows.responses, rows.mask)[0]
 
 
-# ----------------------------------------------------- what is run at one rank and at two ranks
+def distance(a, b):
+    return (a - b).abs().max().item()
 
 
-def sharding(kind, ranks):
-    """Distances between a sharded model and the full one, and what can silently go wrong."""
+@ranked(1, 2)
+@torch.no_grad()
+def test_sharded_models_give_what_whole_ones_give_and_keep_what_they_have(ranks):
     rows = data()
-    policy, full = sharded_policy(kind, ranks)
-    classifier = tiny_classifier(kind.split()[0])
-    scalar = shard(
-        ScalarModel(empty_classifier(classifier.config), 0.5, 2.0),
-        Whole(ScalarModel(classifier) if ranks.is_main else None),
-        ranks,
-    )
-    buffers = dict(Policy(full).named_buffers())
-    with torch.no_grad():
-        wanted, found = log_probs(Policy(full), rows), log_probs(policy, rows)
-        wanted_scores = ScalarModel(classifier, 0.5, 2.0)(rows.ids, rows.states)
-        scores = scalar(rows.ids, rows.states)
-    inputs, outputs = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
-    whole = dict(Policy(full).named_parameters()) if ranks.is_main else {}
-    state = full_state(policy)
-    return {
-        "log_probs": (found - wanted).abs().max().item(),
-        "scores": (scores - wanted_scores).abs().max().item(),
-        "tied": [inputs.weight is outputs.weight, full.config.tie_word_embeddings],
-        "buffers": {
-            name: [b.device.type, torch.equal(b, buffers[name])]
-            for name, b in policy.named_buffers()
-        },
-        "names_and_values": whole.keys() == state.keys()
-        and all(torch.equal(value, whole[name]) for name, value in state.items()),
-        "training": any(module.training for module in policy.lm.modules()),
-        "units": sum(isinstance(m, torch.distributed.fsdp.FSDPModule) for m in policy.modules()),
-        "largest_share": max(p.to_local().numel() / p.numel() for p in policy.parameters()),
-    }
+    for kind in KINDS:
+        policy, full = sharded_policy(kind, ranks)
+        assert distance(log_probs(policy), log_probs(Policy(full))) < 1e-5
+        whole = ScalarModel(tiny_classifier(kind.split()[0]), 0.5, 2.0)
+        empty = ScalarModel(empty_classifier(whole.classifier.config), 0.5, 2.0)
+        scalar = shard(empty, Whole(whole if ranks.is_main else None), ranks)
+        assert distance(scalar(rows.ids, rows.states), whole(rows.ids, rows.states)) < 1e-5
+
+        for model in (policy, scalar):
+            root, *blocks = (m for m in model.modules() if isinstance(m, FSDPModule))
+            assert root is model and len(blocks) == 2, kind
+            assert all(any(hasattr(block, name) for name in ATTENTION) for block in blocks), kind
+        shares = [p.to_local().numel() / p.numel() for p in policy.parameters()]
+        assert max(shares) < (1.01 if ranks.world == 1 else 0.6), kind  # 61 rows: 31 and 30
+        wanted = dict(Policy(full).named_parameters()) if ranks.is_main else {}
+        state = full_state(policy)
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in state.items()), kind
+        inputs, outputs = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
+        tied = inputs.weight is outputs.weight
+        assert tied == full.config.tie_word_embeddings == (kind in ("gpt2", "llama tied"))
+        buffers, found = dict(Policy(full).named_buffers()), dict(policy.named_buffers())
+        assert all(torch.equal(value, found[name]) for name, value in buffers.items()), kind
+        assert buffers or kind == "gpt2"  # the others have rotary frequencies
+        assert not any(module.training for module in policy.lm.modules())
 
 
-def gathering(kind, ranks):
-    """The twin that sampling uses: equal, fresh after updates, untouched by them, empty after."""
-    rows = data()
-    policy, full = sharded_policy(kind, ranks)
-    twin = empty_causal_lm(full.config)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, fused=True)
-    with torch.no_grad():
-        first = log_probs(Policy(full), rows)
-    with gathered(policy.lm, twin) as model:
+@ranked(1, 2)
+def test_the_gathered_copy_equals_the_whole_model_until_it_is_emptied(ranks):
+    """And an update does not reach it until the policy is gathered again."""
+    for kind in ("llama tied", "gpt_neox"):
+        policy, full = sharded_policy(kind, ranks)
+        copy, optimizer = empty_causal_lm(full.config), adamw(policy, 0.1)
+        with gathered(policy.lm, copy) as model:
+            with torch.no_grad():
+                for _ in range(1 + 2 * ranks.rank):  # no collectives: ranks may differ in work
+                    inside = log_probs(Policy(model))
+                assert distance(inside, log_probs(Policy(full))) < 1e-5
+                assert distance(model(data().ids).logits, full(data().ids).logits) < 1e-4
+            log_probs(policy).sum().backward()
+            optimizer.step()
+            assert torch.equal(log_probs(Policy(model)), inside)
+            inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+            assert (inputs.weight is outputs.weight) == (kind == "llama tied")
+        assert {p.device.type for p in [*copy.parameters(), *copy.buffers()]} == {"meta"}
         with torch.no_grad():
-            for _ in range(1 + 2 * ranks.rank):  # no collectives: ranks may differ in work
-                inside = log_probs(Policy(model), rows)
-        log_probs(policy, rows).sum().backward()
-        optimizer.step()
-        with torch.no_grad():
-            after_step = log_probs(Policy(model), rows)
-            logits = model(rows.ids).logits
-            full_logits = full(rows.ids).logits
-        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-        tied = embeddings[0].weight is embeddings[1].weight
-    left = {p.device.type for p in [*twin.parameters(), *twin.buffers()]}
-    with torch.no_grad():
-        trained = log_probs(policy, rows)
-    with gathered(policy.lm, twin) as model, torch.no_grad():
-        again = log_probs(Policy(model), rows)
-    try:
-        with gathered(policy.lm, twin):
-            raise ZeroDivisionError
-    except ZeroDivisionError:
-        after_error = {p.device.type for p in twin.parameters()}
-    with torch.no_grad():
-        sharded_again = log_probs(policy, rows)
-    return {
-        "inside": (inside - first).abs().max().item(),
-        "logits": (logits - full_logits).abs().max().item(),
-        "tied": [tied, full.config.tie_word_embeddings],
-        "moved_inside": (after_step - inside).abs().max().item(),
-        "moved_by_step": (trained - first).abs().max().item(),
-        "again": (again - trained).abs().max().item(),
-        "sharded_again": (sharded_again - trained).abs().max().item(),
-        "left": [sorted(left), sorted(after_error)],
-    }
+            trained = log_probs(policy)
+            assert distance(trained, inside) > 0.1
+            with gathered(policy.lm, copy) as model:
+                assert distance(log_probs(Policy(model)), trained) < 1e-5
+            with contextlib.suppress(ZeroDivisionError), gathered(policy.lm, copy):
+                raise ZeroDivisionError
+            assert {p.device.type for p in copy.parameters()} == {"meta"}
+            assert torch.equal(log_probs(policy), trained)  # emptying it did no harm
 
 
-def updates(ranks, weights, recompute=False):
-    """Two optimizer steps on the samples that the filter kept; microbatches of one row.
-
-    weights [4, 2]. Returns gradient norms, losses, whole parameters, numbers kept for backward.
-    """
-    rows, P, N = data(), 4, 2
-    policy, _ = sharded_policy("llama tied", ranks)
-    if recompute:
-        recompute_blocks(policy)
-    saved = []
-
-    def save(tensor):
-        saved.append(tensor.numel())
-        return tensor
-
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2, eps=1e-4, fused=True)
-    here = [i * N + j for i in owned(P, ranks.rank, ranks.world) for j in range(N)]
-    mine = rows.select(torch.tensor(here))
-    mine.weights = weights.flatten()[here]
-    norms, losses, sizes = [], [], []
-    for _ in range(2):
-        (part,) = minibatch_plan(weights, 8)
-        survivors = mine.padded_select(*rows_of(*part, N, ranks.rank, ranks.world))
-        sizes.append([len(survivors), int((survivors.weights > 0).sum())])
-        total = sum_over_ranks(survivors.token_weights.sum())
-        parts = survivors.microbatches(1)
-        loss = 0.0
-        for number, mb in enumerate(parts, 1):
-            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                logp = log_probs(policy, mb)
-            part_loss = -(logp * mb.token_weights).sum() / total
-            policy.set_requires_gradient_sync(number == len(parts))
-            (part_loss * ranks.world).backward()
-            loss += part_loss.detach()
-        losses.append(sum_over_ranks(loss).item())
-        norms.append(clip_gradients(policy, 0.5))
-        optimizer.step()
-        optimizer.zero_grad()
-    found = {"norms": norms, "losses": losses, "sizes": sizes, "saved": sum(saved)}
-    return found | {"weights": full_state(policy)}
-
-
-EVEN = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.5, 1.0], [0.0, 1.0]])
-ONE_SIDED = torch.tensor([[1.0, 0.5], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])  # rank 1 has nothing
-
-
-def half_precision(ranks):
-    """bfloat16 forward and backward, fp32 everything that stays."""
-    rows = data()
+@ranked(1, 2)
+def test_bfloat16_keeps_fp32_weights_gradients_and_moments(ranks):
     policy, full = sharded_policy("llama", ranks, param_dtype="bfloat16")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
-    found = log_probs(policy, rows)
-    with torch.no_grad():
-        wanted = log_probs(Policy(full), rows)
+    optimizer, fp32 = adamw(policy, 1e-3), {torch.float32}
+    found = log_probs(policy)
     found.sum().backward()
-    gradients = {str(p.grad.dtype) for p in policy.parameters()}
+    assert {p.dtype for p in policy.parameters()} == fp32
+    assert {p.grad.dtype for p in policy.parameters()} == {found.dtype} == fp32
     optimizer.step()
-    moments = {str(s["exp_avg"].dtype) for s in optimizer.state.values()}
-    with gathered(policy.lm, empty_causal_lm(full.config, torch.bfloat16)) as twin:
-        twin_types = {str(p.dtype) for p in twin.parameters()}
-    return {
-        "types": [{str(p.dtype) for p in policy.parameters()}, gradients, moments, twin_types],
-        "result": str(found.dtype),
-        "error": (found.detach() - wanted).abs().max().item(),
-        "error_mean": (found.detach() - wanted).abs().mean().item(),
-    }
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == fp32
+    error = (found - log_probs(Policy(full))).abs()
+    assert 1e-4 < error.mean() < 0.05 and error.max() < 0.5
+    with gathered(policy.lm, empty_causal_lm(full.config, torch.bfloat16)) as copy:
+        assert {p.dtype for p in copy.parameters()} == {torch.bfloat16}
 
 
-def frozen(ranks):
-    policy, _ = sharded_policy("llama", ranks, trainable=False)
-    return [
-        log_probs(policy, data()).requires_grad,
-        any(p.requires_grad for p in policy.parameters()),
-    ]
-
-
-def collectives(ranks):
-    """Rows and lists of ranks put together; with two ranks the lists have unequal lengths."""
-    rank, world = ranks.rank, ranks.world
-    place = torch.arange(6).view(6, 1)[rank::world]
-    kept = torch.tensor([1.0, rank + 2.0])
-    total = sum_over_ranks(kept)
-    return {
-        "rows": gather_rows(place, ranks).flatten().tolist(),
-        "matrix": gather_rows(torch.full((2, 3), float(rank)), ranks).tolist(),
-        "list": gather_lists([f"item {i}" for i in range(5)][rank::world], ranks),
-        "sum": total.tolist(),
-        "own": kept.tolist(),
-        "from_main": from_main({"rank": rank}, ranks),
-        "is_main": ranks.is_main,
-    }
-
-
-def disagreement(ranks):
-    """{rank that fails: what is raised here}; "none" fails nowhere, "all" everywhere."""
-    found = {}
-    for failing in ("0", "1", "all", "none"):
-        try:
-            with agreed(ranks):
-                if failing in (str(ranks.rank), "all"):
-                    raise UserError(f"rank {ranks.rank} failed")
-            found[failing] = None
-        except UserError as error:
-            found[failing] = str(error)
-    return found
-
-
-def sampling(ranks):
-    """Two samples of each of seven prompts, every rank its own prompts."""
-    prompts = ragged([3, 7, 1, 5, 2, 2, 9])
-    mine = owned(len(prompts), ranks.rank, ranks.world)
-    policy, full = sharded_policy("gpt2", ranks)
-    uniforms = draw_uniforms(3, 0, [(i, j) for i in mine for j in range(2)], 10)
-    with gathered(policy.lm, empty_causal_lm(full.config)) as model:
-        found = sample(
-            model, [prompts[i] for i in mine], uniforms, stop=[5, 6, 7], samples_per_prompt=2
-        )
-    return gather_lists(list(zip(found.ids[::2], found.ids[1::2], strict=True)), ranks)
-
-
-def everything(ranks):
-    return {
-        "sharding": {kind: sharding(kind, ranks) for kind in KINDS},
-        "gathering": {kind: gathering(kind, ranks) for kind in ("llama tied", "gpt_neox")},
-        "updates": {"even": updates(ranks, EVEN), "one_sided": updates(ranks, ONE_SIDED)},
-        "recomputed": updates(ranks, EVEN, recompute=True),
-        "half_precision": half_precision(ranks),
-        "frozen": frozen(ranks),
-        "collectives": collectives(ranks),
-        "disagreement": disagreement(ranks),
-        "sampling": sampling(ranks),
-    }
-
-
-def main(folder):
-    """One of two ranks."""
-    ranks = init_ranks("cpu")
-    torch.save(everything(ranks), Path(folder) / f"rank_{ranks.rank}.pt")
-    ranks.say(json.dumps({"world": ranks.world}))
-    torch.distributed.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------- the tests
-
-
-@pytest.fixture(scope="module")
-def results(ranks, tmp_path_factory):
-    """{world: what `everything` gave on each rank}"""
-    folder = tmp_path_factory.mktemp("ranks")
-    printed = run_ranks(__file__, folder)
-    assert printed.count('{"world": 2}') == 1  # said on rank 0 only
-    two = [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
-    return {1: [everything(ranks)], 2: two}
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sharded_policy_and_scalar_model_give_what_whole_ones_give(results, kind, world):
-    for found in (result["sharding"][kind] for result in results[world]):
-        assert found["log_probs"] < 1e-5 and found["scores"] < 1e-5
-        assert found["names_and_values"]  # full_state gives back every parameter, bit for bit
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_sharding_keeps_tied_weights_buffers_and_dropout_off(results, kind, world):
-    for found in (result["sharding"][kind] for result in results[world]):
-        assert found["tied"][0] == found["tied"][1] == (kind in ("gpt2", "llama tied"))
-        assert all(value == ["cpu", True] for value in found["buffers"].values())
-        assert found["buffers"] or kind == "gpt2"  # the others have rotary frequencies
-        assert not found["training"]
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_every_block_is_a_unit_and_every_parameter_is_spread(results, world):
-    for found in (results[world][0]["sharding"][kind] for kind in KINDS):
-        assert found["units"] == 3  # two blocks and the root
-        assert found["largest_share"] < (1.01 if world == 1 else 0.6)  # 61 rows: 31 and 30
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", ["llama tied", "gpt_neox"])
-def test_the_gathered_twin_equals_the_full_model_and_is_emptied(results, kind, world):
-    for found in (result["gathering"][kind] for result in results[world]):
-        assert found["inside"] < 1e-5 and found["logits"] < 1e-4
-        assert found["tied"][0] == found["tied"][1] == (kind == "llama tied")
-        assert found["left"] == [["meta"], ["meta"]]  # also where the phase raised
-        assert found["sharded_again"] == 0  # emptying the twin does no harm to the sharded model
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("kind", ["llama tied", "gpt_neox"])
-def test_an_update_does_not_reach_the_twin_until_it_is_gathered_again(results, kind, world):
-    for found in (result["gathering"][kind] for result in results[world]):
-        assert found["moved_inside"] == 0 and found["moved_by_step"] > 0.1
-        assert found["again"] < 1e-5
-
-
-@pytest.mark.parametrize("weights", ["even", "one_sided"])
-def test_optimizer_steps_at_two_ranks_equal_those_at_one(results, weights):
-    (one,) = (result["updates"][weights] for result in results[1])
-    for two in (result["updates"][weights] for result in results[2]):
-        assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        for name, value in two["weights"].items():
-            wanted = one["weights"][name]
-            assert (value - wanted).norm() / wanted.norm() < 1e-5, name
-    assert results[2][0]["updates"][weights]["weights"].keys() == one["weights"].keys()
-    assert one["norms"][0] > 0.5 and one["losses"][1] < one["losses"][0]  # clipped, and learned
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_recomputed_blocks_change_no_number_and_keep_less(results, world):
-    for result in results[world]:
-        plain, again = result["updates"]["even"], result["recomputed"]
-        assert again["saved"] < 0.5 * plain["saved"]
-        assert again["norms"] == plain["norms"] and again["losses"] == plain["losses"]
-        for name, wanted in plain["weights"].items():
-            assert torch.equal(again["weights"][name], wanted), name
-
-
-def test_a_rank_without_survivors_runs_as_many_rows_as_the_others(results):
-    sizes = [result["updates"]["one_sided"]["sizes"][0] for result in results[2]]
-    assert sizes == [[3, 3], [3, 0]]
-    sizes = [result["updates"]["even"]["sizes"][0] for result in results[2]]
-    assert sizes == [[3, 3], [3, 3]]
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_bfloat16_keeps_fp32_weights_gradients_and_moments(results, world):
-    for found in (result["half_precision"] for result in results[world]):
-        fp32, half = {"torch.float32"}, {"torch.bfloat16"}
-        assert found["types"] == [fp32, fp32, fp32, half]
-        assert found["result"] == "torch.float32"
-        assert 1e-4 < found["error_mean"] < 0.05 and found["error"] < 0.5
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_frozen_model_has_no_gradients(results, world):
-    assert all(result["frozen"] == [False, False] for result in results[world])
-
-
-def test_gathered_rows_and_lists_interleave_and_sums_leave_their_input(results):
-    for rank, found in enumerate(result["collectives"] for result in results[2]):
-        assert found["rows"] == list(range(6))
-        assert found["matrix"] == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [1.0] * 3]
-        assert found["list"] == [f"item {i}" for i in range(5)]
-        assert found["sum"] == [2.0, 5.0] and found["own"] == [1.0, rank + 2.0]
-        assert found["from_main"] == {"rank": 0} and found["is_main"] == (rank == 0)
-    alone = results[1][0]["collectives"]
-    assert alone["rows"] == list(range(6)) and len(alone["list"]) == 5
-    assert alone["sum"] == alone["own"] == [1.0, 2.0]
-
-
-def test_what_one_rank_finds_wrong_is_raised_on_all(results):
-    wanted = {"0": "rank 0 failed", "1": "rank 1 failed", "all": "rank 0 failed", "none": None}
-    assert [result["disagreement"] for result in results[2]] == [wanted, wanted]
-    assert results[1][0]["disagreement"] == wanted | {"1": None}
-
-
-def test_the_type_of_forward_passes_is_fp32_on_the_cpu_unless_asked_otherwise(ranks):
-    types = {name: compute_dtype(name, ranks) for name in ("auto", "float32", "bfloat16")}
-    assert types == {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def test_samples_at_two_ranks_equal_those_at_one(results):
-    (one,) = (result["sampling"] for result in results[1])
-    assert len(one) == 7 and len({len(row) for pair in one for row in pair}) > 3
-    assert [result["sampling"] for result in results[2]] == [one, one]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("build", [lm_of, lambda kind: tiny_classifier(kind.split()[0])])
-def test_find_blocks_finds_the_transformer_blocks(kind, build):
-    blocks = find_blocks(build(kind))
-    assert len(blocks) == tiny_config(kind.split()[0]).num_hidden_layers == 2
-    assert len({type(block) for block in blocks}) == 1
-    names = ("self_attn", "attn", "attention")
-    assert all(any(hasattr(block, name) for name in names) for block in blocks)
+def test_the_type_of_forward_passes_is_bf16_on_a_gpu_unless_asked_otherwise():
+    for device, auto in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        ranks = SimpleNamespace(device=torch.device(device))
+        wanted = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}
+        assert {name: fsdp.compute_dtype(name, ranks) for name in wanted} == wanted
 
 
 def test_find_blocks_takes_the_largest_list_of_equal_modules():
@@ -432,18 +162,207 @@ def test_find_blocks_takes_the_largest_list_of_equal_modules():
     model.mixed = nn.ModuleList([nn.Linear(99, 99), nn.LayerNorm(99)])
     model.empty = nn.ModuleList()
     assert find_blocks(model) == list(model.blocks)
+    message = refused(find_blocks, nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    assert message.startswith("Sequential: no list of transformer blocks")
 
 
-def test_a_model_without_blocks_is_refused_by_name():
-    with pytest.raises(UserError, match="^Sequential: no list of transformer blocks"):
-        find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+# ------------------------------------------------------------------------- two ranks equal one
+
+KEPT = {
+    "even": torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.5, 1.0], [0.0, 1.0]]),
+    "one-sided": torch.tensor([[1.0, 0.5], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]]),  # none at rank 1
+}
+
+
+def updates(ranks, weights, recompute=False):
+    """Two optimizer steps on what the filter's weights [4, 2] keep; microbatches of two rows."""
+    policy, _ = sharded_policy("llama tied", ranks)
+    if recompute:
+        fsdp.recompute_blocks(policy)
+    optimizer = adamw(policy, 1e-2)
+    optimizer.param_groups[0]["eps"] = 1e-4  # so that tiny gradients' signs do not matter
+    norms, losses, saved = [], [], []  # saved: sizes of what is kept for backward
+    mine = [2 * i + j for i in range(ranks.rank, 4, ranks.world) for j in range(2)]
+    kept = data().select(torch.tensor(mine)).kept(weights, 8, ranks)
+    for _ in range(2):
+        kept.coefficients, part = loss_coefficients(kept.mask, kept.weights, "token_mean")
+        kept.coefficients /= sum_over_ranks(part)
+        loss = torch.zeros(())
+        for mb in kept.microbatches(2):
+            with saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+                part = -(log_probs(policy, mb) * mb.coefficients).sum()
+            (part * ranks.world).backward()
+            loss += part.detach()
+        losses.append(sum_over_ranks(loss).item())
+        norms.append(fsdp.step(policy, optimizer, 1.0, 0.5))
+    sizes = [len(kept), int((kept.weights > 0).sum())]
+    state = full_state(policy)
+    return SimpleNamespace(norms=norms, losses=losses, sizes=sizes, saved=sum(saved), state=state)
+
+
+def samples(ranks):
+    """Two samples of each of seven prompts, every rank its own prompts."""
+    prompts = ragged([3, 7, 1, 5, 2, 2, 9])
+    mine = range(ranks.rank, len(prompts), ranks.world)
+    policy, full = sharded_policy("gpt2", ranks)
+    uniforms = draw_uniforms(3, 0, [(i, j) for i in mine for j in range(2)], 10)
+    with gathered(policy.lm, empty_causal_lm(full.config)) as model:
+        how = {"stop": [5, 6, 7], "samples_per_prompt": 2}
+        ids = sample(model, [prompts[i] for i in mine], uniforms, **how).ids
+    return fsdp.gather_lists(list(zip(ids[::2], ids[1::2], strict=True)), ranks)
+
+
+def everything(ranks):
+    found = {name: updates(ranks, weights) for name, weights in KEPT.items()}
+    return found | {"again": updates(ranks, KEPT["even"], True), "samples": samples(ranks)}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def results(request):
+    """What `everything` gives at a single rank, and on each of several."""
+    return forked(everything, 1)[0], forked(everything, request.param)
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_optimizer_steps_of_several_ranks_equal_those_of_one(results, name):
+    one, several = results[0][name], [result[name] for result in results[1]]
+    assert several[0].state.keys() == one.state.keys()
+    assert one.norms[0] > 0.5 and one.losses[1] < one.losses[0]  # clipped, and learned
+    for found in several:
+        assert found.norms == pytest.approx(one.norms, rel=1e-5)
+        assert found.losses == pytest.approx(one.losses, rel=1e-5)
+        for key, value in found.state.items():
+            assert (value - one.state[key]).norm() / one.state[key].norm() < 1e-5, key
+
+
+def test_a_rank_without_survivors_runs_as_many_rows_as_the_others(results):
+    of_two = {"even": (3, [3, 3]), "one-sided": (3, [3, 0])}
+    of_four = {"even": (2, [1, 2, 2, 1]), "one-sided": (2, [2, 0, 1, 0])}
+    for name, (rows, kept) in (of_two if len(results[1]) == 2 else of_four).items():
+        assert [found[name].sizes for found in results[1]] == [[rows, count] for count in kept]
+
+
+def test_recomputed_blocks_change_no_number_and_keep_less(results):
+    for result in (results[0], *results[1]):
+        plain, again = result["even"], result["again"]
+        assert again.saved < 0.5 * plain.saved
+        assert again.norms == plain.norms and again.losses == plain.losses
+        assert all(torch.equal(again.state[key], value) for key, value in plain.state.items())
+
+
+def test_samples_of_several_ranks_equal_those_of_one(results):
+    one, several = results[0]["samples"], [result["samples"] for result in results[1]]
+    assert len(one) == 7 and len({len(row) for pair in one for row in pair}) > 3
+    assert several == [one] * len(several)
+
+
+@ranked(2)
+def test_a_step_clips_the_global_norm_and_skips_what_is_not_finite_anywhere(ranks):
+    policy, _ = sharded_policy("llama", ranks)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=4.0)
+    for factor, moved in ((1.0, 1.0), (torch.inf if ranks.rank else 1.0, 0.0)):
+        before = [p.to_local().clone() for p in policy.parameters()]
+        (log_probs(policy).sum() * factor).backward()
+        norm = fsdp.step(policy, optimizer, 0.5, 0.5)  # a learning rate of 0.5 * 4
+        assert norm > 5 if moved else not math.isfinite(norm)  # that before clipping
+        after = [p.to_local() for p in policy.parameters()]
+        square = sum((a - b).square().sum() for a, b in zip(after, before, strict=True))
+        assert sum_over_ranks(square).sqrt() == pytest.approx(moved, rel=1e-3)
+        assert all(p.grad is None for p in policy.parameters())
+
+
+@ranked(1, 2)
+def test_gathered_rows_and_lists_interleave_and_sums_leave_their_input(ranks):
+    rank, world = ranks.rank, ranks.world
+    assert fsdp.gather_rows(torch.arange(6)[rank::world], ranks).tolist() == list(range(6))
+    matrix = fsdp.gather_rows(torch.full((2, 3), rank), ranks)
+    assert matrix.tolist() == [[i] * 3 for i in range(world)] * 2
+    items = [f"item {i}" for i in range(5)]  # two ranks have unequally many
+    assert fsdp.gather_lists(items[rank::world], ranks) == items
+    own = torch.tensor([1.0, rank + 2.0])
+    assert sum_over_ranks(own).tolist() == ([1.0, 2.0] if world == 1 else [2.0, 5.0])
+    assert own.tolist() == [1.0, rank + 2.0]
+    assert fsdp.from_main({"rank": rank}, ranks) == {"rank": 0}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ranks.say("once")
+    assert printed.getvalue() == ("once\n" if rank == 0 else "")
+    assert ranks.is_main == (rank == 0) and ranks.local == rank
+
+
+@ranked(1, 2)
+def test_what_one_rank_finds_wrong_or_rank_0_does_for_all_is_known_to_all(ranks):
+    last = ranks.world - 1
+    for failing, expected in (((), None), ((0,), 0), ((last,), last), (range(2), 0)):
+        message = None
+        try:
+            with fsdp.agreed(ranks):
+                require(ranks.rank not in failing, f"rank {ranks.rank} failed")
+        except UserError as error:
+            message = str(error)
+        assert message == (None if expected is None else f"rank {expected} failed")
+    assert fsdp.on_main(ranks, lambda x: (x, ranks.rank), "x") == ("x", 0)
+    failed = f"rank {ranks.rank} failed"
+    assert refused(fsdp.on_main, ranks, require, False, failed) == "rank 0 failed"
+    with pytest.raises(FileNotFoundError):
+        fsdp.on_main(ranks, os.stat, f"/there/is/no/{ranks.rank}")
+
+
+@ranked(pytest.param(4, marks=pytest.mark.slow), shard_group_size=2)
+def test_groups_of_ranks_shard_and_are_copies_of_each_other(ranks):
+    policy, full = sharded_policy("llama", ranks)
+    assert distance(log_probs(policy), log_probs(Policy(full))) < 1e-5
+    assert max(p.to_local().numel() / p.numel() for p in policy.parameters()) < 0.6
+
+
+def test_groups_must_divide_the_ranks():
+    with pytest.raises(Exception, match="--shard_group_size 3: does not divide the 2 ranks"):
+        forked(lambda ranks: None, shard_group_size=3)
+
+
+@ranked(1, minutes=7.5)
+def test_collectives_wait_as_many_minutes_as_they_are_told(ranks):
+    backend = dist.distributed_c10d._get_default_group()._get_backend(ranks.device)
+    assert backend.options._timeout == timedelta(minutes=7.5)
 
 
 def test_cuda_asked_for_where_there_is_none_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device cuda: .*expected --device cpu or auto"):
-        init_ranks("cuda")
+    message = refused(init_ranks, "cuda")
+    assert re.match("--device cuda: .*expected --device cpu or auto", message)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+fork = multiprocessing.get_context("fork").Process
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+
+
+@linux
+@pytest.mark.parametrize("environment", [{"TORCHELASTIC_RUN_ID": "x"}, {}])
+def test_a_worker_of_torchrun_dies_with_its_agent(environment):
+    read, write = os.pipe()
+
+    def work():
+        os.environ |= environment
+        fsdp._die_with_agent()
+        os.write(write, os.getpid().to_bytes(4))
+        time.sleep(20)
+
+    agent = fork(target=lambda: (fork(target=work).start(), time.sleep(20)))
+    agent.start()
+    os.close(write)
+    worker = int.from_bytes(os.read(read, 4))
+    agent.kill()
+    agent.join()
+    closed, _, _ = select.select([read], [], [], 10 if environment else 0.3)  # by its last writer
+    if not closed:
+        os.kill(worker, signal.SIGKILL)
+    assert bool(closed) == bool(environment)
+
+
+@linux
+def test_a_worker_that_is_late_for_its_agents_death_ends(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(os, "getppid", iter((7, 1)).__next__)
+    late = fork(target=fsdp._die_with_agent)
+    late.start()
+    late.join()
+    assert late.exitcode == 1

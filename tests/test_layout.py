@@ -1,4 +1,4 @@
-"""The shape of the house: floors, packages, file sizes, docstrings."""
+"""The shape of the house: rooms, wings and their doors, arrows, sizes, docstrings."""
 
 import ast
 import re
@@ -8,77 +8,130 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = (
-    ("config", "filters", "ppo", "batch", "reliability", "extract", "wire", "isolation", "plan"),
-    ("noise", "figures"),
-    ("jail", "remote", "messages", "weights", "peers", "cells"),
-    ("tester",),
-    ("sandbox",),
-    ("reward", "benchmarks"),
-    ("world", "data", "fsdp", "model"),
-    ("sampler", "rundir", "loading", "metrics", "stopping"),
-    ("checkpoint", "examine", "lab", "evaluation", "inputs", "footprint", "selfcheck"),
-    ("export", "memory", "study", "comparison", "contamination"),
-)  # a file imports lower floors only, and on the ground floor config
-INSIDE = {"wire", "isolation", "plan", "remote", "tester"}  # tested through sandbox and jail
-CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo"}
+WINGS = ("sandbox", "problems", "run", "lab")
+DOORS = {"run": {"sandbox", "problems"}, "lab": {"sandbox", "problems", "run"}}  # open to a wing
+DOORS |= {"problems": {"sandbox"}, "sandbox": set(), "": {"sandbox", "problems"}}  # "": rooms
+ROOMS = ("config", "files", "filters", "ppo", "rollout", "reward", "model", "sampler", "fsdp")
+ROOMS += ("loading", "data", "answers", "reliability", "metrics")
+SCRIPTS = {"train_ppo.py": 250, "train_rm.py": 170, "eval_code.py": 180}  # lines at most
+CORE = {"torch", "transformers", "safetensors", "numpy", "tqdm", "pfppo", "train_rm"}
 CORE |= {"matplotlib"}  # optional, imported where it is used
 CORE |= {"tokenizers", "huggingface_hub"}  # what transformers itself is made of
-MODULES = sorted((ROOT / "pfppo").glob("[a-z]*.py"))
-SCRIPTS = [ROOT / name for name in ("train_ppo.py", "train_rm.py", "eval_code.py")]
+FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "pfppo").rglob("*.py"))
+FILES += [Path(name) for name in SCRIPTS]
 
 
 def imports(path):
-    """Names of the modules that a file imports, anywhere in it."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    """(module, name) of what a file imports, anywhere in it."""
+    pairs = []
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            pairs += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
+            pairs += [(node.module, alias.name) for alias in node.names]
+    return pairs
+
+
+def ours(path):
+    """Files of the package that a file imports: "filters", "run.folder", or "run" by the door."""
+    known = {".".join(file.with_suffix("").parts[1:]).removesuffix(".__init__") for file in FILES}
+    found = set()
+    for module, name in imports(path):
+        if module.split(".")[0] == "pfppo":
+            whole = f"{module}.{name}".removeprefix("pfppo.")
+            found.add(whole if whole in known else whole.rpartition(".")[0])
     return found
 
 
-def floor(name):
-    return next((i for i, modules in enumerate(FLOORS) if name in modules), None)
+def wing_of(path):
+    return path.parts[1] if len(path.parts) == 3 else ""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_lower_floors(path):
-    own = floor(path.stem)
-    assert own is not None, f"{path.stem} stands on no floor"
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "pfppo":
-            lower = floor(parts[1]) < own or (parts[1] == "config" and own == 0)
-            assert lower, f"{path.stem} imports {parts[1]}"
+def door(wing):
+    return {name for _, name in imports(Path("pfppo") / wing / "__init__.py")}
 
 
-@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_uses_the_doors_that_are_open_to_it(path):
+    own = wing_of(path)
+    open_doors = set(WINGS) if path.name in SCRIPTS else DOORS[own]
+    for module, name in imports(path):
+        parts = module.split(".")
+        if parts[0] != "pfppo" or len(parts) < 2 and name not in WINGS:
+            continue
+        wing = parts[1] if len(parts) > 1 else name
+        if wing not in WINGS or wing == own:
+            continue
+        assert wing in open_doors, f"{path} imports {wing}"
+        assert len(parts) <= 2, f"{path} imports {module}, not by the door of {wing}"
+        if len(parts) == 2:
+            assert name in door(wing), f"{path} imports {name}, which is not in the door of {wing}"
+
+
+def test_what_scripts_call_of_a_wing_stands_in_its_door():
+    for script in SCRIPTS:
+        wings = {name for module, name in imports(script) if module == "pfppo"} & set(WINGS)
+        for node in ast.walk(ast.parse((ROOT / script).read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                wing = node.value.id
+                inside = door(wing) | functions(wing) if wing in wings else {node.attr}
+                assert node.attr in inside, f"{script}: {wing}.{node.attr}"
+
+
+def functions(wing):
+    tree = ast.parse((ROOT / "pfppo" / wing / "__init__.py").read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_imports_make_no_circle():
+    below = {
+        ".".join(p.with_suffix("").parts[1:]).removesuffix(".__init__"): ours(p) for p in FILES
+    }
+    below = {name: {n for n in names if n != name} for name, names in below.items() if name}
+    while below:
+        ground = {name for name, names in below.items() if not names & below.keys()}
+        assert ground, f"in a circle: {sorted(below)}"
+        below = {name: names for name, names in below.items() if name not in ground}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
 def test_only_core_packages_are_imported(path):
-    for name in imports(path):
-        package = name.split(".")[0]
-        known = package in sys.stdlib_module_names or package in CORE
-        assert known or package == "train_rm", f"{path.name} imports {package}"
+    for module, _ in imports(path):
+        package = module.split(".")[0]
+        assert package in sys.stdlib_module_names or package in CORE, f"{path} imports {package}"
 
 
-@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: path.stem)
-def test_a_file_says_what_it_is_and_is_short(path):
-    text = path.read_text()
-    assert ast.get_docstring(ast.parse(text)), f"{path.name} has no docstring"
-    assert text.count("\n") <= 400, f"{path.name} holds two concepts"
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_says_what_it_is_and_holds_one_concept(path):
+    text = (ROOT / path).read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
+    assert text.count("\n") <= SCRIPTS.get(path.name, 350), f"{path} holds two concepts"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_module_has_its_test_file(path):
-    assert path.stem in INSIDE or (ROOT / "tests" / f"test_{path.stem}.py").exists()
+def test_the_house_has_the_size_that_can_be_read():
+    top = [path for path in FILES if len(path.parts) == 2]
+    folders = {p.name for p in (ROOT / "pfppo").iterdir() if p.is_dir() and p.name[0] != "_"}
+    assert len(top) <= 15 and folders == set(WINGS)
+    assert {path.stem for path in top} == {"__init__", *ROOMS}
+    assert sum((ROOT / path).read_text().count("\n") for path in FILES) <= 7600
+    main = (ROOT / "train_ppo.py").read_text().partition("\ndef main(")[2].partition("\n\n\n")[0]
+    assert main.count("\n") <= 130
+    tests = sum(path.read_text().count("\n") for path in (ROOT / "tests").glob("*.py"))
+    assert tests <= 8500
 
 
-def test_every_option_of_the_scripts_is_described():
-    for path in SCRIPTS:
-        args = path.read_text().split("class Args:")[1].split("\n\n\n")[0]
-        for line in filter(None, args.strip().splitlines()):
-            assert re.search(r"#\s*\S", line), f"{path.name}: {line.strip()}"
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_its_test_file(room):
+    assert room == "files" or (ROOT / "tests" / f"test_{room}.py").exists()
+
+
+def test_every_option_is_described():
+    for path in [*SCRIPTS, "pfppo/run/options.py"]:
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.ClassDef):
+                lines = (ROOT / path).read_text().splitlines()
+                for field in (part for part in node.body if isinstance(part, ast.AnnAssign)):
+                    assert re.search(r"  # \S", lines[field.end_lineno - 1]), field.target.id
 
 
 def test_requirements_are_pinned_and_are_the_card_s():
@@ -86,3 +139,8 @@ def test_requirements_are_pinned_and_are_the_card_s():
     names = {line.split("==")[0] for line in lines}
     assert all("==" in line for line in lines)
     assert names == {"torch", "transformers", "safetensors", "numpy", "tqdm", "pytest"}
+
+
+def test_readme_can_be_read_in_one_sitting():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200 and max(map(len, lines)) <= 300

@@ -1,248 +1,309 @@
-"""From folders that transformers has written to sharded networks; RMs that do not fit."""
+"""From folders that transformers has written to sharded networks: each rank its own slices of the
+files, whole where names differ; what is damaged or does not fit, named."""
 
+import re
 from types import SimpleNamespace
 
 from pfppo import loading
-from pfppo.batch import collate
-from pfppo.config import UserError
-from pfppo.data import template_hash, vocabulary_hash
-from pfppo.fsdp import full_state, gathered
-from pfppo.loading import load_policies, load_scalars, new_scalar
-from pfppo.model import Policy, ScalarModel, classifier_from_causal_lm
+from pfppo import model as networks
+from pfppo.data import Tokens
+from pfppo.fsdp import full_state, shard
+from pfppo.loading import Slices, Whole, load_models, load_scalars, new_scalar, source_of
+from pfppo.model import Policy, ScalarModel
 from pfppo.reward import RewardCard
+from pfppo.rollout import collate
 
 import pytest
 import torch
-from conftest import (
-    ARCHITECTURES,
-    EOS,
-    WORDS,
-    ragged,
-    tiny_classifier,
-    tiny_lm,
-    tiny_tokenizer,
-    write_model,
-)
+from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm, tiny_tokenizer, write_model
+from ranks import ranked, refused
 
 ROWS = collate(ragged([3, 7, 1]), ragged([6, 1, 4], seed=1), pad_id=0)
+SLICED = ("llama", "qwen2", "gpt2", "gemma3_text", "mistral")
 
 
 def log_probs(policy):
-    with torch.no_grad():
-        return policy(ROWS.ids, ROWS.states, ROWS.responses, ROWS.mask)[0]
+    return policy(ROWS.ids, ROWS.states, ROWS.responses, ROWS.mask)[0]
 
 
-def scalars(model):
-    with torch.no_grad():
-        return model(ROWS.ids, ROWS.states)
+def values(model):
+    return model(ROWS.ids, ROWS.states)
 
 
-def args_of(policy, reward_model, style="plain", seed=1):
-    return SimpleNamespace(
-        policy=policy,
-        reward_model=reward_model,
-        prompt_style=style,
-        param_dtype="float32",
-        seed=seed,
-    )
+def args_of(policy, reward_model="", **changes):
+    fixed = {"param_dtype": "float32", "seed": 1, "gradient_checkpointing": False}
+    fixed |= {f"offload_{part}": False for part in ("ref", "reward", "optimizer")}
+    return SimpleNamespace(policy=policy, reward_model=reward_model, **(fixed | changes))
 
 
-def card_of(tokenizer, **changes):
-    fields = {"template": template_hash(tokenizer, "plain")}
-    fields |= {"vocabulary": vocabulary_hash(tokenizer)}
-    return RewardCard(**({"mean": 0.3, "std": 2.0} | fields | changes))
+def tokens_of(style="plain", template=None):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return Tokens("", tokenizer, [tokenizer.eos_token_id], style, 100)
+
+
+def save_card(folder, tokens=None, **changes):
+    template, vocabulary = (tokens or tokens_of()).hashes()
+    fields = {"mean": 0.3, "std": 2.0, "template": template, "vocabulary": vocabulary} | changes
+    RewardCard(**fields).save(folder)
+
+
+def write(folder, architecture, **options):
+    tiny_lm(architecture).save_pretrained(folder / architecture, **options)
+    return folder / architecture
+
+
+def no_read():
+    raise AssertionError("nobody may read the whole model")
+
+
+# ------------------------------------------------------------------------------- slices of files
 
 
 @pytest.fixture(scope="module")
-def policy_folder(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("policy"), tiny_lm("llama"))
+def checkpoints(tmp_path_factory):
+    """A folder of models, in single files and in several with an index; and a reward model, rm."""
+    folder = tmp_path_factory.mktemp("weights")
+    for number, architecture in enumerate(SLICED):
+        write(folder, architecture, **({"max_shard_size": "30KB"} if number % 2 else {}))
+    assert len(list((folder / "qwen2").glob("*.safetensors"))) > 2
+    write_model(folder / "rm", tiny_classifier("llama"))
+    return folder
+
+
+def check_slices(ranks, checkpoints):
+    def same(model, whole):
+        state, wanted = full_state(model), dict(whole.named_parameters()) if ranks.is_main else {}
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in state.items())
+        buffers = dict(whole.named_buffers())
+        assert buffers.keys() == dict(model.named_buffers()).keys()
+        assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
+
+    for architecture in SLICED:
+        lm = tiny_lm(architecture)
+        empty = Policy(networks.empty_causal_lm(lm.config))
+        source = source_of(empty, checkpoints / architecture, "policy", no_read, ranks)
+        policy = shard(empty, source, ranks)
+        same(policy, Policy(lm))
+        share = max(p.to_local().numel() / p.numel() for p in policy.parameters())
+        assert share <= 1 / ranks.mesh["shard"].size() + 0.05  # rows are not cut further
+    # A head has one row: most ranks own nothing of it.
+    args = args_of(str(checkpoints / "llama"), str(checkpoints / "rm"))
+    (scalar,) = load_scalars(args, tokens_of(), ranks, [True])
+    same(scalar, ScalarModel(tiny_classifier("llama")))
+    whole = networks.classifier_from_causal_lm(args.policy, args.seed)
+    same(new_scalar(args, ranks), ScalarModel(whole))
+
+
+groups = ranked(pytest.param(4, marks=pytest.mark.slow), shard_group_size=2)
+test_every_rank_reads_its_own_slices_and_together_they_are_the_model = ranked(3)(check_slices)
+test_every_group_of_ranks_reads_the_whole_model = groups(check_slices)
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral"])
+def test_a_family_stored_in_other_pieces_is_read_whole(ranks, tmp_path, architecture):
+    path, lm = write(tmp_path, architecture), tiny_lm(architecture)
+    empty = Policy(networks.empty_causal_lm(lm.config))
+    source = source_of(empty, path, "policy", lambda: Policy(lm), ranks)
+    assert isinstance(source, Whole) or architecture == "gpt_neox"
+    assert torch.equal(log_probs(shard(empty, source, ranks)), log_probs(Policy(lm)))
+
+
+def test_a_weight_of_another_shape_or_none_is_left_to_the_whole_reader(ranks, checkpoints):
+    whole = {"hidden_size": 16}, {"num_hidden_layers": 3}
+    for changes, kind in ((whole[0], Whole), (whole[1], Whole), ({}, Slices)):
+        empty = Policy(networks.empty_causal_lm(tiny_lm("llama", **changes).config))
+        read = no_read if kind is Slices else lambda: None
+        assert isinstance(source_of(empty, checkpoints / "llama", "policy", read, ranks), kind)
+
+
+@pytest.mark.parametrize("left", [0, 7, 200, -40])
+def test_a_file_that_was_cut_short_is_named(tmp_path, left):
+    path = write(tmp_path, "llama", max_shard_size="30KB")
+    file = sorted(path.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:left])
+    message = refused(loading.stored_tensors, path, "policy")
+    assert re.match(f"--policy {file}: damaged or cut short, .* bytes", message)
+
+
+def test_a_file_of_the_index_that_is_not_there_is_named(tmp_path):
+    path = write(tmp_path, "llama", max_shard_size="30KB")
+    gone = sorted(path.glob("*.safetensors"))[2]
+    gone.unlink()
+    assert f"there is no file {gone.name}" in refused(loading.stored_tensors, path, "policy")
+    (path / "model.safetensors.index.json").write_text("{}")
+    assert "index.json: damaged" in refused(loading.stored_tensors, path, "policy")
+
+
+@pytest.mark.parametrize("cut", ["policy", "reward_model"])
+def test_policies_and_scalars_of_a_cut_file_are_refused(ranks, tmp_path, cut):
+    args = args_of(write_model(tmp_path / "policy", tiny_lm("llama")))
+    args.reward_model = write_model(tmp_path / "reward_model", tiny_classifier("llama"))
+    file = tmp_path / cut / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert refused(load_models, args, tokens_of(), ranks).startswith(f"--{cut} {file}: ")
+
+
+# ------------------------------------------------------------------------------- the four models
 
 
 @pytest.fixture
-def rm_folder(tmp_path):
-    return write_model(tmp_path, tiny_classifier("llama", seed=5))
+def policy(checkpoints):
+    return str(checkpoints / "llama")
+
+
+@pytest.fixture
+def rm(tmp_path):
+    return write_model(tmp_path / "rm", tiny_classifier("llama", seed=5))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_policy_reference_and_twin_of_a_folder(ranks, lms, tmp_path, architecture):
+def test_a_folder_gives_policy_frozen_reference_empty_copy_and_critic(
+    ranks, lms, tmp_path, architecture
+):
     folder = write_model(tmp_path, lms[architecture])
-    policy, reference, twin = load_policies(folder, ranks, "float32")
+    models = load_models(args_of(folder), tokens_of(), ranks)
     wanted = log_probs(Policy(lms[architecture]))
-    for model in (policy, reference):
+    for model in (models.policy, models.reference):
         assert torch.allclose(log_probs(model), wanted, atol=1e-5)
-    assert all(p.requires_grad for p in policy.parameters())
-    assert not any(p.requires_grad for p in reference.parameters())
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    with gathered(policy.lm, twin) as model:
-        assert torch.allclose(log_probs(Policy(model)), wanted, atol=1e-5)
+    assert all(p.requires_grad for p in models.policy.parameters())
+    assert not any(p.requires_grad for p in models.reference.parameters())
+    assert {p.device.type for p in models.unsharded.parameters()} == {"meta"}
+    with models.gathered(models.policy) as lm:
+        assert torch.allclose(log_probs(Policy(lm)), wanted, atol=1e-5)
+    assert models.reward_model is None and models.normalised is True
+    new = ScalarModel(networks.classifier_from_causal_lm(folder, 1))  # the policy with a new head
+    assert torch.allclose(values(models.critic), values(new), atol=1e-5)
+    values(models.critic).pow(2).mean().backward()
+    assert all(p.grad is not None for p in models.critic.parameters())
 
 
-def test_training_the_policy_leaves_the_reference(ranks, policy_folder):
-    policy, reference, _ = load_policies(policy_folder, ranks, "float32")
-    before = log_probs(reference)
-    policy(ROWS.ids, ROWS.states, ROWS.responses, ROWS.mask)[0].sum().backward()
-    torch.optim.SGD(policy.parameters(), lr=0.1).step()
-    assert torch.equal(log_probs(reference), before)
-    assert (log_probs(policy) - before).abs().max() > 0.01
+def test_training_the_policy_leaves_the_reference(ranks, policy):
+    models = load_models(args_of(policy), tokens_of(), ranks)
+    before = log_probs(models.reference)
+    log_probs(models.policy).sum().backward()
+    torch.optim.SGD(models.policy.parameters(), lr=0.1).step()
+    assert torch.equal(log_probs(models.reference), before)
+    assert (log_probs(models.policy) - before).abs().max() > 0.01
 
 
 def test_a_bfloat16_folder_is_trained_with_fp32_weights(ranks, tmp_path):
     folder = write_model(tmp_path, tiny_lm("llama").to(torch.bfloat16))
-    policy, reference, _ = load_policies(folder, ranks, "bfloat16")
-    for model in (policy, reference):
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        models = load_models(args_of(folder, param_dtype=name), tokens_of(), ranks)
+        for model in (models.policy, models.reference):
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+        with models.gathered(models.policy) as lm:  # of the type of the forward passes
+            assert {p.dtype for p in lm.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_reward_model_and_critic_are_the_folders_classifier_in_the_cards_units(
-    ranks, policy_folder, tmp_path, architecture
+    ranks, policy, tmp_path, architecture
 ):
-    classifier, tokenizer = tiny_classifier(architecture, seed=5), tiny_tokenizer()
-    folder = write_model(tmp_path, classifier)
-    card_of(tokenizer).save(folder)
-    reward_model, critic, known = load_scalars(args_of(policy_folder, folder), tokenizer, ranks)
-    wanted = scalars(ScalarModel(classifier, 0.3, 2.0))
+    classifier = tiny_classifier(architecture, seed=5)
+    args = args_of(policy, write_model(tmp_path, classifier))
+    save_card(tmp_path)
+    reward_model, critic = load_scalars(args, tokens_of(), ranks, (False, True))
     for model in (reward_model, critic):
-        assert torch.allclose(scalars(model), wanted, atol=1e-5)
+        assert torch.allclose(values(model), values(ScalarModel(classifier, 0.3, 2.0)), atol=1e-5)
         assert (model.mean, model.std) == (0.3, 2.0)
-    assert known
+
+
+def test_a_reward_model_is_normalised_as_its_card_says_or_as_known_or_as_measured(
+    ranks, policy, rm
+):
+    models = load_models(args_of(policy, rm), tokens_of(), ranks)
+    reward_model, critic = models.reward_model, models.critic
+    assert models.normalised is False
+    assert (reward_model.mean, reward_model.std) == (critic.mean, critic.std) == (0.0, 1.0)
+    assert torch.allclose(values(reward_model), values(ScalarModel(tiny_classifier("llama", 5))))
     assert not any(p.requires_grad for p in reward_model.parameters())
     assert all(p.requires_grad for p in critic.parameters())
-
-
-def test_a_reward_model_from_elsewhere_has_an_unknown_normaliser(ranks, policy_folder, rm_folder):
-    reward_model, critic, known = load_scalars(
-        args_of(policy_folder, rm_folder), tiny_tokenizer(), ranks
-    )
-    assert known is False
-    assert (reward_model.mean, reward_model.std) == (critic.mean, critic.std) == (0.0, 1.0)
-    assert torch.allclose(scalars(reward_model), scalars(ScalarModel(tiny_classifier("llama", 5))))
-
-
-def test_without_a_reward_model_the_critic_is_the_policy_with_a_new_head(ranks, policy_folder):
-    args = args_of(policy_folder, "", seed=3)
-    reward_model, critic, known = load_scalars(args, tiny_tokenizer(), ranks)
-    assert reward_model is None and known is True
-    wanted = scalars(ScalarModel(classifier_from_causal_lm(policy_folder, 3)))
-    assert torch.allclose(scalars(critic), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_new_scalar_is_trainable_and_depends_on_its_seed_in_the_head_only(
-    ranks, lms, tmp_path, architecture
-):
-    folder = write_model(tmp_path, lms[architecture])
-    states = [full_state(new_scalar(folder, seed, ranks, "float32")) for seed in (1, 1, 2)]
-    names = {name for name in states[0] if not torch.equal(states[0][name], states[2][name])}
-    assert names == {"classifier.score.weight"}
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    scalar = new_scalar(folder, 1, ranks, "float32")
-    scalar(ROWS.ids, ROWS.states).pow(2).mean().backward()
-    assert all(p.grad is not None for p in scalar.parameters())
+    examiner = SimpleNamespace(spread=lambda *asked: (0.5, len(asked)))
+    for known, expected in (([3.0, 4.0], [3.0, 4.0]), (None, [0.5, 2])):
+        assert models.normalise(known, examiner, "prompts") == expected
+        assert [reward_model.mean, reward_model.std] == [critic.mean, critic.std] == expected
+    save_card(rm)
+    models = load_models(args_of(policy, rm), tokens_of(), ranks)
+    assert models.normalised is True and models.normalise([3.0, 4.0], None, None) == [0.3, 2.0]
 
 
 # --------------------------------------------------------------------------------- what is refused
 
 
-def refusal(folder, policy_folder, ranks, tokenizer=None, style="plain"):
-    with pytest.raises(UserError) as error:
-        load_scalars(args_of(policy_folder, folder, style), tokenizer or tiny_tokenizer(), ranks)
-    message = str(error.value)
-    assert message.startswith(f"--reward_model {folder}") and "\n" not in message
+def refusal(ranks, policy, rm, tokens):
+    message = refused(load_scalars, args_of(policy, rm), tokens, ranks, [False])
+    assert message.startswith(f"--reward_model {rm}")
     return message
 
 
-def test_another_vocabulary_on_the_card_is_an_error_with_both_hashes(
-    ranks, policy_folder, rm_folder
-):
-    tokenizer = tiny_tokenizer()
-    card_of(tokenizer, vocabulary="0123456789ab").save(rm_folder)
-    message = refusal(rm_folder, policy_folder, ranks)
-    assert "its vocabulary differs" in message and policy_folder in message
-    assert f"hash 0123456789ab there, {vocabulary_hash(tokenizer)} here" in message
+def test_another_vocabulary_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm):
+    save_card(rm, vocabulary="0123456789ab")
+    message = refusal(ranks, policy, rm, tokens_of())
+    assert "its vocabulary differs" in message and policy in message
+    assert f"hash 0123456789ab there, {tokens_of().hashes()[1]} here" in message
 
 
-def test_another_template_on_the_card_is_an_error_with_both_hashes(ranks, policy_folder, rm_folder):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    card_of(tokenizer).save(rm_folder)  # made from plain prompts, used with chat prompts
-    message = refusal(rm_folder, policy_folder, ranks, tokenizer, "chat")
-    theirs, ours = (template_hash(tokenizer, style) for style in ("plain", "chat"))
-    assert "its prompt template differs" in message and theirs != ours
-    assert f"hash {theirs} there, {ours} here" in message
+def test_another_template_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm):
+    plain, chat = (tokens_of(style, "{{ messages[0]['content'] }}") for style in ("plain", "chat"))
+    save_card(rm, plain)
+    message = refusal(ranks, policy, rm, chat)
+    assert "its prompt template differs" in message and plain.hashes() != chat.hashes()
+    assert f"hash {plain.hashes()[0]} there, {chat.hashes()[0]} here" in message
 
 
-def test_without_a_card_the_vocabularies_are_compared_all_the_same(ranks, policy_folder, tmp_path):
-    other = tiny_tokenizer([*WORDS[:10], *reversed(WORDS[10:])])  # same words, other ids
-    assert other.eos_token_id == EOS
-    folder = write_model(tmp_path, tiny_classifier("llama"), other)
-    message = refusal(folder, policy_folder, ranks)
-    assert vocabulary_hash(other) in message and vocabulary_hash(tiny_tokenizer()) in message
+def test_without_a_card_the_vocabularies_are_compared_all_the_same(ranks, policy, tmp_path):
+    other = tokens_of()
+    other.tokenizer.add_tokens(["more"])
+    folder = write_model(tmp_path, tiny_classifier("llama"), other.tokenizer)
+    message = refusal(ranks, policy, folder, tokens_of())
+    assert all(tokens.hashes()[1] in message for tokens in (other, tokens_of()))
 
 
-def test_a_damaged_card_is_named(ranks, policy_folder, rm_folder):
-    with open(f"{rm_folder}/reward_model.json", "w") as file:
-        file.write('{"mean": 1.0}')
-    with pytest.raises(UserError, match=f"^{rm_folder}/reward_model.json: damaged .*expected"):
-        load_scalars(args_of(policy_folder, rm_folder), tiny_tokenizer(), ranks)
+def test_without_a_card_the_chat_template_is_that_of_the_folders_tokenizer(ranks, policy, tmp_path):
+    theirs = tokens_of(template="User: {{ messages[0]['content'] }}").tokenizer
+    folder = write_model(tmp_path, tiny_classifier("llama"), theirs)
+    ours = tokens_of("chat", "{{ messages[0]['content'] }}")
+    assert "prompt template differs" in refusal(ranks, policy, folder, ours)
+    # Plain prompts use no template.
+    load_scalars(args_of(policy, folder), tokens_of(template="{{ 1 }}"), ranks, [False])
 
 
 @pytest.mark.parametrize("with_card", [False, True])
-def test_a_causal_lm_offered_as_a_reward_model_is_refused(
-    ranks, policy_folder, tmp_path, with_card
-):
+def test_a_causal_lm_offered_as_a_reward_model_is_refused(ranks, policy, tmp_path, with_card):
     folder = write_model(tmp_path, tiny_lm("llama"))
     if with_card:
-        card_of(tiny_tokenizer()).save(folder)
-    assert "LlamaForCausalLM" in refusal(folder, policy_folder, ranks)
+        save_card(folder)
+    assert "LlamaForCausalLM" in refusal(ranks, policy, folder, tokens_of())
 
 
-def test_a_hub_id_becomes_the_folder_of_its_download(ranks, policy_folder, monkeypatch):
+def test_folders_that_do_not_exist_are_named(ranks, policy, tmp_path):
+    nowhere = str(tmp_path / "nowhere")
+    refusal(ranks, policy, nowhere, tokens_of())
+    for message in (
+        refused(load_models, args_of(nowhere), tokens_of(), ranks),
+        refused(new_scalar, args_of(nowhere), ranks),
+    ):
+        assert message.startswith(f"--policy {nowhere}: ")
+
+
+def test_a_hub_id_becomes_the_folder_of_its_download(ranks, policy, monkeypatch):
     asked = []
 
     def download(name, ignore_patterns):
         asked.append(name)
         assert "*.bin" in ignore_patterns
-        return policy_folder
+        return policy
 
     monkeypatch.setattr(loading, "snapshot_download", download)
-    args = SimpleNamespace(policy="owner/model", reward_model=policy_folder)
+    args = args_of("owner/model", policy)
     loading.fetch(args, ("policy", "reward_model"), ranks)
-    assert (args.policy, args.reward_model) == (policy_folder, policy_folder)
+    assert (args.policy, args.reward_model) == (policy, policy)
     assert asked == ["owner/model"]  # folders are not asked for
 
 
 def test_a_hub_id_without_a_network_is_one_line(ranks):
-    args = SimpleNamespace(policy="owner/model")
-    with pytest.raises(UserError, match="^--policy owner/model: there is no such folder") as error:
-        loading.fetch(args, ("policy",), ranks)
-    assert "\n" not in str(error.value)
-
-
-def test_folders_that_do_not_exist_are_named(ranks, policy_folder, tmp_path):
-    nowhere = str(tmp_path / "nowhere")
-    refusal(nowhere, policy_folder, ranks)
-    for load in (
-        lambda: load_policies(nowhere, ranks, "float32"),
-        lambda: new_scalar(nowhere, 1, ranks, "float32"),
-    ):
-        with pytest.raises(UserError, match=f"^--policy {nowhere}: "):
-            load()
-
-
-def test_the_chat_template_of_a_reward_model_without_a_card_is_its_tokenizers(
-    ranks, policy_folder, tmp_path
-):
-    ours, theirs = tiny_tokenizer(), tiny_tokenizer()
-    ours.chat_template = "{{ messages[0]['content'] }}"
-    theirs.chat_template = "User: {{ messages[0]['content'] }}"
-    folder = write_model(tmp_path, tiny_classifier("llama"), theirs)
-    assert "prompt template differs" in refusal(folder, policy_folder, ranks, ours, "chat")
-    load_scalars(args_of(policy_folder, folder), ours, ranks)  # plain prompts use no template
-
-
-def test_the_twin_has_the_type_of_the_forward_passes(ranks, policy_folder):
-    for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
-        policy, _, twin = load_policies(policy_folder, ranks, name)
-        with gathered(policy.lm, twin) as model:
-            assert {p.dtype for p in model.parameters()} == {dtype}
+    message = refused(loading.fetch, args_of("owner/model"), ("policy",), ranks)
+    assert message.startswith("--policy owner/model: there is no such folder")

@@ -1,148 +1,261 @@
+"""--plan: what a rank holds, what passes add, what fits; and that a run takes what is estimated."""
+
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import train_ppo
-from pfppo.run import memory
+from pfppo import fsdp
 from pfppo.config import UserError
-from pfppo.fsdp import Ranks
-from pfppo.run.memory import Planner, require_fits
+from pfppo.run import memory
+from pfppo.run.memory import GB, LiveBytes, Plan, require_fits
+from pfppo.sampler import sample
 from train_ppo import Args
 
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import ROOT, tiny_classifier, tiny_lm
-from test_footprint import write_configs
+from conftest import ROOT, policy_of, ragged, scalar_of, tiny_classifier, tiny_config, tiny_lm
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
-N = 5
+N, PROMPT, NEW = 5, 40, 24
 SIZES = {"prompts_per_step": 16, "samples_per_prompt": N, "minibatch": 8, "microbatch": 4}
-SIZES |= {"max_prompt_tokens": 40, "max_new_tokens": 24, "sampling_batch": 40, "prompts": ""}
-SIZES |= {"validation": "", "test": ""}
+SIZES |= {"max_prompt_tokens": PROMPT, "max_new_tokens": NEW, "sampling_batch": 40, "prompts": ""}
+SIZES |= {"validation": "", "test": "", "device": "cpu"}
 
 
-def arguments(folder, **changes):
-    shape = changes.pop("shape", {})
-    return Args(**write_configs(folder, **shape) | SIZES | changes)
+def arguments(folder, architecture="llama", shape=None, **changes):
+    """Args of folders that hold nothing but a config.json each."""
+    paths = {}
+    for option, kind in (("policy", "CausalLM"), ("reward_model", "SequenceClassification")):
+        config = tiny_config(architecture, num_labels=1, **(shape or {}))
+        config.architectures = [f"For{kind}"]
+        config.save_pretrained(folder / option)
+        paths[option] = str(folder / option)
+    return Args(**paths | SIZES | changes)
 
 
-def planner(folder, world=1, dtype=torch.float32, **changes):
-    return Planner(arguments(folder, **changes), world, dtype)
+def plan_of(folder, world=1, dtype=torch.float32, **changes):
+    return Plan(arguments(folder, **changes), world, dtype)
 
 
-def ranks_of(world=1):
-    return Ranks(0, 0, world, torch.device("cpu"), None)
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return plan_of(tmp_path_factory.mktemp("plan"))
 
 
-def test_what_stays_is_16_bytes_per_trained_parameter_and_4_per_frozen_one(tmp_path):
-    stays = planner(tmp_path).plan().stays
-    n_p, n_s = (
-        sum(p.numel() for p in model.parameters())
-        for model in (tiny_lm("llama"), tiny_classifier("llama"))
+# ------------------------------------------------------------------------------------ what is held
+
+
+def test_16_bytes_are_held_per_trained_parameter_and_4_per_frozen_one(plan):
+    models = tiny_lm("llama"), tiny_classifier("llama")
+    n = sum(p.numel() for model in models for p in model.parameters())
+    assert plan.device == {"parameters": 8 * n, "gradients": 4 * n, "optimizer": 8 * n}
+
+
+def test_ranks_of_a_group_share_what_is_held_and_each_has_the_gathered_copy(plan, tmp_path):
+    for world, group in ((4, 0), (8, 4)):
+        shared = plan_of(tmp_path, world, shard_group_size=group)
+        assert shared.device == {name: size // 4 for name, size in plan.device.items()}
+        assert shared.policy.copy == plan.policy.copy
+
+
+def test_offloading_moves_bytes_from_device_to_host_and_loses_none(plan, tmp_path):
+    away = plan_of(tmp_path, offload_ref=True, offload_reward=True, offload_optimizer=True)
+    assert set(away.device.values()) == {0}
+    assert away.host - plan.host == sum(plan.device.values())
+
+
+def test_bfloat16_halves_the_copy_and_leaves_master_weights(plan, tmp_path):
+    half = plan_of(tmp_path, dtype=torch.bfloat16)
+    assert half.device == plan.device and half.policy.copy * 2 == plan.policy.copy
+
+
+def test_tied_weights_are_counted_once_and_a_reward_model_only_where_there_is_one(plan, tmp_path):
+    tied = plan_of(tmp_path, shape={"tie_word_embeddings": True}, reward_model="")
+    head = tiny_lm("llama").lm_head.weight.numel()
+    assert plan.policy.count - tied.policy.count == head
+    assert tied.scalar.count == plan.scalar.count  # the critic has the policy's backbone
+    lost = 4 * plan.scalar.count + 8 * head
+    assert plan.device["parameters"] - tied.device["parameters"] == lost
+
+
+# --------------------------------------------------------------------------------- what passes add
+
+
+def test_bytes_are_counted_that_are_alive_at_the_same_time():
+    with LiveBytes([]) as live:
+        kept = torch.zeros(100)  # 400 bytes
+        for _ in range(5):
+            torch.zeros(200)  # 800 bytes that die at once
+        assert live.peak == 1200
+        del kept
+        torch.zeros(301)
+        assert live.peak == 1204
+
+
+def test_a_storage_is_counted_once_and_what_came_from_outside_not_at_all():
+    outside = torch.zeros(100)
+    with LiveBytes([outside]) as live:
+        views = [outside[:50], outside.view(10, 10)]
+        own = torch.zeros(25)
+        views += [own[:5], own.view(5, 5)]
+    assert live.peak == 100
+
+
+def measured(work):
+    """The greatest number of bytes that torch's allocator hands out during work()."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        work()
+    waiting, peak = prof.profiler.kineto_results.experimental_event_tree(), 0
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            peak = max(peak, event.extra_fields.total_allocated)
+    return peak
+
+
+@pytest.mark.parametrize("kind, checkpointing", [("policy", True), ("scalar", False)])
+def test_a_sharded_model_s_passes_take_what_is_estimated(ranks, tmp_path, kind, checkpointing):
+    fake = getattr(plan_of(tmp_path, gradient_checkpointing=checkpointing), kind)
+    made, sharded = {"policy": (tiny_lm, policy_of), "scalar": (tiny_classifier, scalar_of)}[kind]
+    model, rows = sharded(made("llama"), ranks), 16
+    if checkpointing:
+        fsdp.recompute_blocks(model)
+    ids = torch.zeros(rows, PROMPT + NEW, dtype=torch.long)
+    columns = torch.zeros(rows, NEW, dtype=torch.long)
+
+    def forward(gradients):
+        with torch.set_grad_enabled(gradients):
+            if kind == "scalar":
+                return model(ids, columns)
+            return model(ids, columns, columns, torch.ones(rows, NEW))[0]
+
+    forward(True).sum().backward()  # FSDP makes what it keeps
+    assert fake.passes(rows, False) == pytest.approx(measured(lambda: forward(False)), rel=0.01)
+    passes = measured(lambda: forward(True).sum().backward())
+    assert fake.passes(rows, True) == pytest.approx(passes, rel=0.01)
+
+
+def test_sampling_takes_what_is_estimated(plan):
+    lm, uniforms = tiny_lm("llama"), torch.full((8 * N, NEW), 0.5)
+    how = {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
+    run = measured(lambda: sample(lm, ragged([PROMPT] * 8), uniforms, **how))
+    peak, cache, logits = plan.policy.sampling(8 * N, N)
+    assert peak == pytest.approx(run, rel=0.05)
+    assert cache == 2 * 2 * 8 * N * 2 * (PROMPT + NEW) * 8 * 4  # kv, layers, rows, heads, width
+    assert logits >= 3 * 8 * N * 61 * 4  # in full precision, with their copies
+    assert cache + logits < peak
+
+
+def test_checkpointing_keeps_inputs_of_blocks_only(tmp_path):
+    shallow, deep = (
+        plan_of(tmp_path, shape={"num_hidden_layers": layers}, gradient_checkpointing=True).scalar
+        for layers in (1, 3)
     )
-    assert stays["parameters"] == 4 * 2 * (n_p + n_s)
-    assert stays["gradients"] == 4 * (n_p + n_s)
-    assert stays["optimizer"] == 8 * (n_p + n_s)
+    grown = deep.passes(4, True) - shallow.passes(4, True)
+    assert grown == pytest.approx(2 * 4 * (PROMPT + NEW) * 32 * 4, rel=0.1)  # x rows, tokens, width
 
 
-def test_ranks_share_what_stays_and_each_has_the_gathered_copy(tmp_path):
-    one, four = (planner(tmp_path, world).plan() for world in (1, 4))
-    for name, size in one.stays.items():
-        assert four.stays[name] == size // 4
-    assert four.comes["gathered copy"] == one.comes["gathered copy"]
+def test_attention_makes_no_scores(tmp_path):
+    """Twice the length takes twice the memory, not four times."""
+    short, long = (
+        plan_of(tmp_path, max_prompt_tokens=length - NEW, shape={"num_hidden_layers": 1}).scalar
+        for length in (512, 1024)
+    )
+    assert long.passes(1, True) == pytest.approx(2 * short.passes(1, True), rel=0.1)
 
 
-def test_groups_share_among_themselves_only(tmp_path):
-    two, grouped = planner(tmp_path, 2).plan(), planner(tmp_path, 4, shard_group_size=2).plan()
-    assert grouped.stays == two.stays
-    with pytest.raises(UserError, match="--shard_group_size 3: does not divide the 4 ranks"):
-        planner(tmp_path, 4, shard_group_size=3)
+@pytest.mark.parametrize(
+    "architecture",
+    ["gpt2", *(pytest.param(a, marks=pytest.mark.slow) for a in ("qwen2", "gemma2"))],
+)
+def test_any_architecture_runs_on_fake_tensors(tmp_path, architecture):
+    policy = plan_of(tmp_path, architecture=architecture, shape={"num_hidden_layers": 1}).policy
+    assert policy.passes(2, True) > policy.passes(1, True) > policy.root
+    assert policy.sampling(10, 5)[0] > policy.sampling(5, 5)[0] > 0
 
 
-def test_offloading_moves_bytes_from_device_to_host_and_loses_none(tmp_path):
-    offload = {"offload_ref": True, "offload_reward": True, "offload_optimizer": True}
-    here, away = planner(tmp_path).plan(), planner(tmp_path, **offload).plan()
-    assert sum(away.stays.values()) == 0
-    offloaded = {name: size for name, size in away.host.items() if "offloaded" in name}
-    assert sum(offloaded.values()) == sum(here.stays.values())
-    assert all(away.phases[name] < size for name, size in here.phases.items())
+# -------------------------------------------------------------------------------------- what fits
 
 
-def test_bfloat16_halves_the_copy_and_leaves_master_weights(tmp_path):
-    full, half = (planner(tmp_path, dtype=of).plan() for of in (torch.float32, torch.bfloat16))
-    assert half.stays == full.stays
-    assert half.comes["gathered copy"] * 2 == full.comes["gathered copy"]
-
-
-@pytest.mark.parametrize("wish", ("microbatch", "sampling_batch"))
-def test_the_largest_batches_fit_and_the_next_ones_do_not(tmp_path, wish):
-    plans = planner(tmp_path)
-    allowed = {"microbatch": [1, 2, 4, 8], "sampling_batch": list(range(N, 81, N))}[wish]
-    phases = ("sampling",) if wish == "sampling_batch" else ("rewards", "log-probs", "update")
-    needs = {}
-    for size in allowed:
-        found = plans.plan(**{"microbatch": 1, "sampling_batch": N} | {wish: size}).phases
-        needs[size] = max(found[phase] for phase in phases)
-    for size in allowed[1:-1]:
-        found = dict(zip(("microbatch", "sampling_batch"), plans.largest(needs[size]), strict=True))
-        assert found[wish] == max(other for other in allowed if needs[other] <= needs[size])
-    assert plans.largest(1) == (0, 0)
-
-
-def test_problems_that_are_looked_at_have_phases_of_their_own(tmp_path):
+def test_problems_that_are_looked_at_have_phases_of_their_own(plan, tmp_path):
     """One response per problem: nothing of the prefill is shared. Two policies in the last one."""
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"prompt": "w1"}\n' * 30)
-    found = planner(tmp_path, validation=str(problems), test=str(problems)).plan()
-    copy = found.comes["gathered copy"]
-    assert found.phases["test"] == found.phases["validation"] + copy
-    assert "test" not in planner(tmp_path).plan().phases
+    looking = plan_of(tmp_path, validation=str(problems), test=str(problems))
+    looking.policy, looking.scalar = plan.policy, plan.scalar  # which have made their passes
+    phases = looking.phases()
+    assert list(plan.phases()) == ["load", "sampling", "rewards", "log-probs", "update"]
+    alone = phases["sampling"] - plan.policy.sampling(40, N)[0] + plan.policy.sampling(30, 1)[0]
+    assert phases["validation"] == alone and phases["test"] == alone + plan.policy.copy
 
 
-def test_sizes_that_do_not_divide_are_told(tmp_path):
-    with pytest.raises(UserError, match="--prompts_per_step 16: does not divide over 3 ranks"):
-        planner(tmp_path, 3)
+def test_the_largest_batches_fit_and_the_next_ones_do_not(plan, monkeypatch):
+    def phases(microbatch=4, sampling_batch=40):
+        return {"update": 10 * microbatch, "sampling": sampling_batch}
+
+    monkeypatch.setattr(plan, "phases", phases)
+    fitting = {4: (0, 0), 39: (2, 35), 40: (4, 40), 44: (4, 40), 45: (4, 45), 1000: (8, 80)}
+    assert {limit: plan.largest(limit) for limit in fitting} == fitting
 
 
 def test_the_plan_reads_configurations_only_and_starts_no_ranks(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_ppo.fsdp, "init_ranks", None)
-    paths = write_configs(tmp_path)
+    args = arguments(tmp_path, plan=True, world_size=8, device_memory=0.1)
+    args.run_dir = str(tmp_path / "run")
     assert not list(tmp_path.rglob("*.safetensors"))
-    changes = {"plan": True, "world_size": 8, "device_memory": 0.1, "device": "cpu"}
-    train_ppo.main(Args(**paths | SIZES | changes, run_dir=str(tmp_path / "run")))
-    lines = capsys.readouterr().out.splitlines()
-    told = {line[:32].strip(): line[32:].strip() for line in lines[2:]}
-    assert told["fits into 0.1 GB"] == "yes"
-    assert int(told["largest microbatch"]) == 1 and int(told["largest sampling batch"]) == 10
-    assert float(told["peak"]) == max(float(told[name]) for name in told if "phase" in name)
-    assert not dist.is_initialized() and not (tmp_path / "run").exists()
+    train_ppo.main(args)
+    sizes, _, *table = capsys.readouterr().out.splitlines()
+    assert sizes.startswith("sizes: 16 prompts x 5 samples")
+    row = {line[:32].strip(): line[32:].strip() for line in table}
+    assert row["fits into 92% of 0.1 GB"] == "yes"
+    assert row["largest microbatch"] == "1" and row["largest sampling batch"] == "10"
+    assert float(row["peak"]) == max(float(row[name]) for name in row if "phase" in name)
+    assert float(row["host memory of a node"]) > float(row["host memory"])
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_cannot_fit_is_refused_with_its_numbers(tmp_path, ranks):
-    args = arguments(tmp_path, device_memory=0.001)
-    with pytest.raises(UserError, match=r"--device_memory 0.001: \w+ needs .* GB .* found 0.001"):
-        require_fits(args, ranks)
-    args.device_memory = 1.0
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"world_size": 3}, "--prompts_per_step 16: does not divide over 3 ranks"),
+        ({"world_size": 4, "shard_group_size": 3}, "--shard_group_size 3: does not divide the 4"),
+        ({"policy": "none"}, "--policy none: there is no such folder"),
+    ],
+)
+def test_what_a_plan_cannot_be_of_is_one_line(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        memory.show(arguments(tmp_path, **changes))
+
+
+def test_a_run_may_take_92_percent_of_a_device(plan, ranks, monkeypatch):
+    monkeypatch.setattr(memory, "Plan", lambda *args: plan)  # which has made its passes
+    needed = max(plan.phases().values()) / 0.92 / GB
+    args = dataclasses.replace(plan.args, device_memory=1.001 * needed)
     require_fits(args, ranks)
-
-
-def test_short_prompts_count_as_they_are(tmp_path, ranks):
-    args = arguments(tmp_path, max_prompt_tokens=1000)
-    short = Planner(args, 1, torch.float32, 40).plan().peak[0]
-    args.device_memory = short / memory.GB * 1.01
-    require_fits(args, ranks, 40)
-    with pytest.raises(UserError, match="needs"):
+    args.device_memory = 0.999 * needed
+    message = r"--device_memory .*: update needs .* GB .*found .* \(92%.*--microbatch 4 .*--plan"
+    with pytest.raises(UserError, match=message):
         require_fits(args, ranks)
 
 
-def test_on_a_cpu_without_a_limit_nothing_is_rehearsed(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "Planner", None)
-    require_fits(arguments(tmp_path, device="cpu"), ranks_of())
+def test_short_prompts_count_as_they_are(plan, tmp_path):
+    short = Plan(arguments(tmp_path, max_prompt_tokens=1000), 1, torch.float32, PROMPT)
+    assert short.scalar.passes(4, False) == plan.scalar.passes(4, False)
+
+
+def test_on_a_cpu_without_a_limit_nothing_is_estimated(tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(memory, "Plan", None)
+    require_fits(arguments(tmp_path), ranks)
 
 
 def test_offloading_more_than_the_host_has_is_refused(tmp_path, ranks, monkeypatch):
-    args = arguments(tmp_path, device="cpu", offload_ref=True)
+    monkeypatch.setattr(Plan, "phases", lambda plan: {"update": 0})
+    args = arguments(tmp_path, offload_ref=True)
     require_fits(args, ranks)
     pages = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}
     monkeypatch.setattr(os, "sysconf", pages.get)
@@ -150,24 +263,33 @@ def test_offloading_more_than_the_host_has_is_refused(tmp_path, ranks, monkeypat
         require_fits(args, ranks)
 
 
-def test_a_model_that_cannot_be_rehearsed_runs_all_the_same(tmp_path, ranks, monkeypatch, capsys):
-    def fail(*args):
-        raise memory.NotRehearsed("memory cannot be told")
+class Choosing(torch.nn.Module):
+    """A layer whose way depends on numbers."""
 
-    monkeypatch.setattr(memory, "Planner", fail)
-    require_fits(arguments(tmp_path, device_memory=1.0), ranks)
-    assert "memory cannot be told" in capsys.readouterr().out
+    def forward(self, hidden):
+        return hidden if hidden.sum() > 0 else -hidden
+
+
+def test_a_model_that_needs_numbers_has_no_estimate_and_runs_all_the_same(
+    tmp_path, ranks, monkeypatch, capfd
+):
+    plan = plan_of(tmp_path, device_memory=1e-6)
+    plan.policy.net.lm.model.layers[0].mlp = Choosing()
+    monkeypatch.setattr(memory, "Plan", lambda *args: plan)
+    require_fits(plan.args, ranks)
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1 and not err
+    assert "policy: no estimate of memory, its operators need real tensors: DataDep" in out
 
 
 @pytest.mark.slow
-def test_what_is_told_is_what_a_run_takes(tmp_path):
-    """The benchmark, with smaller models: every phase within a tenth."""
+@pytest.mark.parametrize("setting", ["microbatch_4", "microbatch_8", "two_ranks"])
+def test_a_run_s_peak_is_estimated_within_15_percent(tmp_path, setting):
+    """The benchmark, with smaller models."""
     script = ROOT / "tests" / "bench" / "memory.py"
-    command = [sys.executable, script, "--folder", tmp_path, "--only", "microbatch_4"]
-    command += ["--scale", "small"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, script, "--folder", tmp_path, "--only", setting, "--scale", "small"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])["microbatch_4"]
-    assert set(found["measured"]) == {"load", "sampling", "rewards", "log-probs", "update"}
-    for phase, size in found["measured"].items():
-        assert found["told"][phase] == pytest.approx(size, rel=0.1), phase
+    found = json.loads(done.stdout.splitlines()[-1])[setting]
+    measured, estimated = (max(found[kind].values()) for kind in ("measured", "estimated"))
+    assert estimated == pytest.approx(measured, rel=0.15)

@@ -1,25 +1,14 @@
-"""What is measured: definitions, missing values, sums over a world of one rank."""
+"""What is measured: definitions, missing values, what padding and ranks may not change."""
 
 import json
 import math
 import random
 from types import SimpleNamespace
 
-from pfppo.metrics import (
-    NAMES,
-    Clock,
-    Meter,
-    complete,
-    line,
-    mean,
-    of_samples,
-    pass_rate,
-    peak_gib,
-    rolling_r2,
-    sample_records,
-    table,
-)
+from pfppo import metrics
+from pfppo.metrics import NAMES, Meter, complete, line, mean, rolling_r2
 from pfppo.reliability import binned_r2
+from pfppo.rollout import Rollout
 
 import numpy as np
 import pytest
@@ -28,178 +17,159 @@ import torch
 NAN = float("nan")
 
 
-def step(**changes):
-    """The metrics of a step as `line` takes them."""
-    values = dict(step=3, reward_all=0.25, reward_kept=0.75, score_all=0.5, score_kept=0.625)
-    values |= dict(kept=0.4, kl_k1=1.5, clip_fraction=0.01, response_length=31.6)
-    return values | dict(seconds_sample=1.0, seconds_score=0.5, seconds_update=2.0) | changes
-
-
-# -------------------------------------------------------------------------------------------- means
-
-
-def test_a_mean_leaves_out_nan_and_is_weighted():
-    values = torch.tensor([1.0, NAN, 4.0])
-    assert mean(values) == 2.5
-    assert mean(values, torch.tensor([3.0, 100.0, 1.0])) == 1.75
-
-
 @pytest.mark.parametrize(
-    "values, weights", [([NAN, NAN], None), ([1.0, 2.0], [0.0, 0.0]), ([NAN, 2.0], [1.0, 0.0])]
+    "values, weights, expected",
+    [
+        ([1.0, NAN, 4.0], None, 2.5),
+        ([1.0, NAN, 4.0], [3.0, 100.0, 1.0], 1.75),
+        ([NAN, NAN], None, None),
+        ([1.0, 2.0], [0.0, 0.0], None),
+        ([NAN, 2.0], [1.0, 0.0], None),
+    ],
 )
-def test_a_mean_of_nothing_is_missing(values, weights):
-    weights = None if weights is None else torch.tensor(weights)
-    assert mean(torch.tensor(values), weights) is None
+def test_a_mean_is_weighted_leaves_out_nan_and_is_missing_of_nothing(values, weights, expected):
+    assert mean(torch.tensor(values), weights and torch.tensor(weights)) == expected
 
 
-def test_metrics_of_samples_are_those_of_the_definitions():
-    found = of_samples(
-        rewards=torch.tensor([[1.0, -1.0], [3.0, 0.0]]),
-        weights=torch.tensor([[0.5, 0.0], [1.5, 0.0]]),
-        scores=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
-        lengths=torch.tensor([[3, 5], [7, 9]]),
-        finished=torch.tensor([[True, True], [False, True]]),
+def of_samples(ranks, weights, scores, rewards=((1.0, 1.0), (1.0, 1.0))):
+    """What is measured of two prompts with two samples each, 24 tokens in 2 seconds."""
+    meter, lengths = Meter(ranks), SimpleNamespace(lengths=torch.tensor([3, 5, 7, 9]))
+    meter.laps["seconds_sample"] = 2.0
+    ended = torch.tensor([True, True, False, True])
+    answers = SimpleNamespace(rows=lengths, scores=torch.tensor(scores), finished=ended)
+    meter.samples(answers, torch.tensor(rewards), torch.tensor(weights))
+    return meter.values
+
+
+def test_metrics_of_samples_are_those_of_the_definitions(ranks):
+    rewards, weights = [[1.0, -1.0], [3.0, 0.0]], [[0.5, 0.0], [1.5, 0.0]]
+    expected = {"reward_all": 0.75, "reward_kept": 2.5, "kept": 0.5}  # weighted by the filter
+    expected |= {"score_all": 0.5, "score_kept": 0.25, "score_dropped": 0.5}
+    expected |= {"response_length": 6, "truncated": 0.25, "tokens_per_second": 12}
+    assert of_samples(ranks, weights, [1.0, 0.0, 0.0, 1.0], rewards) == expected
+
+
+def test_what_samples_do_not_show_is_missing(ranks):
+    untested = of_samples(ranks, [[1.0, 0.0], [1.0, 0.0]], [NAN] * 4)
+    assert untested["score_all"] is untested["score_kept"] is untested["score_dropped"] is None
+    nothing = of_samples(ranks, [[0.0, 0.0], [0.0, 0.0]], [1.0] * 4)
+    assert nothing["reward_kept"] is nothing["score_kept"] is None
+    assert (nothing["kept"], nothing["score_dropped"], nothing["reward_all"]) == (0, 1, 1)
+    everything = of_samples(ranks, [[1.0, 1.0], [1.0, 1.0]], [1.0] * 4)
+    assert everything["score_dropped"] is None and everything["kept"] == 1
+
+
+def row_of(meter):
+    """A step's row, and what it counts in a state that has counted 2 and 5."""
+    state = SimpleNamespace(step=7, kl_coef=0.1, empty_steps=2, skipped_updates=5)
+    row = meter.row(state)
+    assert (row.pop("step"), row.pop("kl_coef")) == (7, 0.1)
+    return row, row.pop("empty_steps") - 2, row.pop("skipped_updates") - 5
+
+
+def test_metrics_of_kept_rows_are_those_of_the_loop_and_padded_rows_change_none(ranks):
+    def measured(rows):
+        meter = Meter(ranks)
+        meter.kept(rows)
+        return row_of(meter)[0]
+
+    names = ("old_logp", "ref_logp", "entropy", "old_values", "returns")
+    numbers = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    rows = Rollout(
+        ids=torch.zeros(4, 7, dtype=torch.long),
+        prompt_lengths=torch.ones(4, dtype=torch.long),
+        lengths=torch.tensor([3, 6, 1, 4]),  # the longest is padding
+        weights=torch.tensor([0.5, 0.0, 2.0, 1.0]),
+        **dict(zip(names, numbers, strict=True)),
     )
-    assert found == {
-        "reward_all": 0.75,
-        "reward_kept": 2.5,  # weighted by the filter
-        "score_all": 0.5,
-        "score_kept": 0.25,
-        "score_dropped": 0.5,
-        "kept": 0.5,
-        "response_length": 6,
-        "truncated": 0.25,
-    }
+    real = torch.arange(6) < torch.tensor([3, 0, 1, 4])[:, None]
+    kl = (rows.old_logp - rows.ref_logp)[real]
+    expected = {"kl_k1": kl.sum() / 3, "kl_k3": (kl.neg().exp() - 1 + kl).sum() / 3}  # per response
+    expected |= {"entropy": rows.entropy[real].mean()}  # per token
+    found = measured(rows)
+    assert found == pytest.approx(measured(rows.select(torch.tensor([0, 2, 3]))))
+    assert [found[name] for name in expected] == pytest.approx([*map(float, expected.values())])
 
 
-def samples(weights, scores):
-    return of_samples(torch.ones(2, 2), weights, scores, torch.ones(2, 2), torch.ones(2, 2) > 0)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_losses_and_norms_are_means_over_optimizer_steps_whatever_the_ranks(monkeypatch, world):
+    """The ranks say the same; each has its part of a loss, and all of a norm."""
+    monkeypatch.setattr(metrics, "sum_over_ranks", lambda x: world * x)
+    meter = Meter(SimpleNamespace(world=world))
+    for loss, ratios, norm in ((0.75, 6.0, 3.0), (0.25, 100.0, 5.0)):
+        part, tokens = torch.tensor(loss / world, requires_grad=True), torch.tensor(4.0)
+        meter.losses({"policy_loss": part, "ratio_sum": torch.tensor(ratios), "tokens": tokens})
+        meter.gradient("actor", norm)
+    assert not meter.sums["policy_loss"].requires_grad  # no graph is kept
+    expected = {"policy_loss": 0.5, "grad_norm_actor": 4.0, "ratio_first_minibatch": 1.5}
+    assert row_of(meter) == (pytest.approx(expected), 0, 0)
 
 
-def test_scores_of_prompts_without_tests_are_missing():
-    found = samples(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.full((2, 2), NAN))
-    assert found["score_all"] is found["score_kept"] is found["score_dropped"] is None
+def test_an_empty_step_and_gradients_that_are_not_finite_are_counted_and_have_no_numbers(ranks):
+    assert row_of(Meter(None)) == ({}, 1, 0)
+    meter = Meter(ranks)
+    for norm in (NAN, math.inf, 1.0):
+        meter.gradient("actor", norm)
+    row, _, skipped = row_of(meter)
+    assert skipped == 2 and complete(row)["grad_norm_actor"] is None
 
 
-def test_where_nothing_is_kept_what_is_kept_has_no_mean():
-    found = samples(torch.zeros(2, 2), torch.ones(2, 2))
-    assert found["reward_kept"] is found["score_kept"] is None
-    assert (found["kept"], found["score_dropped"], found["reward_all"]) == (0, 1, 1)
+def test_laps_are_in_seconds_and_peak_memory_is_in_gib(monkeypatch):
+    monkeypatch.setattr("time.perf_counter", iter([10.0, 12.5, 13.0]).__next__)
+    meter = Meter(None)
+    meter.lap("sample")
+    meter.lap("score")
+    assert meter.laps == {"seconds_sample": 2.5, "seconds_score": 0.5}
+    assert 0.05 < metrics.peak_gib() < 64  # torch alone is more than 50 MiB
 
 
-def test_where_all_is_kept_nothing_dropped_has_a_score():
-    found = samples(torch.ones(2, 2), torch.ones(2, 2))
-    assert found["score_dropped"] is None and found["kept"] == 1
+PROMISED = """step reward_all reward_kept score_all score_kept score_dropped kl_k1 kl_k3 entropy
+    clip_fraction ratio_first_minibatch value_loss explained_variance response_length truncated
+    grad_norm_actor grad_norm_critic tokens_per_second seconds_sample seconds_score
+    seconds_update seconds_validation seconds_save""".split()
 
 
-# -------------------------------------------------------------------------------- records and lines
-
-
-def test_complete_has_every_name_in_order_and_null_for_what_is_missing_or_not_finite():
-    known = {"kept": 0.4, "step": 7, "kl_k1": NAN, "kl_k3": math.inf, "entropy": None}
-    record = complete(known)
-    assert list(record) == list(NAMES)
+def test_complete_has_every_name_once_in_order_and_null_for_what_is_missing_or_not_finite():
+    record = complete({"kept": 0.4, "step": 7, "kl_k1": NAN, "kl_k3": math.inf, "entropy": None})
+    assert list(record) == list(NAMES) and set(PROMISED) <= set(NAMES)
     assert (record["step"], record["kept"]) == (7, 0.4)
     assert all(record[name] is None for name in NAMES if name not in ("step", "kept"))
     json.dumps(record, allow_nan=False)
-
-
-def test_the_names_that_readers_rely_on_are_there_once():
-    promised = """step reward_all reward_kept score_all score_kept score_dropped kl_k1 kl_k3 entropy
-        clip_fraction ratio_first_minibatch value_loss explained_variance response_length truncated
-        grad_norm_actor grad_norm_critic tokens_per_second seconds_sample seconds_score
-        seconds_update seconds_validation seconds_save""".split()
-    assert set(promised) <= set(NAMES) and len(set(NAMES)) == len(NAMES)
-
-
-def test_a_metric_without_a_definition_is_a_mistake_of_ours():
-    with pytest.raises(AssertionError, match="rewrad_all"):
+    with pytest.raises(AssertionError, match="rewrad_all"):  # it has no definition
         complete({"rewrad_all": 1.0})
 
 
-def test_the_line_of_a_step_shows_the_numbers_that_matter():
-    assert line(step(), 40) == (
+def line_of(**changes):
+    values = dict(step=3, reward_all=0.25, reward_kept=0.75, score_all=0.5, score_kept=0.625)
+    values |= dict(kept=0.4, kl_k1=1.5, clip_fraction=0.01, response_length=31.6)
+    values |= dict(seconds_sample=1.0, seconds_score=0.5, seconds_update=2.0)
+    return line(values | changes, 40)
+
+
+def test_the_line_of_a_step_shows_the_numbers_that_matter_and_those_that_are_there():
+    expected = (
         "step   3/40  reward +0.25 (kept +0.75)  score 0.50 (kept 0.62)  kl 1.50  "
         "clip 0.010  length 32  3.5 s"
     )
-
-
-def test_the_line_of_an_empty_step_says_so_and_shows_no_numbers_it_has_not():
-    missing = dict(reward_kept=None, score_kept=None, kl_k1=None, clip_fraction=None)
-    text = line(step(kept=0.0, **missing), 40)
-    assert text.endswith("nothing kept: no update")
-    assert "(kept -)" in text and "kl -" in text and "clip -" in text
-
-
-def test_the_line_shows_validation_only_when_it_was_looked_at():
-    assert "validation 0.625" in line(step(validation=0.625), 40)
-    assert "validation" not in line(step(validation=None), 40)
+    assert line_of() == line_of(validation=None) == expected
+    assert line_of(validation=0.625) == expected + "  validation 0.625"
+    empty = line_of(kept=0.0, reward_kept=None, score_kept=None, kl_k1=None, clip_fraction=None)
+    assert empty.endswith("nothing kept: no update")
+    assert "(kept -)" in empty and "kl -" in empty and "clip -" in empty
 
 
 def test_sample_records_are_one_list_per_prompt_and_null_where_there_are_no_tests():
-    problems = [SimpleNamespace(task_id=f"t/{i // 2}", question=f"p{i // 2}") for i in range(4)]
-    numbers = [torch.tensor(x) for x in ([0.5, 1, 2, 3], [1.0, 0, NAN, NAN], [1.0, 0, 0, 2])]
-    found = sample_records(6, 2, problems, ["a", "b", "c", "d"], *numbers)
+    answers = SimpleNamespace(
+        problems=[SimpleNamespace(task_id=f"t/{i // 2}", question=f"p{i // 2}") for i in range(4)],
+        texts=["a", "b", "c", "d"],
+        rewards=torch.tensor([0.5, 1, 2, 3]),
+        scores=torch.tensor([1.0, 0, NAN, NAN]),
+    )
+    found = metrics.sample_records(6, 2, answers, torch.tensor([1.0, 0, 0, 2]))
     assert [[record["sample"] for record in group] for group in found] == [[0, 1], [0, 1]]
-    assert found[1][1] == {
-        "step": 6,
-        "task_id": "t/1",
-        "sample": 1,
-        "prompt": "p1",
-        "response": "d",
-        "reward": 3.0,
-        "score": None,
-        "weight": 2.0,
-    }
+    last = {"step": 6, "task_id": "t/1", "sample": 1, "prompt": "p1", "response": "d"}
+    assert found[1][1] == last | {"reward": 3.0, "score": None, "weight": 2.0}
     assert [record["score"] for record in found[0]] == [1.0, 0.0]
-
-
-# ------------------------------------------------------------------------------------------- meters
-
-
-def test_a_meter_divides_sums_by_sums_and_not_means_by_calls(ranks):
-    meter = Meter()
-    meter.mean("kl_k1", torch.tensor([1.0, 9.0]), torch.tensor([1.0, 0.0]))
-    meter.mean("kl_k1", torch.tensor([4.0, 4.0, 4.0]), torch.ones(3))
-    meter.add("ratio_first_minibatch", torch.tensor(6.0), torch.tensor(4.0))
-    assert meter.result(updates=7) == {"kl_k1": 3.25, "ratio_first_minibatch": 1.5}
-
-
-def test_a_meter_averages_shares_over_the_optimizer_steps(ranks):
-    meter = Meter()
-    for part in (0.25, 0.5, 1.5, 0.75):  # two microbatches in each of two steps
-        meter.share("policy_loss", torch.tensor(part))
-    assert meter.result(updates=2) == {"policy_loss": 1.5}
-
-
-def test_a_meter_keeps_no_graph(ranks):
-    meter, loss = Meter(), torch.tensor(2.0, requires_grad=True)
-    meter.share("value_loss", loss * 1)
-    assert not meter.sums["value_loss"].requires_grad
-
-
-def test_a_meter_of_an_empty_step_has_no_results():
-    assert Meter().result(updates=0) == {}
-
-
-def test_a_clock_names_the_seconds_between_laps(monkeypatch):
-    now = iter([10.0, 12.5, 13.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(now))
-    clock = Clock()
-    clock.lap("sample")
-    clock.lap("score")
-    assert clock.laps == {"seconds_sample": 2.5, "seconds_score": 0.5}
-
-
-# ------------------------------------------------------------------------------------- end of a run
-
-
-def test_a_pass_rate_stands_within_its_interval():
-    rate = pass_rate([1.0] * 30 + [0.0] * 10)
-    value, low, high = rate["pass@1"], rate["low"], rate["high"]
-    # the normal approximation: 0.75 +- 1.96 * sqrt(0.75 * 0.25 / 40) = 0.616 to 0.884
-    assert value == 0.75 and low == pytest.approx(0.616, abs=0.04)
-    assert high == pytest.approx(0.884, abs=0.04)
 
 
 def test_rolling_r2_is_that_of_all_and_of_kept_samples_of_several_steps():
@@ -211,35 +181,10 @@ def test_rolling_r2_is_that_of_all_and_of_kept_samples_of_several_steps():
         sure = abs(reward) > 0.5
         score = float(reward > 0) if sure else float(i % 2)
         records.append({"reward": reward, "score": score, "weight": float(sure)})
-    records += [{"reward": 0.0, "score": None, "weight": 1.0}] * 50  # no tests: no score
-    found = rolling_r2([records[:100], records[100:]])
-    arrays = (np.array([r[n] for r in records[:400]]) for n in ("reward", "score", "weight"))
-    reward, score, weight = arrays
+    untested = [{"reward": 0.0, "score": None, "weight": 1.0}] * 50  # no tests: no score
+    found = rolling_r2([records[:100], records[100:] + untested])
+    reward, score, weight = np.array([list(record.values()) for record in records]).T
     assert found["r2_all"] == binned_r2(reward, score).r2 < found["r2_kept"]
-    only = weight > 0
-    assert found["r2_kept"] == pytest.approx(binned_r2(reward[only], score[only]).r2)
-
-
-@pytest.mark.parametrize("records", [[], [{"reward": 1.0, "score": None, "weight": 1.0}]])
-def test_r2_without_scores_is_missing(records):
-    row = complete({"step": 1} | rolling_r2([records]))
-    assert row["r2_all"] is None and row["r2_kept"] is None
-
-
-def test_the_table_has_a_row_per_policy_and_a_column_per_way_of_decoding():
-    rates = {
-        name: {
-            column: {"pass@1": value, "low": value - 0.1, "high": value + 0.1}
-            for column, value in zip(("greedy", "sampled"), values, strict=True)
-        }
-        for name, values in {"before": (0.5, 0.6), "after": (0.7, 0.8)}.items()
-    }
-    title, head, *rows = table(rates, 200).strip().split("\n")
-    assert "200 test problems" in title and head.split() == ["greedy", "sampled"]
-    assert rows[0].split() == ["before", *"0.500 [0.400, 0.600] 0.600 [0.500, 0.700]".split()]
-    assert rows[1].split() == ["after", *"0.700 [0.600, 0.800] 0.800 [0.700, 0.900]".split()]
-    assert head.index("sampled") == rows[0].index("0.600 [") == rows[1].index("0.800 [")
-
-
-def test_peak_memory_is_in_gib():
-    assert 0.05 < peak_gib() < 64  # torch alone is more than 50 MiB
+    assert found["r2_kept"] == pytest.approx(binned_r2(reward[weight > 0], score[weight > 0]).r2)
+    rows = [complete(rolling_r2([known])) for known in ([], untested)]
+    assert [(row["r2_all"], row["r2_kept"]) for row in rows] == [(None, None)] * 2

@@ -1,70 +1,46 @@
-"""Bradley-Terry, pairs, the card beside a reward model, the reward slot."""
+"""Bradley-Terry, pairs, the card beside a reward model, the reward slot, noisy rewards."""
 
 import functools
 import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
-from pfppo.batch import collate
+from pfppo import reward
 from pfppo.config import UserError
-from pfppo.reward import (
-    CARD,
-    Answers,
-    RewardCard,
-    bradley_terry_loss,
-    check_agreement,
-    edit_distance,
-    farthest_pair,
-    load_card,
-    load_reward,
-    model_rewards,
-)
+from pfppo.reliability import binned_r2
+from pfppo.reward import Answers, RewardCard, edit_distance, load_reward, model_rewards
+from pfppo.rollout import collate
 
 import pytest
 import torch
 
 SAVED = RewardCard(mean=1.25, std=0.5, template="aaaa", vocabulary="bbbb")
-
-# --------------------------------------------------------------------------------- loss and pairs
+CHANGES = ({"mean": "many"}, {"mean": None}, {"mean": math.nan}, {"std": 0.0}, {"more": 1})
 
 
 def test_the_bradley_terry_loss_is_minus_the_log_of_the_sigmoid_of_the_margin():
     chosen, rejected = [1.0, -2.0, 0.5], [0.0, 1.0, 0.5]
     expected = sum(math.log(1 + math.exp(-(a - b))) for a, b in zip(chosen, rejected, strict=True))
-    loss, metrics = bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected))
+    loss, metrics = reward.bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected))
     assert loss.item() == pytest.approx(expected) == metrics["loss"].item()
     assert metrics["accuracy"] == 1  # a draw is no success
+    assert reward.bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.zeros(2))[0] == 1e4  # finite
 
 
-def test_the_bradley_terry_loss_is_finite_for_any_margin():
-    loss, _ = bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.zeros(2))
-    assert loss == 1e4
-
-
+@functools.cache
 def slow_distance(a, b):
-    @functools.cache
-    def rest(i, j):
-        """The distance of a[i:] and b[j:]."""
-        if i == len(a) or j == len(b):
-            return len(a) - i + len(b) - j
-        if a[i] == b[j]:
-            return rest(i + 1, j + 1)
-        return 1 + min(rest(i + 1, j), rest(i, j + 1), rest(i + 1, j + 1))
-
-    return rest(0, 0)
-
-
-@pytest.mark.parametrize(
-    "a, b, distance",
-    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("", "", 0), ("abc", "bc", 1)],
-)
-def test_edit_distances_that_are_known(a, b, distance):
-    assert edit_distance(a, b) == distance
+    if not a or not b:
+        return len(a) + len(b)
+    if a[0] == b[0]:
+        return slow_distance(a[1:], b[1:])
+    return 1 + min(slow_distance(*rest) for rest in ((a[1:], b), (a, b[1:]), (a[1:], b[1:])))
 
 
 def test_the_edit_distance_equals_the_recursive_definition():
+    assert edit_distance("kitten", "sitting") == 3
     rng = random.Random(0)
     for _ in range(60):
         a, b = (tuple(rng.choices(range(3), k=rng.randint(0, 7))) for _ in range(2))
@@ -72,90 +48,57 @@ def test_the_edit_distance_equals_the_recursive_definition():
 
 
 def test_the_pair_is_the_passing_and_the_failing_response_that_differ_most():
-    responses = [[1, 2, 3], [1, 2, 4], [5, 6, 7, 8], [1, 2, 3, 4], [9]]
+    responses = [(1, 2, 3), (1, 2, 4), (5, 6, 7, 8), (1, 2, 3, 4), (9,)]
     for passed in itertools.product((True, False), repeat=5):
         good, bad = ([i for i in range(5) if passed[i] is value] for value in (True, False))
         if not good or not bad:
-            assert farthest_pair(responses, passed) is None
+            assert reward.farthest_pair(responses, passed) is None
             continue
-        chosen, rejected = farthest_pair(responses, passed)
+        chosen, rejected = reward.farthest_pair(responses, passed)
         longest = max(slow_distance(responses[i], responses[j]) for i in good for j in bad)
         assert passed[chosen] and not passed[rejected]
         assert slow_distance(responses[chosen], responses[rejected]) == longest
+    alike = [(1,), (2,), (3,), (4,)]
+    assert reward.farthest_pair(alike, [False, True, True, False]) == (1, 0)  # the first
 
 
-def test_of_pairs_that_differ_equally_the_first_is_taken():
-    assert farthest_pair([[1], [2], [3], [4]], [False, True, True, False]) == (1, 0)
-
-
-# ---------------------------------------------------------------------------------------- the card
-
-
-def test_a_saved_card_is_loaded_as_it_was(tmp_path):
+def test_a_saved_card_is_json_and_loaded_as_it_was_and_without_one_there_is_none(tmp_path):
+    assert reward.load_card(tmp_path) is None
     SAVED.save(tmp_path)
-    assert load_card(tmp_path) == SAVED
-
-
-def test_a_reward_model_from_elsewhere_has_no_card(tmp_path):
-    assert load_card(tmp_path) is None
+    assert reward.load_card(tmp_path) == SAVED
+    assert json.loads((tmp_path / reward.CARD).read_text())["mean"] == 1.25
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
-        "3",
-        '{"mean": 1.0, "std": 1.0, "template": "a"}',
-        '{"mean": "many", "std": 1.0, "template": "a", "vocabulary": "b"}',
-        '{"mean": null, "std": 1.0, "template": "a", "vocabulary": "b"}',
-        '{"mean": 1.0, "std": 1.0, "template": "a", "vocabulary": "b", "more": 1}',
+        *("", "{", "[]", "3", '{"mean": 1.0, "std": 1.0, "template": "a"}'),
+        *(json.dumps(vars(SAVED) | change) for change in CHANGES),
     ],
 )
 def test_a_damaged_card_is_refused_by_name(tmp_path, text):
-    (tmp_path / CARD).write_text(text)
+    (tmp_path / reward.CARD).write_text(text)
     with pytest.raises(UserError, match="damaged .*expected an object with mean, std") as caught:
-        load_card(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path / CARD))
+        reward.load_card(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / reward.CARD))
 
 
-def test_a_card_agrees_with_its_own_hashes():
-    check_agreement(SAVED, "aaaa", "bbbb", "rm", "policy")
+def test_a_card_that_differs_from_the_policy_is_refused_with_both_hashes():
+    own, models = {"template": "aaaa", "vocabulary": "bbbb"}, ("some/rm", "some/policy")
+    reward.check_agreement(SAVED, *own.values(), *models)
+    for name, what in (("template", "prompt template"), ("vocabulary", "vocabulary")):
+        with pytest.raises(UserError) as caught:
+            reward.check_agreement(SAVED, *(own | {name: "cccc"}).values(), *models)
+        message = str(caught.value)
+        for part in ("--reward_model some/rm", "--policy some/policy", what, own[name], "cccc"):
+            assert part in message
 
 
-@pytest.mark.parametrize(
-    "template, vocabulary, what, hashes",
-    [
-        ("cccc", "bbbb", "prompt template", ("aaaa", "cccc")),
-        ("aaaa", "dddd", "vocabulary", ("bbbb", "dddd")),
-    ],
-)
-def test_a_card_that_differs_from_the_policy_is_refused_with_both_hashes(
-    template, vocabulary, what, hashes
-):
-    with pytest.raises(UserError) as caught:
-        check_agreement(SAVED, template, vocabulary, "some/rm", "some/policy")
-    message = str(caught.value)
-    for part in ("--reward_model some/rm", "--policy some/policy", what, *hashes):
-        assert part in message
-
-
-# ---------------------------------------------------------------------------------------- the slot
-
-
-def answers(scores=(1.0, 0.0, 1.0)):
-    return Answers(
-        ask_model=lambda: torch.tensor([0.5, -0.25, 2.0]),
-        prompts=["p0", "p1", "p2"],
-        responses=["a", "bb", "ccc"],
-        problems=[SimpleNamespace(task_id=f"task/{i}") for i in range(3)],
-        scores=torch.tensor(scores),
-    )
-
-
-def rollout():
-    return collate([[1, 2], [3], [4, 5, 6]], [[7, 8], [9, 10, 11], [12]], pad_id=0)
+def test_rewards_without_spread_have_no_normaliser():
+    assert reward.spread_of(torch.tensor([1.0, 3.0]), "rm") == (2, pytest.approx(2**0.5))
+    for raw in ([1.0], [2.0, 2.0], [1.0, math.inf], [1.0, math.nan]):
+        with pytest.raises(UserError, match=f"--reward_model rm: rewards of {len(raw)} samples"):
+            reward.spread_of(torch.tensor(raw), "rm")
 
 
 def last_token(ids, positions):
@@ -163,51 +106,59 @@ def last_token(ids, positions):
     return ids.gather(1, positions)[:, :, None].float()
 
 
+def answers():
+    problems = [SimpleNamespace(task_id=f"task/{i}", question=f"p{i}") for i in range(3)]
+    rows = collate([[1, 2], [3], [4, 5, 6]], [[7, 8], [9, 10, 11], [12]], pad_id=0)
+    known = Answers(problems, ["a", "bb", "ccc"], torch.tensor([1.0, 0.0, 1.0]), rows=rows)
+    return replace(known, reward_model=last_token, microbatch=2)
+
+
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 8])
-def test_the_model_is_asked_at_the_last_response_token_whatever_the_microbatch(microbatch):
-    found = model_rewards(last_token, rollout(), microbatch)
-    assert found.tolist() == [8, 11, 12] and found.dtype == torch.float32
-
-
-def test_rewards_of_the_model_are_clipped_on_both_sides():
+def test_the_model_is_asked_at_the_last_response_token_and_clipped_on_both_sides(microbatch):
     def model(ids, positions):
         return last_token(ids, positions) * 10 - 100
 
-    assert model_rewards(model, rollout(), 2, limit=15.0).tolist() == [-15, 10, 15]
-    assert model_rewards(model, rollout(), 2).tolist() == [-20, 10, 20]
+    found = model_rewards(model, answers().rows, microbatch)
+    assert found.tolist() == [-20, 10, 20] and found.dtype == torch.float32
+    assert model_rewards(model, answers().rows, microbatch, clip=15.0).tolist() == [-15, 10, 15]
 
 
-def test_the_oracle_gives_plus_1_to_what_passes_and_minus_1_to_what_fails():
-    assert load_reward("tests")(answers()).tolist() == [1, -1, 1]
+def test_equal_rows_have_equal_rewards_whatever_their_place_in_the_batch():
+    def model(ids, positions):  # whose last bits depend on the place
+        return last_token(ids, positions) + 1e-3 * torch.arange(len(ids))[:, None, None]
+
+    found = model_rewards(model, answers().rows.select(torch.tensor([2, 0, 1, 0, 2])), 5)
+    assert found[0] == found[4] and found[1] == found[3] and len(found.unique()) == 3
+    shorter = collate([[1], [1]], [[7], [7, 0]], pad_id=0)  # no equal row: its response ends before
+    assert model_rewards(last_token, shorter, 2).tolist() == [7, 0]
 
 
-def test_an_unknown_reward_lists_the_known_ones():
-    for name in ("luck", "noisy:everywhere"):
-        with pytest.raises(UserError, match=f"--reward {name}: ") as error:
-            load_reward(name)
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="unknown, expected one of model, tests, combined, noisy:"):
-        load_reward("luck")
+def test_rewards_by_name_are_the_models_the_oracles_and_their_sum_and_a_model_is_asked_once():
+    asked = []
+
+    def model(ids, positions):
+        asked.append(len(ids))
+        return last_token(ids, positions)
+
+    known = replace(answers(), reward_model=model)
+    assert load_reward("tests")(known).tolist() == [1, -1, 1] and asked == []
+    assert load_reward("model")(known).tolist() == [8, 11, 12]
+    assert load_reward("combined")(known).tolist() == [9, 10, 13] and asked == [2, 1]
 
 
-def test_the_combined_reward_is_the_sum_of_reward_model_and_oracle():
-    model, oracle = load_reward("model")(answers()), load_reward("tests")(answers())
-    assert model.tolist() == [0.5, -0.25, 2.0]
-    assert torch.equal(load_reward("combined")(answers()), model + oracle)
+def test_an_unknown_reward_or_one_without_its_model_is_one_line():
+    needs = "needs a --reward_model, found none"
+    names = {"luck": "unknown, expected one of model, tests, combined, noisy:", "model": needs}
+    for name, said in (names | {"combined": needs, "noisy:everywhere": "cannot import"}).items():
+        with pytest.raises(UserError, match=f"^--reward {name}: {said}") as error:
+            load_reward(name, reward_model="")
+        assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("place", ["middle", "tails", "uniform"])
-def test_a_noisy_reward_depends_on_place_and_seed_and_needs_no_model(place):
-    rewards = [load_reward(f"noisy:{place}", seed)(answers()) for seed in (1, 1, 2)]
-    assert torch.equal(rewards[0], rewards[1]) and not torch.equal(rewards[0], rewards[2])
-
-
-def own_reward(folder, result):
-    path = folder / "mine.py"
-    path.write_text(
-        f"import torch\n\ndef own(prompts, responses, problems):\n    return {result}\n"
-    )
-    return load_reward(f"{path}:own")
+def load_own(folder, result):
+    path, head = folder / "mine.py", "import torch\n\n\ndef own(prompts, responses, problems):"
+    path.write_text(f"{head}\n    return {result}\n")
+    return f"{path}:own", load_reward(f"{path}:own")
 
 
 @pytest.mark.parametrize(
@@ -216,37 +167,74 @@ def own_reward(folder, result):
         ("[len(response) for response in responses]", [1, 2, 3]),
         ("[float(prompt[1:]) for prompt in prompts]", [0, 1, 2]),
         ("[-int(p.task_id[-1]) for p in problems]", [0, -1, -2]),
-        ("torch.ones(3, dtype=torch.float64)", [1, 1, 1]),
+        ("torch.ones(3, dtype=torch.float64, requires_grad=True) * 2", [2, 2, 2]),
+        *[(f"{x}.clear() or [1, 2, 3]", [1, 2, 3]) for x in ("prompts", "responses", "problems")],
     ],
 )
-def test_a_reward_of_ones_own_sees_prompts_responses_and_problems(tmp_path, result, expected):
-    found = own_reward(tmp_path, result)(answers())
-    assert found.tolist() == expected and found.dtype == torch.float32
+def test_a_reward_of_ones_own_sees_the_answers_and_cannot_change_them(tmp_path, result, expected):
+    asked, (_, score) = answers(), load_own(tmp_path, result)
+    found = score(asked)
+    assert found.tolist() == expected and found.dtype == torch.float32 and not found.requires_grad
+    assert asked.texts == answers().texts and asked.problems == answers().problems
 
 
 @pytest.mark.parametrize(
-    "result", ["[1.0, 2.0]", "torch.ones(3, 1)", "1.0", "[1.0, float('nan'), 0.0]", "[1e999] * 3"]
+    "result, said",
+    [
+        ("[1.0, 2.0]", r"expected 3 finite numbers, found shape \(2,\)"),
+        ("torch.ones(3, 1)", r"expected 3 finite numbers, found shape \(3, 1\)"),
+        ("1.0", r"expected 3 finite numbers, found shape \(\)"),
+        ("[1.0, float('nan'), 0.0]", r"expected 3 finite numbers, found \[nan"),
+        ("[1e999] * 3", r"expected 3 finite numbers, found \[inf"),
+        ("[][0]", "IndexError: list index out of range"),
+        ("exit(3)", "SystemExit: 3"),
+    ],
 )
-def test_a_reward_of_ones_own_that_gives_nonsense_is_refused(tmp_path, result):
-    reward = own_reward(tmp_path, result)
-    found = r"expected 3 finite numbers, found (shape \(|\[(nan|inf))"
-    with pytest.raises(UserError, match=f"--reward .*mine.py:own: {found}"):
-        reward(answers())
+def test_a_reward_of_ones_own_that_fails_is_one_line_that_names_it(tmp_path, result, said):
+    spec, score = load_own(tmp_path, result)
+    with pytest.raises(UserError, match=f"^--reward {spec}: {said}"):
+        score(answers())
 
 
-@pytest.mark.parametrize("name", ["prompts", "responses", "problems"])
-def test_a_reward_that_works_in_place_leaves_the_answers_alone(tmp_path, name):
-    asked, untouched = answers(), answers()
-    reward = own_reward(tmp_path, f"{name}.clear() or [1.0, 2.0, 3.0]")
-    assert reward(asked).tolist() == [1, 2, 3]
-    assert getattr(asked, name) == getattr(untouched, name)
+def test_only_a_reward_of_ones_own_is_tried_and_on_reference_solutions():
+    problems, tried = [SimpleNamespace(canonical_solution=text) for text in ("a", "bb")], []
+    for spec in ("tests", "mine.py:own"):
+        reward.try_reward(spec, tried.append, problems)
+    assert [(asked.texts, asked.scores.tolist()) for asked in tried] == [(["a", "bb"], [1, 1])]
 
 
-def test_a_reward_may_carry_a_gradient_that_nobody_wants(tmp_path):
-    found = own_reward(tmp_path, "torch.ones(3, requires_grad=True) * 2")(answers())
-    assert found.tolist() == [2, 2, 2] and not found.requires_grad
+COUNT = 8000
+SCORES = torch.arange(COUNT) % 2.0
 
 
-def test_a_card_is_readable_json(tmp_path):
-    SAVED.save(tmp_path)
-    assert json.loads((tmp_path / CARD).read_text())["mean"] == 1.25
+@functools.cache
+def noisy(place, count=COUNT, question="p", seed=0):
+    texts = [f"response {i}" for i in range(count)]
+    problems = [SimpleNamespace(question=question)] * count
+    return load_reward(f"noisy:{place}", "")(Answers(problems, texts, SCORES[:count], seed=seed))
+
+
+def test_errors_are_equally_many_and_stand_where_the_name_says():
+    extremes = {}
+    for place in reward.PLACES:
+        right = ((noisy(place) > 0) == (SCORES > 0.5)).float()
+        assert 1 - right.mean() == pytest.approx(reward.ERRORS, abs=0.01)
+        assert noisy(place).std() == pytest.approx(1, abs=0.02)
+        size = noisy(place).abs()
+        extremes[place] = right[size > size.quantile(0.8)].mean()
+    assert extremes["middle"] > 0.95 and 0.85 > extremes["uniform"] > 0.75 > extremes["tails"] > 0.5
+
+
+def test_r2_of_the_extremes_is_best_where_the_errors_are_in_the_middle():
+    def r2(place, least):
+        kept = (noisy(place).abs() > least).float().numpy()
+        return binned_r2(noisy(place).numpy(), SCORES.numpy(), kept).r2
+
+    assert r2("middle", 1) > r2("uniform", 1) > r2("tails", 1) and r2("middle", 1) > r2("middle", 0)
+
+
+@pytest.mark.parametrize("place", reward.PLACES)
+def test_equal_responses_to_a_prompt_have_equal_rewards_and_seeds_are_other_models(place):
+    assert torch.equal(noisy(place, 3), noisy(place)[:3])
+    assert not torch.equal(noisy(place, 3, seed=1), noisy(place, 3))
+    assert noisy(place, 1, question="another prompt") != noisy(place, 1)

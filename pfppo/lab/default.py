@@ -30,15 +30,13 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path("runs/lab")
+PATHS = {"policy": "policy", "reward_model": "reward_model", "validation": "validation.jsonl"}
+PATHS |= {"prompts": "train.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
 SEED = 0
 PROBLEMS = {"train": 2000, "rm": 1400, "validation": 200, "test": 500}
 VOCABULARY = 512
 SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
 EOS, PAD = "<eos>", "<pad>"
-
-
-PATHS = {"policy": "policy", "reward_model": "reward_model", "validation": "validation.jsonl"}
-PATHS |= {"prompts": "train.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
 
 
 def resolve(args, **paths):
@@ -59,21 +57,19 @@ def make(args, ranks, make_reward_model=None):
     Files and folders that are not the lab's are read before: a mistake is better told now than
     after minutes of making. Raises UserError.
     """
-    named = {name: getattr(args, name, "") for name in PATHS}
-    used = [name for name, path in named.items() if Path(path).is_relative_to(FOLDER)]
+    named = {name: path for name in PATHS if (path := getattr(args, name, ""))}
+    used = {name for name, path in named.items() if Path(path).is_relative_to(FOLDER)}
     if not used:
         return
-    for name in ("policy", "reward_model"):
-        if name not in used and named[name]:
-            read_config(named[name], name)
-    for name in ("prompts", "validation", "test"):
-        if name not in used and named[name]:
-            load_prompts(named[name])
+    for name, path in named.items():
+        if name not in used and name in ("policy", "reward_model"):
+            read_config(path, name)
+        elif name not in used and name != "problems":
+            load_prompts(path)
     check_shared(FOLDER, f"the lab's folder {FOLDER}")
     if ranks.is_main:
-        FOLDER.mkdir(parents=True, exist_ok=True)
         make_problems()
-        if {"policy", "reward_model"} & set(used) and not (FOLDER / "policy").exists():
+        if used & {"policy", "reward_model"} and not (FOLDER / "policy").exists():
             make_policy(ranks.device)
     torch.distributed.barrier()
     if "reward_model" in used and not (FOLDER / "reward_model").exists():
@@ -81,33 +77,31 @@ def make(args, ranks, make_reward_model=None):
 
 
 def make_problems():
-    """The four files of problems. Their compositions do not overlap between splits."""
+    """What is missing of the four files of problems. No prompt stands in two of them."""
+    paths = {name: FOLDER / f"{name}.jsonl" for name in PROBLEMS}
+    if all(path.exists() for path in paths.values()):
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
     taken = set()
     for name, count in PROBLEMS.items():
-        path = FOLDER / f"{name}.jsonl"
         split = "train" if name == "rm" else name
-        problems = world.draw_problems(f"{SEED} {name}", split, count, taken)
+        drawn = world.draw_problems(f"{SEED} {name}", split, count, taken)
+        problems = list(tqdm(drawn, f"{name} problems", count, mininterval=1))
         taken |= {problem.prompt for problem in problems}
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            with open(temporary, "w") as file:
-                for problem in tqdm(problems, f"{name} problems", mininterval=1):
-                    row = dataclasses.asdict(problem)
-                    row = {k: v for k, v in row.items() if v or k == "prompt"}
-                    file.write(json.dumps(row) + "\n")
-            temporary.rename(path)
-            print(f"lab: {count} problems in {path}")
+        if not paths[name].exists():
+            rows = [{k: v for k, v in dataclasses.asdict(p).items() if v} for p in problems]
+            temporary = paths[name].with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.rename(paths[name])
+            print(f"lab: {count} problems in {paths[name]}")
 
 
 def make_tokenizer(corpus):
     """A byte-level BPE whose tokens stay within a line and never join digits."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n|[0-9]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(r"\n|[0-9]"), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -150,8 +144,7 @@ def make_policy(device):
 
 def rows_of(corpus, tokenizer):
     """[(prompt ids, response ids with EOS)]"""
-    prompts = tokenizer([prompt for prompt, _ in corpus])["input_ids"]
-    responses = tokenizer([response for _, response in corpus])["input_ids"]
+    prompts, responses = (tokenizer(list(part))["input_ids"] for part in zip(*corpus, strict=True))
     return [(p, [*y, tokenizer.eos_token_id]) for p, y in zip(prompts, responses, strict=True)]
 
 
@@ -160,9 +153,7 @@ def train_policy(policy, rows, pad_id, device):
 
     Rows of similar length share a batch: padding would be a third of the work.
     """
-    rng = random.Random(SEED)
-    batches = []
-    pool = 20 * SFT_BATCH
+    rng, pool, batches, losses = random.Random(SEED), 20 * SFT_BATCH, [], []
     for start in range(0, len(rows), pool):
         ordered = sorted(rows[start : start + pool], key=lambda row: len(row[0]) + len(row[1]))
         parts = [ordered[i : i + SFT_BATCH] for i in range(0, len(ordered), SFT_BATCH)]
@@ -170,14 +161,12 @@ def train_policy(policy, rows, pad_id, device):
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=SFT_LR, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
-    losses = []
     bar = tqdm(batches, "SFT policy", mininterval=1)
     for step, batch in enumerate(bar):
         warm = min(1.0, (step + 1) / 20)
         cosine = 0.55 + 0.45 * math.cos(math.pi * step / len(batches))
         optimizer.param_groups[0]["lr"] = SFT_LR * warm * cosine
-        prompts, responses = zip(*batch, strict=True)
-        data = collate(prompts, responses, pad_id, device)
+        data = collate(*zip(*batch, strict=True), pad_id, device)
         logp, _ = policy(data.ids, data.states, data.responses, data.mask)
         loss = -logp.sum() / data.mask.sum()
         optimizer.zero_grad()

@@ -1,25 +1,19 @@
-"""Problems in HumanEval form out of the files that people have, and programs out of responses.
+"""Problems out of the files that people have, and programs out of responses.
 
-    problems = load_problems("HumanEval.jsonl.gz", "humaneval")  # or mbpp, leetcode
+    problems = load_problems("HumanEval.jsonl.gz")  # or MBPP, LeetCode, files of one's own
     sandbox.run([assemble(problem, response)])  # what a model said
     sandbox.run([check_of(problem, program)])  # a whole program from a samples file, as it stands
 
 What stands here is all that the rest of pfppo uses of this folder.
 """
 
-from pfppo.problems.benchmarks import (
-    FORMS,
-    Problem,
-    few_shot_prompts,
-    load_problems,
-    load_prompts,
-    prompt_text,
-)
+from pfppo.problems.benchmarks import FORMS, Problem, load_problems, load_prompts
 from pfppo.problems.contamination import report_overlap
-from pfppo.problems.messages import load_pairs, only_text
+from pfppo.problems.messages import few_shot_prompts, load_pairs, only_text, prompt_text
 from pfppo.problems.programs import (
     assemble,
     check_of,
+    pass_at_k,
     pass_at_k_interval,
     read_samples,
     sample_row,

@@ -1,27 +1,27 @@
-"""Problems in HumanEval form: reading benchmark files, programs to execute, pass@k.
+"""Problems in HumanEval form, out of benchmark files and out of people's own.
 
-Every benchmark becomes `Problem`s: `setup + prompt + canonical_solution` is a Python program, and
-`test` is run against a candidate program.
+Every row becomes a `Problem`: `setup + prompt + canonical_solution` is a Python program, and `test`
+is run against a candidate program. What form a row has is told by its fields:
 
-    problems = load_problems("HumanEval.jsonl.gz")  # form: humaneval, mbpp, leetcode
-    sandbox.run([assemble(problem, response)])  # what a model said
-    sandbox.run([check_of(problem, program)])  # a whole program from a samples file, as it stands
-
-EvalPlus's own HumanEvalPlus.jsonl has inputs instead of asserts: the test then compares with the
-reference solution on all of them (its rule for floats, its special case `find_zero`).
+    prompt_sft, starter_code   LeetCode: DeepSeek-Coder's contests, newfacade's LeetCodeDataset
+    test_list, assertion       MBPP, full and sanitized; MBPP+ of EvalPlus and of Hugging Face
+    any others                 HumanEval; EvalPlus's HumanEval+, whose inputs (it has no asserts)
+                               are compared with the reference; a `prompt` alone
 
 Not covered: the extra inputs in EvalPlus's own MbppPlus.jsonl, which need a conversion for each
 task (its base asserts are used; the Hugging Face file of MBPP+ has all inputs in `test`).
 """
 
+import builtins
 import json
+import keyword
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pfppo.config import require
-from pfppo.files import KINDS, read_jsonl
+from pfppo.files import read_jsonl
 from pfppo.problems.extract import lines_of
-from pfppo.problems.messages import read_turns
+from pfppo.problems.messages import read_turns, short
 
 # What LeetCode gives every submission; builtins come last because math has a `pow` of its own.
 PREAMBLE = """\
@@ -29,28 +29,22 @@ import bisect, collections, copy, functools, heapq, itertools, math, operator, r
 from bisect import *; from collections import *; from functools import *; from heapq import *
 from itertools import *; from math import *; from typing import *; from builtins import *
 """
-MBPP_TEST = range(11, 511)  # task ids of the MBPP paper's test split
-MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # its three examples
-# The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
-INSTRUCTION = """\
-Please continue to complete the function. You are not allowed to modify the given code and do the \
-completion only. Please return all completed function in a codeblock. Here is the given code to do \
-completion:
-```python
-{prompt}
-```"""
+MBPP_SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+CALL = re.compile(r"(?<![\w.])(\w+)\s*\(")
+KINDS = {int: "a number", float: "a number", str: "a string", list: "a list"}
 
 
 @dataclass(frozen=True)
 class Problem:
     task_id: str
     prompt: str  # code that a completion continues
-    entry_point: str  # function name, or "Solution().method"
+    entry_point: str  # function name, or "Solution().method"; "" if unknown
     canonical_solution: str  # continues the prompt, or defines the entry point itself; may be ""
-    test: str  # defines check(candidate), or bare asserts
+    test: str  # defines check(candidate), or bare asserts; "" where nothing is to be executed
     setup: str = ""  # trusted code that stands before every program: imports, ListNode
     instruction: str = ""  # what an instruction-tuned model is asked, where the file says it
     messages: list = field(default_factory=list, hash=False)  # a dialogue, in place of the prompt
+    extra: dict = field(default_factory=dict, hash=False)  # further fields, for rewards, verifiers
 
     @property
     def question(self):
@@ -59,68 +53,118 @@ class Problem:
 
 
 class _Row(dict):
-    """One object of a file. `row("field")`: its value, checked, or a UserError that says where."""
+    """One object of a file, without its nulls. `row("field")` is its value, checked, or a UserError
+    that says where; `used` are the fields that were asked for."""
 
-    where = ""
+    def __init__(self, fields, path, line):
+        super().__init__((name, value) for name, value in fields.items() if value is not None)
+        self.where, self.line, self.used = f"{path}, line {line}", line, set()
 
-    def __call__(self, name, *kinds, empty=False):
-        kinds = kinds or (str,)
+    def require(self, condition, message):
+        require(condition, f"{self.where}: {message}")
+
+    def __call__(self, name, *kinds, empty=False, default=None):
+        """kinds: types that the value may have; a string if none is named."""
+        kinds, value = kinds or (str,), self.get(name, default)
+        self.used.add(name)
         expected = f"expected {' or '.join(KINDS[kind] for kind in kinds)}"
-        expected += " (may be empty)" if empty else ""
         has = f"has: {', '.join(self) or 'no field'}"
-        require(name in self, f"{self.where}: field '{name}' is missing ({expected}; {has})")
-        value = self[name]
-        fits = type(value) in kinds and (empty or value not in ("", []))
-        found = KINDS[type(value)] if type(value) not in kinds else f"an empty one ({value!r})"
-        require(fits, f"{self.where}: field '{name}': {expected}, found {found}")
+        self.require(value is not None, f"field '{name}' is missing ({expected}; {has})")
+        fits = type(value) in kinds and (empty or default is not None or value not in ("", []))
+        self.require(fits, f"field '{name}': {expected}, found {short(value)}")
         return lines_of(value) if isinstance(value, str) else value
 
     def text(self, name):
         """The field's string, or its list of strings as lines; "" where it is missing."""
-        value = self(name, str, list, empty=True) if name in self else ""
-        odd = [KINDS[type(part)] for part in value if not isinstance(part, str)]
-        expected = f"field '{name}': expected a list of strings, found {odd[:1]} in it"
-        require(not odd, f"{self.where}: {expected}")
+        value = self(name, str, list, default="")
+        odd = [short(part) for part in value if not isinstance(part, str)]
+        self.require(not odd, f"field '{name}': expected a list of strings, found {odd[:1]} in it")
         return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
 
+    def task_id(self):
+        return str(self("task_id", int, str, default=f"line {self.line}"))
 
-def load_problems(path, form="humaneval", test_split=False):
-    """The problems of a file, in its order. `form`: a key of FORMS; variants are told by fields.
+    def asked(self):
+        """(prompt, messages): a text, or a dialogue under either name."""
+        name = "messages" if "messages" in self and "prompt" not in self else "prompt"
+        value = self(name, str, list, empty=True)
+        if isinstance(value, str):
+            return value, []
+        return "", read_turns(value, f"{self.where}: field '{name}'", "user")
 
-    test_split: of Google's MBPP, full or sanitized, only the test split (if any of it is there);
-    EvalPlus's selection of 378 tasks is taken whole. UserError: file, line and field with what was
-    found and expected; a repeated task_id.
+
+def load_problems(path, form="", test_split=False):
+    """The problems of a file, in its order. All have tests.
+
+    form: a key of FORMS that every row must have; "": any. test_split: of Google's MBPP only the
+    test split (if any of it is there); MBPP+, a selection, is taken whole, as it is published.
+    UserError: file, line and field with what was found and expected; a repeated task_id.
     """
-    require(form in FORMS, f"form {form!r} is unknown: expected one of {', '.join(FORMS)}")
-    problems, chosen, lines = [], [], {}
-    for number, fields in read_jsonl(path):
-        row = _Row(fields)
-        row.where = f"{path}, line {number}"
-        problem = FORMS[form](row)
-        first = lines.setdefault(problem.task_id, number)
-        message = f"{row.where}: task_id {problem.task_id!r} was on line {first} already"
-        require(first == number, message)
-        problems.append(problem)
-        google = form == "mbpp" and not {"test", "assertion"} & row.keys()
-        if not google or int(problem.task_id.removeprefix("Mbpp/")) in MBPP_TEST:
-            chosen.append(problem)
-    return chosen if test_split and chosen else problems
+    require(form in ("", *FORMS), f"form {form!r} is unknown: expected {', '.join(FORMS)}")
+    pairs = _read(path, form, tested=True)
+    chosen = [p for row, p in pairs if in_split(p, "test") or {"test", "assertion"} & row.keys()]
+    return chosen if test_split and chosen else [problem for _, problem in pairs]
+
+
+def load_prompts(path, split=""):
+    """What is sampled from: problems of any form, with tests or without. Raises UserError.
+
+    split: of MBPP's tasks only those of "train", "validation" or "test", told by their ids (if any
+    of these is there), so that one file serves for all three.
+    """
+    problems = [problem for _, problem in _read(path)]
+    return [p for p in problems if not split or in_split(p, split)] or problems
+
+
+def in_split(problem, split):
+    """Whether a task's id is in a split of MBPP; other problems are in all."""
+    number = re.fullmatch(r"Mbpp/(\d+)", problem.task_id)
+    return not number or int(number[1]) in MBPP_SPLITS[split]
+
+
+def _read(path, form="", tested=False):
+    """[(row, Problem)] of a file."""
+    pairs, lines = [], {}
+    for line, fields in read_jsonl(path):
+        row = _Row(fields, path, line)
+        own = next((name for name, marks in MARKS.items() if marks & row.keys()), "humaneval")
+        other = f"expected a row of {form}, found one of {own} (has: {', '.join(row)})"
+        row.require(form in ("", own), other)
+        problem = FORMS[own](row)
+        if tested and not problem.test:
+            row("test")  # says that it is missing
+        asks = tested or problem.question.strip()
+        row.require(asks, "field 'prompt' is empty, expected some text")
+        first = lines.setdefault(problem.task_id, line)
+        row.require(first == line, f"task_id {problem.task_id!r} was on line {first} already")
+        extra = {name: value for name, value in row.items() if name not in row.used}
+        pairs.append((row, replace(problem, extra=extra)))
+    return pairs
+
+
+def _called(test):
+    """The function that asserts are about: the first that they call and do not define."""
+    known = {*dir(builtins), *keyword.kwlist, *re.findall(r"\bdef\s+(\w+)", test)}
+    return next((name for name in CALL.findall(test) if name not in known), "")
 
 
 def _humaneval(row):
-    prompt, task = row("prompt", empty=True), row("task_id")
-    name, solution = (  # without them: bare asserts, and no reference
-        row(field, empty=True) if row.get(field) is not None else ""
-        for field in ("entry_point", "canonical_solution")
-    )
-    if "plus_input" not in row:
-        leetcode = PREAMBLE if re.search(r"\bSolution\(\)", row("test")) else ""
-        return Problem(task, prompt, name, solution, row("test"), leetcode)
-    inputs = row("base_input", list) + row("plus_input", list, empty=True)
-    test = PLUS_TEST.format(
-        inputs=json.dumps(inputs), reference=prompt + solution, name=name, atol=row.get("atol", 0)
-    )
-    return Problem(task, prompt, name, solution, test)
+    (prompt, turns), test = row.asked(), row("test", default="")
+    optional = ("entry_point", "canonical_solution", "setup", "instruction")
+    name, solution, setup, instruction = (row(field, default="") for field in optional)
+    if "plus_input" in row:
+        test = PLUS_TEST.format(
+            inputs=json.dumps(row("base_input", list) + row("plus_input", list, empty=True)),
+            reference=prompt + solution,
+            name=name,
+            atol=row("atol", int, float, default=0),
+        )
+    given = name or "def check(" not in test
+    row.require(given, "field 'entry_point' is missing: 'test' defines check(candidate)")
+    if re.search(r"\bSolution\(\)", test):
+        setup = setup or PREAMBLE
+    task, name = row.task_id(), name or _called(test)
+    return Problem(task, prompt, name, solution, test, setup, instruction, turns)
 
 
 PLUS_TEST = """\
@@ -145,28 +189,32 @@ def check(candidate):
 
 
 def _mbpp(row):
-    """Google's full (`text`) and sanitized (`prompt`) forms, and MBPP+ from EvalPlus (`assertion`)
-    or Hugging Face (`test`). The task id is "Mbpp/11" in all, as EvalPlus has it; the prompt is a
-    docstring, the instruction the sentence of the MBPP paper, both with the asserts of the file."""
-    task = str(row("task_id", int, str)).removeprefix("Mbpp/")
-    message = f"{row.where}: field 'task_id': expected 11 or 'Mbpp/11', found {row['task_id']!r}"
-    require(task.isdecimal(), message)
-    prompt = row("text" if "text" in row else "prompt")
-    code = row("canonical_solution" if "canonical_solution" in row else "code")
+    """Google's full (`text`) and sanitized (`prompt`) forms, MBPP+ from EvalPlus (`assertion`) or
+    Hugging Face (`test`), and rows of one's own, which may lack a reference. The task id is
+    "Mbpp/11" in all, as EvalPlus has it; the prompt is a docstring unless it is code, the
+    instruction the sentence of the MBPP paper, both with the asserts of the file."""
+    number = row.task_id().removeprefix("Mbpp/")
+    task = f"Mbpp/{number}" if number.isdecimal() else number
+    text, turns = (row("text"), []) if "text" in row else row.asked()
+    code = row("canonical_solution" if "canonical_solution" in row else "code", default="")
     test = row.text("assertion") or row.text("test")
     if not test:
         row("test_list", list)
         test = row.text("test_imports") + row.text("test_setup_code") + "\n" + row.text("test_list")
     shown = row.text("test_list") or row.text("assertion")
-    calls = re.findall(r"(?<![\w.])(\w+)\s*\(", shown + test)
-    defined = re.findall(r"^def\s+(\w+)", code, re.M)
-    name = row("entry_point") if "entry_point" in row else max(defined, key=calls.count, default="")
-    require(name in calls, f"{row.where}: the tests call no function that the reference defines")
-    text = prompt.strip().strip('"').strip().partition("\nassert ")[0]
-    instruction = f"You are an expert Python programmer, and here is your task: {text} "
+    calls = CALL.findall(shown + test)
+    defined = re.findall(r"^def\s+(\w+)", f"{text}\n{code}", re.M)
+    guess = max(defined, key=calls.count, default="" if code else _called(shown + test))
+    name = row("entry_point", default=guess)
+    expected = f"expected a call of what {'the reference' if code else 'is asked for'} defines"
+    row.require(name in calls, f"field 'test_list': {expected}, found {short(shown)}")
+    if turns or re.search(rf"^def\s+{name}\b", text, re.M):
+        return Problem(task, text, name, code, test, messages=turns)
+    words = text.strip().strip('"').strip().partition("\nassert ")[0]
+    instruction = f"You are an expert Python programmer, and here is your task: {words} "
     instruction += f"Your code should pass these tests:\n\n{shown}"
-    prompt = prompt if prompt.lstrip().startswith('"""') else _docstring(f"{text}\n{shown}")
-    return Problem(f"Mbpp/{task}", prompt, name, code, test, instruction=instruction)
+    prompt = text if text.lstrip().startswith('"""') else _docstring(f"{words}\n{shown}")
+    return Problem(task, prompt, name, code, test, instruction=instruction)
 
 
 def _docstring(text):
@@ -174,78 +222,19 @@ def _docstring(text):
     return f'"""\n{escaped}\n"""\n'
 
 
-def instruction_of(problem):
-    """What an instruction-tuned model is asked: the file's own words, or the prompt as a block."""
-    if problem.instruction or not problem.entry_point:
-        return problem.instruction or problem.prompt
-    return INSTRUCTION.format(prompt=problem.prompt.strip())
-
-
-def few_shot_prompts(problems, all_problems):
-    """The MBPP paper's prompts for base models: tasks 2, 3 and 4 solved, then the task in question.
-
-    UserError where `all_problems` does not hold these three.
-    """
-    known = {problem.task_id: problem for problem in all_problems}
-    missing = [task for task in MBPP_SHOTS if task not in known]
-    require(not missing, f"--prompt_style few_shot: the problems have no task {missing}")
-    shots = "".join(
-        f"{known[task].instruction}\n[BEGIN]\n{known[task].canonical_solution.strip()}\n[DONE]\n\n"
-        for task in MBPP_SHOTS
-    )
-    return [f"{shots}{problem.instruction}\n[BEGIN]\n" for problem in problems]
-
-
 def _leetcode(row):
     """DeepSeek-Coder's contest form (`prompt_sft`; no reference solutions), or newfacade's
     LeetCodeDataset (`starter_code`). The prompt is the statement as a docstring, then the stub."""
-    task, prompt, test = row("task_id"), row("prompt"), row("test")
+    task, prompt, test = row.task_id(), row("prompt"), row("test")
     if "prompt_sft" in row:
         method = re.search(r"\bmy_solution\.(\w+)\(", test)
-        require(method, f"{row.where}: field 'test': expected a call 'my_solution.NAME(...)'")
+        row.require(method, "field 'test': expected a call 'my_solution.NAME(...)'")
         name = f"Solution().{method[1]}"
         return Problem(task, prompt, name, "", test, PREAMBLE, row("prompt_sft"))
-    found = "needs 'prompt_sft' (DeepSeek's contest form) or 'starter_code' (LeetCodeDataset)"
-    require("starter_code" in row, f"{row.where}: {found}; has: {', '.join(row)}")
     stub = _docstring(row("problem_description")) + row("starter_code")
-    solution = row("completion")
+    solution = row("completion", default="")
     return Problem(task, stub, row("entry_point"), solution, test, prompt, row("query"))
 
 
-FORMS = {"humaneval": _humaneval, "mbpp": _mbpp, "leetcode": _leetcode}
-
-
-def load_prompts(path):
-    """Prompts as a list of Problem; fields other than `prompt` may be empty. Raises UserError."""
-    problems, seen = [], {}
-    names = [name for name in Problem.__dataclass_fields__ if name != "messages"]
-    for line, row in read_jsonl(path):
-        where, turns = f"{path}, line {line}", []
-        if isinstance(row.get("prompt"), list):
-            turns = read_turns(row["prompt"], f"{where}: field 'prompt'", "user")
-            row = row | {"prompt": ""}
-        values = {"task_id": f"line {line}"} | row
-        for name in names:
-            value = values.setdefault(name, "") if name != "prompt" else values.get(name)
-            found = "nothing" if name not in row else type(value).__name__
-            require(
-                isinstance(value, str),
-                f"{where}: field '{name}': expected a string, found {found}",
-            )
-        filled = turns or values["prompt"].strip()
-        require(filled, f"{where}: field 'prompt' is empty, expected some text")
-        require(
-            bool(values["test"]) == bool(values["entry_point"]),
-            f"{where}: expected both or neither of the fields 'test' and 'entry_point'",
-        )
-        first = seen.setdefault(values["task_id"], line)
-        require(first == line, f"{where}: task_id {values['task_id']!r} stands in line {first} too")
-        problems.append(Problem(**{name: values[name] for name in names}, messages=turns))
-    return problems
-
-
-def prompt_text(problem, style):
-    """What a problem asks: its dialogue; code to continue; an instruction in "chat", "deepseek"."""
-    if problem.messages:
-        return problem.messages
-    return instruction_of(problem) if style in ("chat", "deepseek") else problem.prompt
+FORMS = {"leetcode": _leetcode, "mbpp": _mbpp, "humaneval": _humaneval}
+MARKS = {"leetcode": {"prompt_sft", "starter_code"}, "mbpp": {"test_list", "assertion"}}

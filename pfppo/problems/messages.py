@@ -1,74 +1,82 @@
-"""Dialogues as files give them, and preference pairs out of the common forms.
+"""What is asked, and of pairs what was said: dialogues, preference pairs, prompts of problems.
 
 A dialogue is a list of turns {"role": ..., "content": ...}: a system turn or none, then user and
 assistant by turns. A prompt ends with a user's turn, a response is the assistant's turn after it.
-A pair is a prompt and two responses to it, `prompt, chosen, rejected` (or the PF-PPO authors' names
-`instruction, pos, neg`), each a string or a list of turns:
+A pair is a prompt and two responses to it, each a string or a list of turns. Its fields are
+`prompt, chosen, rejected`, or those of NAMES; `system` is put before the prompt (Orca):
 
     prompt          chosen, rejected
     text or turns   texts
     turns           one assistant's turn each
     text            whole dialogues, with the prompt in them (UltraFeedback, binarized)
     turns           whole dialogues that start with the prompt
-    none            whole dialogues that differ in the last turn only (TRL's implicit prompt)
+    none            whole dialogues that differ in the last turn only (TRL's implicit prompt), as
+                    turns or as a text "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF)
 
 Contents are text, or a list of parts {"type": "text", "text": ...} that are put together.
 
 Not covered: tools and other roles, images, ShareGPT's names (`from`, `value`).
 """
 
+import re
+
 from pfppo.config import require
 from pfppo.files import read_jsonl
+from pfppo.problems.extract import definition_of
 
-FORM = "a string or a list of messages"
-ROLES = ("user", "assistant")
-NAMES = {"prompt": "instruction", "chosen": "pos", "rejected": "neg"}
-
-
-def read_turns(value, where, last):
-    """The turns of a dialogue, role and content alone; `last` is the role of its last turn.
-
-    Raises UserError, beginning with `where`, unless roles and contents are as the module says.
-    Only a response may be empty, or stand there without its prompt.
-    """
-    require(value, f"{where}: expected messages, found an empty list")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        place = f"{where}, message {number}"
-        fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
-        found = f"one with {', '.join(turn)}" if isinstance(turn, dict) else _short(turn)
-        require(fits, f"{place}: expected an object with 'role' and 'content', found {found}")
-        content = _text_of(turn["content"], place)
-        response = last == "assistant" and number == len(value)
-        require(content.strip() or response, f"{place}: 'content' is empty, expected some text")
-        turns.append({"role": turn["role"], "content": content})
-    roles = [turn["role"] for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    by_turns = [ROLES[i % 2] for i in range(len(spoken))]
-    require(
-        (spoken == by_turns and roles[-1] == last) or roles == ["assistant"] == [last],
-        f"{where}: expected a system turn or none, then user and assistant by turns, the last one "
-        f"{last}, found {', '.join(map(str, roles))}",
-    )
-    return turns
+# "instruction, pos, neg" are the PF-PPO authors', "question" and "input" Orca's
+NAMES = {"prompt": ("instruction", "question", "input"), "chosen": ("pos",), "rejected": ("neg",)}
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # the three examples of the MBPP paper
+# The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
+INSTRUCTION = """\
+Please continue to complete the function. You are not allowed to modify the given code and do the \
+completion only. Please return all completed function in a codeblock. Here is the given code to do \
+completion:
+```python
+{prompt}
+```"""
 
 
-def _short(value):
+def short(value):
     """A value in a message: its first characters, or "nothing"."""
     return "nothing" if value is None else repr(value)[:40]
 
 
-def _text_of(content, place):
-    """A content as one string. Raises UserError where it is neither text nor parts of text."""
-    if not isinstance(content, list):
-        text = isinstance(content, str)
-        require(text, f"{place}: 'content': expected a string, found {_short(content)}")
-        return content
-    for part in content:
-        fits = isinstance(part, dict) and isinstance(part.get("text"), str)
-        fits = fits and part.get("type", "text") == "text"
-        require(fits, f"{place}: 'content': expected parts of text only, found {_short(part)}")
-    return "".join(part["text"] for part in content)
+def read_turns(value, where, last):
+    """The turns of a dialogue, role and content alone; a string is one turn. `last` is the role of
+    the last one: only a response may be empty, or stand there without its prompt.
+
+    Raises UserError, beginning with `where`, unless roles and contents are as the module says.
+    """
+    expected = f"expected a string or a list of messages, found {short(value)}"
+    require(isinstance(value, str | list), f"{where}: {expected}")
+    given = [{"role": last, "content": value}] if isinstance(value, str) else value
+    turns = []
+    for number, turn in enumerate(given, 1):
+        place = f"{where}, message {number}"
+        fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
+        require(fits, f"{place}: expected an object with 'role' and 'content', found {short(turn)}")
+        content = turn["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = [
+            p.get("text") for p in parts if isinstance(p, dict) and p.get("type", "text") == "text"
+        ]
+        fits = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+        expected = "expected a string or parts of text only"
+        require(fits, f"{place}: 'content': {expected}, found {short(content)}")
+        response = last == "assistant" and number == len(given)
+        empty = f"{place}: 'content' is empty: expected some text, found {short(content)}"
+        require(response or "".join(texts).strip(), empty)
+        turns.append({"role": turn["role"], "content": "".join(texts)})
+    roles = [turn["role"] for turn in turns]
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
+    by_turns = spoken == (["user", "assistant"] * len(spoken))[: len(spoken)]
+    expected = "expected a system turn or none, then user and assistant by turns, the last one"
+    found = ", ".join(map(str, roles)) or "an empty list"
+    fits = (by_turns and roles[-1:] == [last]) or roles == ["assistant"] == [last]
+    require(fits, f"{where}: {expected} {last}, found {found}")
+    return turns
 
 
 def only_text(prompt):
@@ -76,66 +84,82 @@ def only_text(prompt):
 
     Raises UserError where it has several turns or a system turn, which need a chat template.
     """
-    if isinstance(prompt, str):
-        return prompt
-    roles = [turn["role"] for turn in prompt]
-    require(
-        roles == ["user"],
-        f"a prompt of {len(roles)} messages ({', '.join(roles)}), expected one user's turn; a "
-        "system turn and several turns need --prompt_style chat",
-    )
-    return prompt[0]["content"]
+    roles = ["user"] if isinstance(prompt, str) else [turn["role"] for turn in prompt]
+    several = f"a prompt of {len(roles)} messages ({', '.join(roles)}), expected one user's turn"
+    advice = "a system turn and several turns need --prompt_style chat"
+    require(roles == ["user"], f"{several}; {advice}")
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
 
 
 def read_pair(row, where):
     """(prompt, chosen, rejected) of one object of a file: prompt is text, or a dialogue where it is
     more than one user's turn; the responses are texts. Raises UserError beginning with `where`."""
+    both = row.get("instruction") and row.get("input")
+    require(not both, f"{where}: 'instruction' and 'input': expected one text of both, in 'prompt'")
     values, places = {}, {}
-    for name, other in NAMES.items():
-        value = values[name] = row.get(name, row.get(other))
-        places[name] = f"{where}: field '{name}' (or '{other}')"
-        fits = isinstance(value, (str, list)) or (value is None and name == "prompt")
-        require(fits, f"{places[name]}: expected {FORM}, found {_short(value)}")
-    befores, texts = zip(
-        *(_response(values[name], places[name]) for name in ("chosen", "rejected")), strict=True
-    )
-    shared = befores[0]
-    require(
-        shared == befores[1],
-        f"{where}: chosen and rejected differ before their last messages ({len(shared)} and "
-        f"{len(befores[1])} messages there), expected two responses to one prompt",
-    )
-    prompt = _prompt(values["prompt"], shared, places["prompt"])
-    require(
-        texts[0] != texts[1],
-        f"{where}: chosen and rejected are the same, expected two responses",
-    )
-    one = isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]
-    return (prompt[0]["content"] if one else prompt, *texts)
+    for name, others in NAMES.items():
+        values[name] = next((row[n] for n in (name, *others) if row.get(n) is not None), None)
+        places[name] = f"{where}: field '{name}' (or '{others[0]}')"
+    if values["prompt"] is None:
+        values = {name: _transcript(value) for name, value in values.items()}
+    *before, chosen = read_turns(values["chosen"], places["chosen"], "assistant")
+    *other, rejected = read_turns(values["rejected"], places["rejected"], "assistant")
+    counts = f"({len(before)} and {len(other)} messages there)"
+    differ = f"chosen and rejected differ before their last messages {counts}"
+    require(before == other, f"{where}: {differ}, expected two responses to one prompt")
+    same = f"{where}: chosen and rejected are the same, expected two responses"
+    require(chosen != rejected, same)
+    prompt = before
+    if values["prompt"] or not before:
+        prompt = read_turns(values["prompt"], places["prompt"], "user")
+        asked = [turn["content"].strip() for turn in before if turn["role"] == "user"]
+        agree = (
+            not before
+            or prompt == before
+            or (len(prompt) == 1 and only_text(prompt).strip() in asked)
+        )
+        expected = f"expected what chosen and rejected start with, found {short(values['prompt'])}"
+        require(agree, f"{places['prompt']}: {expected} in it and {short(asked[-1:])} in them")
+        prompt = before or prompt
+    if row.get("system") and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": row["system"]}, *prompt]
+        prompt = read_turns(prompt, f"{where}: field 'system' and the prompt", "user")
+    one = [turn["role"] for turn in prompt] == ["user"]
+    return prompt[0]["content"] if one else prompt, chosen["content"], rejected["content"]
 
 
-def _response(value, place):
-    """(turns before it, text) of a response."""
-    if isinstance(value, str):
-        return [], value
-    *before, last = read_turns(value, place, "assistant")
-    return before, last["content"]
-
-
-def _prompt(value, shared, place):
-    """The prompt out of its field and the turns before both responses, which must agree."""
-    if isinstance(value, list):
-        value = read_turns(value, place, "user")
-    if not shared:
-        require(value, f"{place}: expected {FORM}, found {_short(value)}")
+def _transcript(value):
+    """HH-RLHF's text as turns; anything else as it is."""
+    if not isinstance(value, str) or not re.match(r"\s*Human:", value):
         return value
-    asked = [turn["content"].strip() for turn in shared if turn["role"] == "user"]
-    agree = not value or value == shared or (isinstance(value, str) and value.strip() in asked)
-    found = f"found {_short(value)} in it and {_short(asked[-1])} in them"
-    require(agree, f"{place}: expected what chosen and rejected start with, {found}")
-    return shared
+    parts = re.split(r"(?:\A\s*|\n\n)(Human|Assistant):", value)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in pairs]
 
 
 def load_pairs(path):
     """[(line, (prompt, chosen, rejected))] of a JSONL file. Raises UserError."""
     return [(line, read_pair(row, f"{path}, line {line}")) for line, row in read_jsonl(path)]
+
+
+def prompt_text(problem, style):
+    """What a problem asks: its dialogue; in "chat" and "deepseek" the file's own instruction, or
+    its code as a block to complete; else the prompt as it stands."""
+    if problem.messages or style not in ("chat", "deepseek"):
+        return problem.messages or problem.prompt
+    code = problem.entry_point and definition_of(problem).search(problem.prompt)
+    block = INSTRUCTION.format(prompt=problem.prompt.strip()) if code else problem.prompt
+    return problem.instruction or block
+
+
+def few_shot_prompts(problems, all_problems):
+    """The MBPP paper's prompts for base models: tasks 2, 3 and 4 solved, then the task in question.
+
+    UserError where `all_problems` does not hold these three.
+    """
+    known = {problem.task_id: problem for problem in all_problems}
+    missing = [task for task in MBPP_SHOTS if task not in known]
+    require(not missing, f"--prompt_style few_shot: the problems have no task {missing}")
+    shown = [(known[task].instruction, known[task].canonical_solution) for task in MBPP_SHOTS]
+    shots = "".join(f"{task}\n[BEGIN]\n{code.strip()}\n[DONE]\n\n" for task, code in shown)
+    return [f"{shots}{problem.instruction}\n[BEGIN]\n" for problem in problems]

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pfppo.config import require
 from pfppo.files import read_jsonl
+from pfppo.problems.benchmarks import MBPP_SPLITS, in_split
 from pfppo.problems.extract import definition_of, extract_code, program_of
 from pfppo.sandbox import Check
 
@@ -27,9 +28,9 @@ def check_of(problem, program):
 
 def reference_check(problem):
     """The problem's own solution as the candidate. UserError where the benchmark has none."""
-    code = problem.canonical_solution
-    require(code.strip(), f"{problem.task_id} has no reference solution")
-    return check_of(problem, program_of(problem, code, bool(definition_of(problem).search(code))))
+    has = problem.canonical_solution.strip()
+    require(has, f"{problem.task_id} has no reference solution")
+    return check_of(problem, _reference(problem))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -47,28 +48,32 @@ def _reference(problem):
     return program
 
 
-def read_samples(path, problems):
-    """Rows of a samples file as rows of ours, in its order. Raises UserError."""
+def read_samples(path, problems, allow_partial=False):
+    """Rows of a samples file as rows of ours, in its order. Raises UserError, also where a problem
+    (of MBPP: of the split that the samples are from) has no sample, unless `allow_partial`: pass@k
+    then speaks of the others, perhaps the easy ones."""
     known = {problem.task_id: problem for problem in problems}
     counts, samples = Counter(), []
     for line, row in read_jsonl(path):
-        task = row.get("task_id")
-        task = f"Mbpp/{task}" if isinstance(task, int) else task  # as Google's file has them
+        where, given = f"{path}, line {line}", row.get("task_id")
+        names = (str(given), f"Mbpp/{given}")  # a number in Google's file
+        task = next((name for name in names if name in known), None)
         expected = f"expected one of the problems', such as {next(iter(known))!r}"
-        there = isinstance(task, str) and task in known
-        require(there, f"{path}, line {line}: task_id {task!r} is in no problem: {expected}")
+        require(task, f"{where}: task_id {given!r} is in no problem: {expected}")
         whole = row.get("solution") is not None
         code = row["solution"] if whole else row.get("completion")
-        require(
-            isinstance(code, str),
-            f"{path}, line {line}: expected a string in 'completion' or 'solution', "
-            f"found {sorted(row)}",
-        )
+        expected = f"expected a string in 'completion' or 'solution', found {sorted(row)}"
+        require(isinstance(code, str), f"{where}: {expected}")
         code = code if whole else known[task].prompt + code
         program = program_of(replace(known[task], prompt=""), code, whole=True)  # adds the setup
-        row = {"task_id": task, "sample": counts[task], "solution": program}
+        samples.append({"task_id": task, "sample": counts[task], "solution": program})
         counts[task] += 1
-        samples.append(row)
+    splits = [s for s in MBPP_SPLITS if all(in_split(known[task], s) for task in counts)]
+    asked = [task for task in known if not splits or in_split(known[task], splits[0])]
+    missing = [task for task in asked if task not in counts]
+    few = f"{len(missing)} of {len(asked)} problems have no sample, such as {missing[:1]}"
+    advice = "expected one at least of each; --allow_partial leaves them out of pass@k"
+    require(allow_partial or not missing, f"{path}: {few}: {advice}")
     return samples
 
 
@@ -76,16 +81,11 @@ def sample_row(problem, number, response):
     """One line of samples.jsonl. prompt + completion is the program, whatever the response is."""
     program = assemble(problem, response).program
     head = problem.setup + problem.prompt
-    longer = program.startswith(head)
     # A program that defines all again stands after the prompt, whose function is then a docstring.
-    completion = program[len(head) :] if longer else "\n" + program.removeprefix(problem.setup)
-    return {
-        "task_id": problem.task_id,
-        "sample": number,
-        "completion": completion,
-        "solution": program,
-        "response": response,
-    }
+    again = "\n" + program.removeprefix(problem.setup)
+    completion = program[len(head) :] if program.startswith(head) else again
+    row = {"task_id": problem.task_id, "sample": number, "completion": completion}
+    return row | {"solution": program, "response": response}
 
 
 def pass_at_k(n, c, k):
@@ -107,24 +107,21 @@ def pass_at_k_interval(counts, k, resamples=1000, seed=0):
     require(len(values), "pass@k of no problems")
     rng = np.random.default_rng(seed)
     means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(values.mean()), float(low), float(high)
+    return tuple(map(float, (values.mean(), *np.quantile(means, [0.025, 0.975]))))
 
 
 def summary(results, ks):
     """The rows of results.jsonl as text: pass@k with its interval for each k, and outcomes."""
-    n, c = Counter(), Counter()
-    for row in results:
-        n[row["task_id"]] += 1
-        c[row["task_id"]] += row["passed"]
+    n = Counter(row["task_id"] for row in results)
+    c = Counter(row["task_id"] for row in results if row["passed"])
     lines = [f"{len(results)} samples of {len(n)} problems"]
     for k in ks:
         counts = [(n[task], c[task]) for task in n if n[task] >= k]
+        rate = f"no problem has {k} samples"
         if counts:
-            value, low, high = pass_at_k_interval(counts, k)
-            lines.append(f"pass@{k:<4} {value:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems")
-        else:
-            lines.append(f"pass@{k:<4} no problem has {k} samples")
+            interval = "{:.3f} [{:.3f}, {:.3f}]".format(*pass_at_k_interval(counts, k))
+            rate = f"{interval}  {len(counts)} problems"
+        lines.append(f"pass@{k:<4} {rate}")
     lines.append("\noutcome        samples   share")
     for name, count in Counter(row["outcome"] for row in results).most_common():
         lines.append(f"{name:<14} {count:>7} {count / len(results):>7.1%}")

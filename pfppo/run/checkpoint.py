@@ -17,6 +17,8 @@ uninterrupted one up to the order of sums.
 Not covered: copies on other machines.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -32,14 +34,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 SHARDED = "sharded"
 BEST = "best.json"  # in policy/: the step that it is from, and its pass rate on validation
-
-
-def _state(trained):
-    found = {}
-    for name, (model, optimizer) in trained.items():
-        weights, moments = get_state_dict(model, optimizer)
-        found[name] = {"model": weights, "optimizer": moments}
-    return found
 
 
 class Saver:
@@ -63,16 +57,11 @@ class Saver:
         """
         self.finish()
         step = state["step"]
-        temporary = self._temporary(step)
-        try:
+        with self._writing(step) as temporary:
             on_main(self.ranks, _clear, temporary)
-            future = dcp.async_save(
-                _state(trained), checkpoint_id=temporary / SHARDED, process_group=self.group
-            )
-        except (OSError, dcp.api.CheckpointException) as error:
-            self._fail(step, error)
+            where = {"checkpoint_id": temporary / SHARDED, "process_group": self.group}
+            self.pending = step, dict(state), dcp.async_save(_state_of(trained), **where)
         self.newest = step
-        self.pending = step, dict(state), future
 
     def poll(self):
         """Complete the checkpoint if all ranks have written their slices."""
@@ -84,75 +73,73 @@ class Saver:
 
     def finish(self):
         """Wait for the checkpoint that is being written, and complete it."""
-        if not self.pending:
-            return
-        (step, state, future), self.pending = self.pending, None
-        folder = self.run / "checkpoints"
-        target, temporary = folder / f"step_{step}", self._temporary(step)
+        if self.pending:
+            (step, state, future), self.pending = self.pending, None
+            with self._writing(step) as temporary:
+                future.result()
+                on_main(self.ranks, self._complete, temporary, state)
 
-        def complete_it():
-            _seal(temporary, state)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            _sync(folder)
-            for old in complete(self.run)[0][self.keep :]:
-                shutil.rmtree(old)
-
+    @contextlib.contextmanager
+    def _writing(self, step):
+        """The temporary folder of a checkpoint; what fails inside is one UserError."""
+        temporary = self.run / "checkpoints" / f"step_{step}.tmp"
         try:
-            future.result()
-            on_main(self.ranks, complete_it)
+            yield temporary
         except (OSError, dcp.api.CheckpointException) as error:
-            self._fail(step, error)
+            free = shutil.disk_usage(self.run).free // 2**20  # torch's own message is not about it
+            shutil.rmtree(temporary, ignore_errors=True)
+            last = next(iter(complete(self.run)), "none")
+            why = f"cannot save with {free} MiB left on the disk ({_reason(error)})"
+            final = temporary.with_suffix("")
+            raise UserError(f"{final}: {why}; last complete one: {last}") from error
 
-    def _temporary(self, step):
-        return self.run / "checkpoints" / f"step_{step}.tmp"
-
-    def _fail(self, step, error):
-        left = shutil.disk_usage(self.run).free // 2**20  # torch's own message is not about it
-        shutil.rmtree(self._temporary(step), ignore_errors=True)
-        last = (complete(self.run)[0] or ["none"])[0]
-        raise UserError(
-            f"{self.run / 'checkpoints'}/step_{step}: cannot save with {left} MiB left on the disk "
-            f"({_reason(error)}); last complete one: {last}"
-        ) from error
+    def _complete(self, temporary, state):
+        write_json(temporary / "state.json", state)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+        write_json(temporary / "manifest.json", sizes)
+        _flush(temporary / SHARDED)
+        _flush(temporary)
+        target = temporary.with_suffix("")
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+        _flush(target.parent)
+        for old in complete(self.run)[self.keep :]:
+            shutil.rmtree(old)
 
 
 def _clear(folder):
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill has left
     folder.mkdir(parents=True)
 
 
-def _reason(error):
-    inner = list(getattr(error, "failures", {}).values())
-    error = inner[0][0] if inner else error
-    return reason(error)
-
-
-def _seal(folder, state):
-    write_json(folder / "state.json", state)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_json(folder / "manifest.json", sizes)
-    for inner in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        _sync(inner)
-
-
-def _sync(folder):
+def _flush(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
+def _state_of(trained):
+    pairs = {name: get_state_dict(*pair) for name, pair in trained.items()}
+    return {name: {"model": weights, "optimizer": m} for name, (weights, m) in pairs.items()}
+
+
+def _reason(error):
+    """What went wrong on the first rank that failed."""
+    failures = list(getattr(error, "failures", {}).values())  # (exception, its traceback)
+    return reason(failures[0][0] if failures else error)
+
+
+def _folders(run):
+    """All checkpoints/step_N, newest first."""
+    steps = [path.name.removeprefix("step_") for path in (run / "checkpoints").glob("step_*")]
+    steps = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
+    return [run / "checkpoints" / f"step_{step}" for step in steps]
+
+
 def complete(run):
-    """(complete checkpoints, damaged ones), newest first."""
-    folders = [
-        path
-        for path in (run / "checkpoints").glob("step_*")
-        if path.name.removeprefix("step_").isdigit()
-    ]
-    folders.sort(key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
-    whole = [path for path in folders if is_whole(path)]
-    return whole, [path for path in folders if path not in whole]
+    """The complete checkpoints of a run, newest first."""
+    return [folder for folder in _folders(run) if is_whole(folder)]
 
 
 def is_whole(folder):
@@ -174,33 +161,31 @@ def load(run, trained, ranks):
     newest, damaged = on_main(ranks, _newest, run)
     for path in damaged:
         ranks.say(f"{path}: incomplete, falling back to {newest or 'the start of the run'}")
-    state = json.loads((newest / "state.json").read_text()) if newest else None
+    state = {"step": 0}
     if newest:
-        loaded = _state(trained)
+        loaded = _state_of(trained)
         try:
             dcp.load(loaded, checkpoint_id=newest / SHARDED)
         except dcp.api.CheckpointException as error:  # of any rank, on all of them
-            raise UserError(
-                f"{newest}: damaged, or of another model ({_reason(error)}); remove it to go on "
-                "from the one before"
-            ) from error
-        for name, (model, optimizer) in trained.items():
-            part = loaded[name]
-            weights = {"model_state_dict": part["model"], "optim_state_dict": part["optimizer"]}
-            set_state_dict(model, optimizer, **weights)
-    later = on_main(ranks, _cut_back, run, state["step"] if state else 0)
-    if state and later.get("best_step", 0) > state["step"]:
-        state |= later  # exported after the checkpoint was saved, and still the best there was
-    return state
+            why = f"damaged, or of another model ({_reason(error)})"
+            raise UserError(f"{newest}: {why}; remove it to go on from the one before") from error
+        for name, pair in trained.items():
+            weights, moments = loaded[name].values()
+            set_state_dict(*pair, model_state_dict=weights, optim_state_dict=moments)
+        state = json.loads((newest / "state.json").read_text())
+    exported = on_main(ranks, _cut_back, run, state["step"])
+    if exported.get("best_step", 0) > state["step"]:
+        state |= exported  # after the checkpoint was saved, and still the best there was
+    return state if newest else None
 
 
 def _newest(run):
-    """(newest complete checkpoint or None, newer ones that are damaged, which are removed)."""
-    whole, damaged = complete(run)
-    newer = [path for path in damaged if not whole or _number(path) > _number(whole[0])]
-    for path in newer:
-        shutil.rmtree(path)
-    return whole[0] if whole else None, newer
+    """(newest complete checkpoint or None, damaged ones after it, which are removed)."""
+    folders = _folders(run)
+    damaged = list(itertools.takewhile(lambda folder: not is_whole(folder), folders))
+    for folder in damaged:
+        shutil.rmtree(folder)
+    return next(iter(folders[len(damaged) :]), None), damaged
 
 
 def _cut_back(run, step):
@@ -211,7 +196,3 @@ def _cut_back(run, step):
     if previous.exists() and not policy.exists():  # killed between the renames of `export`
         previous.rename(policy)
     return json.loads((policy / BEST).read_text()) if (policy / BEST).exists() else {}
-
-
-def _number(path):
-    return int(path.name.removeprefix("step_"))

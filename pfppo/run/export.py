@@ -30,11 +30,8 @@ LARGEST = "5GB"  # of a file
 
 def write_best(models, folder, tokens, ranks, best):
     """`write` the policy, with a note of which step that was and how good. A collective."""
-
-    def note(temporary):
-        write_json(temporary / checkpoint.BEST, best)
-
-    write(models.policy.lm, folder, models.unsharded, tokens.tokenizer, ranks, [note])
+    notes = [lambda temporary: write_json(temporary / checkpoint.BEST, best)]
+    write(models.policy.lm, folder, models.unsharded, tokens.tokenizer, ranks, notes)
 
 
 def write(sharded, folder, unsharded, tokenizer, ranks, extra=()):
@@ -49,13 +46,12 @@ def write(sharded, folder, unsharded, tokenizer, ranks, extra=()):
 
 
 def _write(folder, unsharded, weights, tokenizer, extra):
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary, previous = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         _save(unsharded, temporary, weights, tokenizer)
         for more in extra:
             more(temporary)
-        previous = folder.with_name(folder.name + ".old")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             folder.rename(previous)
@@ -82,27 +78,24 @@ def from_run(run, folder):
     if int(os.environ.get("RANK", 0)):
         return
     run, folder = Path(run), Path(folder)
-    found = [run] if run.name.startswith("step_") else checkpoint.complete(run)[0]
-    require(found and checkpoint.is_whole(found[0]), f"--run_dir {run}: no complete checkpoint")
+    step = run if run.name.startswith("step_") else next(iter(checkpoint.complete(run)), run)
+    require(checkpoint.is_whole(step), f"--run_dir {run}: no complete checkpoint")
     require(not folder.exists(), f"--export {folder}: is there already, choose another name")
-    step = found[0]
     args = json.loads((step.parents[1] / "args.json").read_text())
     state = json.loads((step / "state.json").read_text())
-    path, rm = args["policy"], args["reward_model"]
-    tokenizer, config = load_tokenizer(path), causal_lm_config(path)
-    lm = empty_causal_lm(config)
+    path, rm, extra = args["policy"], args["reward_model"], []
+    lm = empty_causal_lm(causal_lm_config(path))
     lm.generation_config = read_generation_config(path) or lm.generation_config
-    extra = []
     if rm:
-        card, model = load_card(rm), read_classifier(rm)
-        tokenizer_of_rm = load_tokenizer(rm, "reward_model")
+        model, tokenizer = read_classifier(rm), load_tokenizer(rm, "reward_model")
+        card = load_card(rm) or RewardCard(*state["normaliser"], "", "")
 
-        def save_rm(temporary):
-            _save(model, temporary / "reward_model", model.state_dict(), tokenizer_of_rm)
-            (card or RewardCard(*state["normaliser"], "", "")).save(temporary / "reward_model")
+        def save_reward_model(temporary):
+            _save(model, temporary / "reward_model", model.state_dict(), tokenizer)
+            card.save(temporary / "reward_model")
 
-        extra = [save_rm]
-    _write(folder, lm, policy_of(step), tokenizer, extra)
+        extra = [save_reward_model]
+    _write(folder, lm, policy_of(step), load_tokenizer(path), extra)
     also = f", its reward model in {folder / 'reward_model'}" if rm else ""
     print(f"{folder}: the policy after step {state['step']}{also}")
 
@@ -113,8 +106,8 @@ def policy_of(step):
     try:
         stored = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
         weights = {
-            name: torch.empty(what.size, dtype=what.properties.dtype)
-            for name, what in stored.items()
+            name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+            for name, tensor in stored.items()
             if name.startswith(prefix)
         }
         with warnings.catch_warnings(action="ignore"):  # "uninitialized": that is what is meant

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pfppo.config import UserError, reason, require
 from pfppo.files import check_writable, write_json
-from pfppo.fsdp import agreed, from_main, on_main
+from pfppo.fsdp import from_main, on_main
 from pfppo.run.options import free_options
 
 import torch.distributed as dist
@@ -38,9 +38,8 @@ def claim(args, ranks, default, option="run_dir", files=None):
     files: the names that matter in it (None: all, so another folder's files are in the way). Raises
     UserError.
     """
-    last = getattr(args, "resume", False)
-    name = getattr(args, option) or str((latest if last else unused)(default))
-    folder = Path(from_main(name, ranks))
+    resume = getattr(args, "resume", False)
+    folder = Path(from_main(getattr(args, option) or numbered(default, resume), ranks))
     setattr(args, option, str(folder))
     on_main(ranks, _check, folder, args, option, files)
     check_shared(folder, f"--{option} {folder}")
@@ -49,35 +48,36 @@ def claim(args, ranks, default, option="run_dir", files=None):
 
 def open_folder(folder, args, ranks):
     """Make the folder with its args.json, if it is not there yet. Raises UserError."""
-    with agreed(ranks):
+
+    def make():
         try:
-            if ranks.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                if not (folder / "args.json").exists():
-                    write_json(folder / "args.json", dataclasses.asdict(args))
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                write_json(folder / "args.json", dataclasses.asdict(args))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
+
+    on_main(ranks, make)
 
 
 def _check(folder, args, option, files):
     """Raise UserError where this folder cannot be used for a run with these arguments."""
     check_writable(folder, option)
-    there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    there = there if files is None else there & set(files)
-    if not there - {"args.json.tmp"}:  # that one is left by a start that was killed
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = names if files is None else names & set(files)
+    if not names - {"args.json.tmp"}:  # that one is left by a start that was killed
         return
     what = f"--{option} {folder}"
     require(hasattr(args, "resume"), f"{what}: is not empty, choose another name")
     try:
-        there = json.loads((folder / "args.json").read_text())
+        known = json.loads((folder / "args.json").read_text())
     except (OSError, ValueError) as error:
         why = "is not empty and holds no run (no readable args.json), choose another name"
         raise UserError(f"{what}: {why}") from error
-    free = free_options(args)
     differ = [
-        f"{name} {there.get(name)!r} there, {value!r} here"
+        f"{name} {known.get(name)!r} there, {value!r} here"
         for name, value in dataclasses.asdict(args).items()
-        if name not in free and name != option and there.get(name) != value
+        if name not in {*free_options(args), option} and known.get(name) != value
     ]
     require(
         not differ,
@@ -88,21 +88,13 @@ def _check(folder, args, option, files):
     require(args.resume, f"{what}: {again}")
 
 
-def latest(folder):
-    """Of the folder, folder-2, folder-3, ... the last one that exists; else the folder."""
-    numbered = unused(folder)
-    number = int(numbered.name.rpartition("-")[2]) if numbered != Path(folder) else 2
-    return Path(folder) if number == 2 else Path(f"{folder}-{number - 1}")
-
-
-def unused(folder):
-    """The folder, or the first of folder-2, folder-3, ... that does not exist."""
-    folder, number = Path(folder), 1
-    candidate = folder
-    while candidate.exists():
-        number += 1
-        candidate = folder.with_name(f"{folder.name}-{number}")
-    return candidate
+def numbered(folder, last=False):
+    """The first of folder, folder-2, folder-3, ... that does not exist; the `last` that does, if
+    any does."""
+    folders = [Path(folder)]
+    while folders[-1].exists():
+        folders.append(Path(f"{folder}-{len(folders) + 1}"))
+    return folders[-2:][0] if last else folders[-1]
 
 
 def check_shared(folder, what):

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 
 from pfppo import fsdp, metrics
 from pfppo.files import append_jsonl, whole_lines
+from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
 from pfppo.run.folder import claim, open_folder
+from pfppo.run.memory import require_fits
 from pfppo.run.stopping import Stop
 
 
@@ -27,6 +29,11 @@ class State:
     skipped_updates: int = 0  # whose gradient was not finite
     normaliser: list = field(default_factory=list)  # mean and sd of raw rewards
 
+    @property
+    def chosen(self):
+        """How the policy in policy/ was."""
+        return "exported" if self.best is None else "best on validation"
+
 
 class Session:
     """One run of train_ppo.py. Methods are collectives unless they say otherwise."""
@@ -39,6 +46,12 @@ class Session:
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
         label = args.filter if args.filter.isidentifier() else "own_filter"
         self.folder = claim(args, ranks, f"runs/{label}")
+
+    def check(self, inputs, reward_of):
+        """Raise UserError where a user's reward fails, or the run cannot fit into memory."""
+        with fsdp.agreed(self.ranks):
+            try_reward(self.args.reward, reward_of, inputs.train.problems[:2])
+        require_fits(self.args, self.ranks, inputs.longest)
 
     def load(self, trained):
         """The State of the newest complete checkpoint, models and optimizers put into it; or that
@@ -116,9 +129,9 @@ class Session:
             self.stop.release()
         return stopped
 
-    def leave(self, chosen):
-        """Say what there is; `chosen` says how policy/ was. No collective."""
+    def leave(self, state):
+        """Say what there is. No collective."""
         self.stop.close()
-        files = f"policy/ ({chosen}), metrics.jsonl, samples.jsonl, checkpoints/"
+        files = f"policy/ ({state.chosen}), metrics.jsonl, samples.jsonl, checkpoints/"
         self.ranks.say(f"{self.folder}: {files}")
         self.ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")

@@ -35,6 +35,7 @@ class Stop:
         self.asked = False  # this rank has been
         self.holding = False  # there is something to save
         self.timer = threading.Timer(grace, self._give_up)
+        self.timer.daemon = True
         self.before = signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_):
@@ -43,19 +44,15 @@ class Stop:
             sys.exit(0)
         if not self.asked:
             self.asked = True
-            self.timer.daemon = True
             self.timer.start()
 
     def _give_up(self):
-        print(
-            f"rank {self.ranks.rank}: SIGTERM, and not saved within --grace_seconds {self.grace:g}:"
-            " ending; the last complete checkpoint is what there is",
-            file=sys.stderr,
-            flush=True,
-        )
+        late = f"SIGTERM, and not saved within --grace_seconds {self.grace:g}: ending"
+        left = "the last complete checkpoint is what there is"
+        print(f"rank {self.ranks.rank}: {late}; {left}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def check(self, *_):
+    def check(self):
         """Raise Stopped if this rank has been asked."""
         if self.asked:
             raise Stopped

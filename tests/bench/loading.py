@@ -28,9 +28,9 @@ def peak():
 def worker(folder, how):
     from pfppo.fsdp import init_ranks, shard
     from pfppo.model import Policy, empty_causal_lm, read_causal_lm, read_config
-    from pfppo.weights import Whole, source_of
 
     import torch
+    from pfppo.weights import Whole, source_of
     from transformers import AutoModelForCausalLM
 
     ranks = init_ranks("cpu")

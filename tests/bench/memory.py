@@ -96,11 +96,10 @@ def arguments(folder, run_dir, changes, scale):
     return Args(**paths | sizes | changes)
 
 
-@contextlib.contextmanager
-def phases(mark):
-    """Run the script's functions inside `mark(phase)`."""
+def mark_phases(mark):
+    """Let the script's functions run inside `mark(phase)`."""
     import train_ppo
-    from pfppo import batch, fsdp, loading
+    from pfppo import fsdp, loading, reward, rollout
 
     def marked(phase, function):
         def inside(*args, **kwargs):
@@ -116,15 +115,13 @@ def phases(mark):
 
     fsdp.gathered = gathered
     for owner, name, phase in (
-        (loading, "load_policies", "load"),
-        (loading, "load_scalars", "load"),
-        (train_ppo, "model_rewards", "rewards"),
-        (batch, "over_microbatches", "log-probs"),
+        (loading, "load_models", "load"),
+        (reward, "model_rewards", "rewards"),
+        (rollout.Rollout, "evaluate", "log-probs"),
         (train_ppo, "backward", "update"),
-        (train_ppo, "step_optimizer", "update"),
+        (fsdp, "step", "update"),
     ):
         setattr(owner, name, marked(phase, getattr(owner, name)))
-    yield
 
 
 def peaks_on_cpu(run):
@@ -133,8 +130,8 @@ def peaks_on_cpu(run):
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        with phases(lambda phase: record_function(f"phase {phase}")):
-            run()
+        mark_phases(lambda phase: record_function(f"phase {phase}"))
+        run()
     spans, totals = [], []
     waiting = prof.profiler.kineto_results.experimental_event_tree()
     while waiting:
@@ -201,8 +198,8 @@ def peaks_of_heap(run):
     sys.setswitchinterval(0.0005)
     thread = threading.Thread(target=watch)
     thread.start()
-    with phases(mark):
-        run()
+    mark_phases(mark)
+    run()
     done.set()
     thread.join()
     return {phase: size - others[-1] for phase, size in found.items() if phase != "load"}
@@ -220,15 +217,15 @@ def peaks_on_gpu(run):
         yield
         found[phase] = max(found.get(phase, 0), torch.cuda.max_memory_allocated())
 
-    with phases(mark):
-        run()
+    mark_phases(mark)
+    run()
     return found
 
 
 def child(folder, name, scale):
-    """One setting in this process: prints {"measured": ..., "told": ...} as rank 0."""
+    """One setting in this process: prints {"measured": ..., "estimated": ...} as rank 0."""
     import train_ppo
-    from pfppo.run import memory
+    from pfppo.run.memory import Plan
 
     import torch
 
@@ -240,16 +237,10 @@ def child(folder, name, scale):
     peaks = measure(lambda: train_ppo.main(args))
     if int(os.environ.get("RANK", 0)) == 0:
         dtype = "float32" if args.param_dtype == "auto" else args.param_dtype
-        plan = memory.Planner(args, changes.get("ranks", 1), getattr(torch, dtype)).plan()
-        told = dict(plan.phases)
-        for phase in told:  # on a CPU what is offloaded lies in the same memory
-            parts = {name: size for name, size in plan.host.items() if "offloaded" in name}
-            if phase != "update":
-                del parts["offloaded gradients"]
-            if phase == "load":
-                del parts["offloaded optimizer"]
-            told[phase] += 0 if torch.cuda.is_available() else sum(parts.values())
-        print(json.dumps({"measured": peaks, "told": told}))
+        if not torch.cuda.is_available():  # what is offloaded lies in the same memory
+            args.offload_ref = args.offload_reward = args.offload_optimizer = False
+        estimated = Plan(args, changes.get("ranks", 1), getattr(torch, dtype)).phases()
+        print(json.dumps({"measured": peaks, "estimated": estimated}))
 
 
 def main():
@@ -261,7 +252,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return child(Path(args.folder), args.child, args.scale)
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.folder or scratch)
         if not (folder / "policy").exists():
@@ -269,27 +260,20 @@ def main():
         for name in args.only.split(","):
             ranks = SETTINGS[name].get("ranks", 1)
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
-            words = [
-                *(torchrun if ranks > 1 else []),
-                __file__,
-                "--folder",
-                folder,
-                "--scale",
-                args.scale,
-            ]
-            command = [sys.executable, *map(str, words), "--child", name]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [sys.executable, *(torchrun if ranks > 1 else []), __file__]
+            command += ["--folder", folder, "--scale", args.scale, "--child", name]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            found[name] = json.loads(done.stdout.strip().splitlines()[-1])
-            for phase, measured in found[name]["measured"].items():
-                told = found[name]["told"].get(phase, 0)
+            results[name] = json.loads(done.stdout.strip().splitlines()[-1])
+            for phase, measured in results[name]["measured"].items():
+                estimated = results[name]["estimated"].get(phase, 0)
                 print(
-                    f"{name:24} {phase:10} measured {measured / 1e6:8.1f} MB  told "
-                    f"{told / 1e6:8.1f}  {told / measured - 1:+.1%}",
+                    f"{name:24} {phase:10} measured {measured / 1e6:8.1f} MB  estimated "
+                    f"{estimated / 1e6:8.1f}  {estimated / measured - 1:+.1%}",
                     flush=True,
                 )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """What `train_ppo.py --plan` says for DeepSeek-Coder at three sizes, as one Markdown table.
 
-    python tests/bench/plan_table.py                   # some minutes; neither weights nor a GPU
+    python tests/bench/plan_table.py                   # half an hour; neither weights nor a GPU
     python tests/bench/plan_table.py --only 1.3B
 
 The folders hold nothing but a config.json of the published shapes. Sizes are the paper's: N = 5,
 prompts of 1024 and responses of 2048 tokens, minibatch 256, bf16 forward passes, gradient
 checkpointing; 256 prompts per step, so that they divide over 64 ranks. Where a run does not fit
-into 80 GB, the column beside it offloads reference, reward model, weights and optimizer to the
-host; the microbatch and the sampling batch of a column are the largest that fit, or the smallest
-where none does.
+into 92 % of 80 GB, the column beside it offloads reference, reward model, weights and optimizer to
+the host; the microbatch and the sampling batch of a column are the largest that fit, or the
+smallest where none does.
 """
 
 import argparse
-import dataclasses
+import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -25,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from pfppo.run import memory  # noqa: E402
 from train_ppo import Args  # noqa: E402
 
-import torch  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 SHAPES = {  # width, inner width, blocks, heads, heads of keys and values
@@ -33,7 +33,7 @@ SHAPES = {  # width, inner width, blocks, heads, heads of keys and values
     "6.7B": (4096, 11008, 32, 32, 32),
     "33B": (7168, 19200, 62, 56, 8),
 }
-WORLDS, LIMIT = (1, 8, 64), 80
+WORLDS, MEMORY = (1, 8, 64), 80
 OFFLOAD = {"offload_ref": True, "offload_reward": True, "offload_optimizer": True}
 
 
@@ -58,18 +58,26 @@ def write_configs(folder, name):
     return paths
 
 
-def column(paths, world, options, rehearsal):
-    """({row: text}, rehearsal) with the largest sizes that fit, or the smallest."""
-    sizes = {"prompts_per_step": 256, "samples_per_prompt": 5, "minibatch": 256, "microbatch": 1}
-    sizes |= {"max_prompt_tokens": 1024, "max_new_tokens": 2048, "sampling_batch": 5}
-    sizes |= {"gradient_checkpointing": True, "device_memory": LIMIT, "validation": "", "test": ""}
-    args = Args(**paths | sizes | options, world_size=world, prompts="")
-    planner = memory.Planner(args, world, torch.bfloat16, None, rehearsal)
-    microbatch, sampling_batch = planner.largest(LIMIT * memory.GB)
-    chosen = {"microbatch": microbatch or 1, "sampling_batch": sampling_batch or 5}
-    planner.args = dataclasses.replace(args, **chosen)
-    planner.microbatch, planner.sampling_batch = chosen.values()
-    return dict(memory.rows_of(planner, LIMIT * memory.GB)), planner.rehearsal
+def plan(paths, world, options):
+    """{row: text} that `--plan` prints."""
+    sizes = {"prompts_per_step": 256, "samples_per_prompt": 5, "minibatch": 256}
+    sizes |= {"max_prompt_tokens": 1024, "max_new_tokens": 2048, "gradient_checkpointing": True}
+    sizes |= {"param_dtype": "bfloat16", "prompts": "", "validation": "", "test": ""}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        memory.show(Args(**paths | sizes | options, world_size=world))
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("    ")]
+    return {line[:31].strip(): line[31:].strip() for line in lines}
+
+
+def column(paths, world, options):
+    """The plan with the largest sizes that fit, or with the smallest where none does."""
+    smallest = {"microbatch": 1, "sampling_batch": 5}
+    rows = plan(paths, world, options | smallest | {"device_memory": MEMORY})
+    last = {name: rows[f"largest {name.replace('_', ' ')}"] for name in smallest}
+    chosen = smallest | {name: int(size) for name, size in last.items() if size != "none"}
+    rows = plan(paths, world, options | chosen)
+    rows["fits"] = "yes" if float(rows["peak"]) <= memory.USABLE * MEMORY else "no"
+    return rows | last
 
 
 def main():
@@ -79,14 +87,12 @@ def main():
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.only.split(","):
-            paths, rehearsal = write_configs(Path(folder), name), None
+            paths = write_configs(Path(folder), name)
             for world in WORLDS:
                 for label, options in (("", {}), (", offloading", OFFLOAD)):
-                    rows, rehearsal = column(paths, world, options, rehearsal)
-                    fits = rows[f"fits into {LIMIT} GB"] == "yes"
-                    columns[f"{name}, {world} GPU{label}"] = rows
-                    print(f"{name} {world}{label}: fits {fits}", file=sys.stderr, flush=True)
-                    if fits:
+                    rows = columns[f"{name}, {world} GPU{label}"] = column(paths, world, options)
+                    print(f"{name} {world}{label}: {rows['fits']}", file=sys.stderr, flush=True)
+                    if rows["fits"] == "yes":
                         break
     titles = list(columns)
     names = list(dict.fromkeys(name for rows in columns.values() for name in rows))

@@ -25,11 +25,11 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pfppo import sampler  # noqa: E402
-from pfppo.batch import collate  # noqa: E402
 from pfppo.model import Policy  # noqa: E402
 from pfppo.sampler import draw_uniforms, sample  # noqa: E402
 
 import torch  # noqa: E402
+from pfppo.batch import collate  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 from transformers.generation import LogitsProcessor, LogitsProcessorList  # noqa: E402
 

@@ -23,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pfppo.lab import default as lab, world  # noqa: E402
+from pfppo.lab import default as lab  # noqa: E402
+from pfppo.lab import world  # noqa: E402
 
 import torch  # noqa: E402
 from transformers import (  # noqa: E402

@@ -1,0 +1,215 @@
+"""eval_code.py, end to end on tiny random checkpoints; and the lab's own making, shortened."""
+
+import json
+import shutil
+
+import eval_code
+from pfppo import answers, data
+from pfppo.config import UserError
+from pfppo.filters import FILTERS
+from pfppo.lab import default as lab
+
+import numpy as np
+import pytest
+from running import read, run, write_rows
+
+
+def asked(tiny, out, *words):
+    policy, problems = tiny / "policy", tiny / "held_out.jsonl"
+    sizes = ("--max_new_tokens", 8, "--out", out)
+    return ("--policy", policy, "--problems", problems, *sizes, *words)
+
+
+def comparison_of(folder):
+    return json.loads((folder / "reliability.json").read_text())
+
+
+def test_eval_code_reads_what_it_writes(tiny, tmp_path, capsys):
+    run(eval_code, *asked(tiny, tmp_path / "a", "--samples_per_problem", 2, "--k", "1,2"))
+    assert "pass@2" in capsys.readouterr().out
+    samples = ("--samples", tmp_path / "a/samples.jsonl", "--out", tmp_path / "b")
+    run(eval_code, "--problems", tiny / "held_out.jsonl", *samples)
+    first, second = (read(tmp_path / name / "results.jsonl") for name in "ab")
+    assert len(first) == 12
+    assert set(first[0]) == {"task_id", "sample", "passed", "outcome", "seconds"}
+    for row, other in zip(first, second, strict=True):
+        assert all(row[name] == other[name] for name in ("task_id", "sample", "passed"))
+
+
+def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_path):
+    problems = read(tiny / "held_out.jsonl")[:3]
+    samples = [
+        {"task_id": p["task_id"], **answer}
+        for p in reversed(problems)
+        for answer in (
+            {"completion": p["canonical_solution"]},
+            {"solution": p["prompt"] + "    return None\n"},
+        )
+    ]
+    file = write_rows(tmp_path / "samples.jsonl", samples)
+    files = ("--problems", tiny / "held_out.jsonl", "--samples", file)
+    with pytest.raises(UserError, match="3 of 6 problems .* --allow_partial"):
+        run(eval_code, *files, "--out", tmp_path / "o")
+    run(eval_code, *files, "--out", tmp_path / "o", "--allow_partial")
+    results = read(tmp_path / "o/results.jsonl")
+    assert [r["task_id"] for r in results] == [s["task_id"] for s in samples]
+    assert [r["passed"] for r in results] == [True, False] * 3
+
+
+def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatch):
+    words = ("--samples_per_problem", 2, "--sampling_batch", 4, "--filters", "best_worst")
+    words += ("--reward_model", tiny / "rm")
+    run(eval_code, *asked(tiny, tmp_path / "whole", *words))
+    table = capsys.readouterr().out.split("held_out.jsonl: ")[1].split(str(tmp_path))[0]
+    original, calls = answers.files.append_jsonl, []
+
+    def interrupted(path, rows):
+        calls.append(path)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        original(path, rows)
+
+    monkeypatch.setattr(answers.files, "append_jsonl", interrupted)
+    argv = asked(tiny, tmp_path / "stopped", *words)
+    with pytest.raises(KeyboardInterrupt):
+        run(eval_code, *argv)
+    monkeypatch.undo()
+    assert 0 < len(read(tmp_path / "stopped/samples.jsonl")) < 12
+    with pytest.raises(UserError, match="--out .* holds a run with these arguments: give"):
+        run(eval_code, *argv)
+    with pytest.raises(UserError, match="--out .* holds a run with other arg.*seed 1 there"):
+        run(eval_code, *argv, "--resume", "--seed", 2)
+    capsys.readouterr()
+    run(eval_code, *argv, "--resume", "--k", "1,2")
+    again = capsys.readouterr().out
+    for name in ("samples.jsonl", "results.jsonl"):
+        whole, stopped = (
+            [{k: v for k, v in row.items() if k != "seconds"} for row in read(tmp_path / d / name)]
+            for d in ("whole", "stopped")
+        )
+        assert len(whole) == 12 and whole == stopped
+    assert "pass@2" in again and table.split("outcome")[1] in again
+
+
+@pytest.mark.parametrize("style", ["chat", "deepseek"])
+def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
+    policy = shutil.copytree(tiny / "policy", tmp_path / "policy")
+    config = json.loads((policy / "tokenizer_config.json").read_text())
+    config["chat_template"] = "<{{ messages[0]['content'] }}>"
+    (policy / "tokenizer_config.json").write_text(json.dumps(config))
+    seen, original = [], data.render
+
+    def watch(prompt, tokenizer, style):
+        ids = original(prompt, tokenizer, style)
+        seen.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(data, "render", watch)
+    argv = asked(tiny, tmp_path / "o", "--policy", policy, "--prompt_style", style)
+    with pytest.raises(UserError, match="max_position_embeddings"):  # 256 are too few for these
+        run(eval_code, *argv, "--max_new_tokens", 250)
+    ends = {"chat": ("<Please", "```>"), "deepseek": ("You are an AI", "### Response:\n")}
+    begin, end = ends[style]
+    assert len(seen) == 6
+    assert all(text.startswith(begin) and text.endswith(end) for text in seen)
+    assert all("```python\ndef" in text for text in seen)
+
+
+def test_eval_code_compares_filters(tiny, tmp_path, capsys):
+    rm = ("--reward_model", tiny / "rm", "--samples_per_problem", 4)
+    run(eval_code, *asked(tiny, tmp_path / "o", *rm, "--bins", 4))
+    out = capsys.readouterr().out
+    assert all(name in out for name in FILTERS) and "4 bins" in out
+    assert all("reward" in row for row in read(tmp_path / "o/samples.jsonl"))
+
+
+def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path):
+    """Also of a reward model without a card, whose raw rewards are normalised here."""
+    rm, out = shutil.copytree(tiny / "rm", tmp_path / "rm"), tmp_path / "o"
+    (rm / "reward_model.json").unlink()
+    argv = asked(tiny, out, "--bins", 4, "--samples_per_problem", 4, "--reward_model", rm)
+    argv += ("--filters", "none,best_worst")
+    run(eval_code, *argv)
+    first, samples = comparison_of(out), (out / "samples.jsonl").read_text()
+    rewards = [row["reward"] for row in read(out / "samples.jsonl")]
+    assert np.mean(rewards) == pytest.approx(0, abs=1e-5)
+    assert np.std(rewards, ddof=1) == pytest.approx(1, abs=1e-5)
+    run(eval_code, *argv, "--resume")
+    assert comparison_of(out) == first
+    assert (out / "samples.jsonl").read_text() == samples
+    (out / "samples.jsonl").rename(tmp_path / "mine.jsonl")
+    alone = ("--from_samples", tmp_path / "mine.jsonl", "--out", tmp_path / "again", "--bins", 4)
+    run(eval_code, *alone, "--filters", "none,best_worst")
+    assert comparison_of(tmp_path / "again") == first
+
+
+@pytest.mark.parametrize("reward", ["tests", "noisy:tails", "combined"])
+def test_other_rewards_are_compared_too(tiny, tmp_path, reward):
+    argv = asked(tiny, tmp_path / "o", "--reward", reward, "--samples_per_problem", 4)
+    if reward == "combined":
+        with pytest.raises(UserError, match="--reward combined: needs a --reward_model, found non"):
+            run(eval_code, *argv)
+        argv += ("--reward_model", tiny / "rm")
+    run(eval_code, *argv, "--filters", "none")
+    rows = read(tmp_path / "o/samples.jsonl")
+    if reward == "combined":
+        assert all(r["reward"] == np.float32(r["raw_reward"] + 2 * r["score"] - 1) for r in rows)
+    elif reward == "tests":
+        assert all(r["reward"] == 2 * r["score"] - 1 for r in rows)
+    first = comparison_of(tmp_path / "o")
+    run(eval_code, *argv, "--filters", "none", "--resume")
+    assert comparison_of(tmp_path / "o") == first
+
+
+def test_samples_of_training_can_be_compared(finished, tmp_path):
+    run(eval_code, "--from_samples", finished / "samples.jsonl", "--out", tmp_path, "--bins", 3)
+    rows = read(finished / "metrics.jsonl")
+    compared = {row["filter"]: row for row in comparison_of(tmp_path)["filters"]}
+    scores = [row["score_all"] for row in rows]
+    assert compared["none"]["pass_kept"] == pytest.approx(np.mean(scores))
+    assert {"r2_all", "r2_kept"} <= rows[0].keys()
+
+
+def test_contamination_ends_with_1_above_the_limit_that_was_asked_for(tiny, tmp_path, capsys):
+    path = tiny / "held_out.jsonl"
+    argv = ("--problems", path, "--contamination", path, "--out", tmp_path)
+    assert run(eval_code, *argv, "--max_overlap", 1.0) == 0
+    assert run(eval_code, *argv, "--max_overlap", 0.9) == 1
+    assert "100.0%" in capsys.readouterr().out
+
+
+def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lab, "SFT_STEPS", 3)
+    monkeypatch.setattr(lab, "PROBLEMS", {"train": 8, "rm": 8, "validation": 4, "test": 4})
+    run(eval_code, "--max_new_tokens", 8)
+    made = capsys.readouterr().out
+    assert "SFT policy of" in made and "8 problems in" in made
+    assert len(read("runs/lab/test.jsonl")) == 4
+    run(eval_code, "--max_new_tokens", 8)
+    again = capsys.readouterr().out
+    assert "SFT policy of" not in again and "runs/eval-2" in again
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--top_p", 0), "--top_p 0.0: expected more than 0, at most 1"),
+        (("--top_k", -1), "--top_k -1: expected at least 0"),
+        (("--k", "1,0"), "--k 1,0: expected numbers from 1 on"),
+        (("--k", "one"), "--k one: expected numbers from 1 on"),
+        (("--k", "2"), "--k 2: expected at most --samples_per_problem 1"),
+        (("--temperature", 0, "--samples_per_problem", 2), "--temperature 0: gives one answer 2 t"),
+        (("--filters", "best_of_n"), "--filters best_of_n: what they keep is judged by a --reward"),
+        (("--reward_model", "lab", "--filters", "foo"), "--filters foo: unknown, expected one of"),
+        (("--temperature", -0.5), "--temperature -0.5: expected at least 0, or -1"),
+        (("--max_new_tokens", 250), "expected at most 256, the max_position_embeddings"),
+        (("--prompt_style", "few_shot"), "--prompt_style few_shot: the examples are MBPP's"),
+        (("--samples", "x", "--reward_model", "lab"), "--samples: without a model's answers, so"),
+    ],
+)
+def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected):
+    with pytest.raises(UserError) as error:
+        run(eval_code, *asked(tiny, tmp_path / "o", *words))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists()
