@@ -33,7 +33,6 @@ objects of its own classes or copies the program's, that uses operators, `==` (i
 that the program's context manager suppresses what the test raised.
 """
 
-import atexit
 import collections
 import contextlib
 import dataclasses
@@ -51,6 +50,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pfppo.config import UserError
@@ -144,8 +144,11 @@ class Worker:
 
     def __init__(self, options, stop):
         self.options, self.stop, self.servers, self.folder = options, stop, {}, None
-        self.layers = self._server("candidate", "").layers
+
+    def start(self):
+        """The layers of walls that this machine grants."""
         self._server("judge", "")
+        return self._server("candidate", "").layers
 
     def _server(self, module, text):
         """The server whose children have what `text` needs, started when first needed."""
@@ -225,27 +228,29 @@ class Worker:
     def close(self):
         while self.servers:
             self.servers.popitem()[1].close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Sandbox:
-    """A pool of `workers`. `run` may be called any number of times, from one thread at a time.
-    Raises UserError where the machine grants too little, unless `allow_weak_isolation`."""
+    """A pool of `workers`. `run` may be called any number of times, from one thread at a time. It
+    closes itself when nothing refers to it any more. Raises UserError where the machine grants too
+    little, unless `allow_weak_isolation`."""
 
     without = ()  # layers not to use, for tests of the lesser modes
 
     def __init__(self, workers=2, timeout=3.0, memory_mb=512, allow_weak_isolation=False):
         options = {"timeout": timeout, "memory_mb": memory_mb, "without": self.without}
-        self._pid, self._lock, self._workers = os.getpid(), threading.Lock(), []
+        self._lock = threading.Lock()
         self._stopped, self._stop = socket.socketpair()  # readable when all is to stop
-        atexit.register(self.close)
-        with ThreadPoolExecutor(workers) as pool:
-            starts = [pool.submit(Worker, {**options}, self._stopped) for _ in range(workers)]
-            self._workers = [start.result() for start in starts]
+        self._workers = [Worker({**options}, self._stopped) for _ in range(workers)]
+        state = os.getpid(), self._stop, self._lock, self._workers
+        self._end = weakref.finalize(self, _end, *state)
         self._free = queue.SimpleQueue()
+        with ThreadPoolExecutor(workers) as pool:
+            layers, *_ = pool.map(Worker.start, self._workers)
         for worker in self._workers:
             self._free.put(worker)
-        layers = self._workers[0].layers
         self.mode = " + ".join([*layers, "limits"])
         if "seccomp" not in layers or len(layers) == 1:  # neither namespaces nor landlock
             self.mode = f"weak isolation: {self.mode}"
@@ -260,12 +265,12 @@ class Sandbox:
         """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
         is called when k more are done."""
         copies, verdicts = collections.Counter(checks), {}
-        with self._lock, ThreadPoolExecutor(len(self._workers) or 1) as pool:
+        with self._lock, ThreadPoolExecutor(len(self._workers)) as pool:
             try:
                 futures = {pool.submit(self._execute, check): check for check in copies}
                 for future in as_completed(futures):
                     verdicts[futures[future]] = future.result()
-                    if not self._pid:
+                    if not self._end.alive:
                         raise RuntimeError("the sandbox was closed, with checks under way")
                     if progress:
                         progress(copies[futures[future]])
@@ -286,20 +291,22 @@ class Sandbox:
     def close(self):
         """End every process. Safe to call twice, in a forked child of the caller, and while another
         thread is in `run`, which then raises."""
-        if self._pid != os.getpid():
-            return
-        self._pid = None
-        atexit.unregister(self.close)
-        self._stop.send(b" ")
-        with self._lock:
-            for worker in self._workers:
-                worker.close()
+        self._end()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+def _end(pid, stop, lock, workers):
+    """What is done once, at the end of a Sandbox or of the process that made it."""
+    if pid == os.getpid():
+        stop.send(b" ")
+        with lock:
+            for worker in workers:
+                worker.close()
 
 
 def _cpu(pid):
