@@ -65,18 +65,6 @@ def _describe(kind):
     return kind.__name__, " ".join(name for name in ABILITIES if methods.get(name) is not None)
 
 
-class Callback:
-    """A function of the test's (a lambda in an argument), as the program sees it."""
-
-    def __init__(self, link):
-        self._link = link
-
-    def __call__(self, /, *args, **kwargs):
-        link = self._link
-        with link.running:
-            return link.converse("callback", link.refs[id(self)][link.other][0], args, kwargs)
-
-
 class CandidateLink(Link):
     """The candidate's end: objects of any kind get a number, and questions get answers."""
 
@@ -89,8 +77,14 @@ class CandidateLink(Link):
         self.late = {}  # id of an iterator -> what it raised while it was read ahead
         self.operations = OPERATIONS | {"load": self.load, "get": _get, "next": self.next_items}
 
-    def stand_in(self, name, abilities):
-        return Callback(self)
+    def stand_in(self, number, name, abilities):
+        """A function of the test's (a lambda in an argument), as the program sees it."""
+
+        def callback(*args, **kwargs):
+            with self.running:
+                return self.converse("callback", number, args, kwargs)
+
+        return callback
 
     def describe(self, value):
         return _describe(type(value))
@@ -156,25 +150,24 @@ class CandidateLink(Link):
 
 def _get(target, name, ahead):
     """[attribute, [[object, fields], ...]]: with a field come others of its object, and those of up
-    to `ahead` objects that they lead to; not all, but what a node has."""
+    to `ahead` objects that they lead to."""
     value, queue, seen, rows = getattr(target, name), [target], {id(target)}, []
-    for node in itertools.islice(queue, ahead if _is_field(target, name) else 0):  # it grows
-        small = {n: v for n, v in vars(node).items() if type(v) in _SMALL or _is_own(v)}
-        rows.append([node, {n: v for n, v in small.items() if _is_field(node, n)}])
-        new = [v for v in small.values() if _is_own(v) and id(v) not in seen]
+    for node in itertools.islice(queue, ahead if name in _node_fields(target) else 0):  # it grows
+        rows.append([node, fields := _node_fields(node)])
+        new = [v for v in fields.values() if type(v) not in _SMALL and id(v) not in seen]
         queue += new
         seen.update(map(id, new))
     return [value, rows]
 
 
-def _is_own(value):
-    return type(value).__module__ == "candidate" and hasattr(value, "__dict__")
-
-
-def _is_field(target, name):
-    kind = type(target)
-    plain = kind.__getattribute__ is object.__getattribute__ and not hasattr(kind, name)
-    return plain and _is_own(target) and name in vars(target)
+def _node_fields(value):
+    """{name: value} of what a node has: small data, and other objects of the program's."""
+    kind = type(value)
+    if kind.__module__ != "candidate" or kind.__getattribute__ is not object.__getattribute__:
+        return {}
+    items = getattr(value, "__dict__", {}).items()
+    small = {n: v for n, v in items if type(v) in _SMALL or type(v).__module__ == "candidate"}
+    return {n: v for n, v in small.items() if not hasattr(kind, n)}
 
 
 PRELOADED = (

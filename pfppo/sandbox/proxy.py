@@ -222,7 +222,7 @@ class JudgeLink(Link):
         awaitable = isinstance(value, Remote) and hasattr(value, "__await__")
         return _awaited(value) if awaitable else value
 
-    def stand_in(self, name, abilities):
+    def stand_in(self, number, name, abilities):
         return remote_class(name, abilities)(self)
 
     def describe(self, value):

@@ -213,7 +213,7 @@ class Link:
             if abilities == BY_VALUE:
                 value = object.__new__(self.shared[name])
             else:
-                value = self.stand_in(name, abilities)
+                value = self.stand_in(number, name, abilities)
             self.others[number], self.refs[id(value)] = value, tagged
         return self.others[number]
 

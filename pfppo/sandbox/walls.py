@@ -33,12 +33,10 @@ import sys
 libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP = 1, 4, 21, 22
 PR_SET_NO_NEW_PRIVS = 38
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1, 2, 4, 32, 4096, 16384, 1 << 18,
-)  # fmt: skip
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_REST = (
-    0x20000, 0x10000000, 0x20000000, 0x40000000 | 0x08000000 | 0x04000000,  # net, ipc, uts
-)  # fmt: skip
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT = 1, 2, 4, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+CLONE_REST = 0x40000000 | 0x08000000 | 0x04000000  # net, ipc, uts
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 DISK = 16 << 20  # bytes a file, and in all where the file system is ours
 ARM = platform.machine() == "aarch64"
