@@ -147,6 +147,12 @@ LIES = {  # name: (program that solves nothing, body of check(f) or a whole test
         "f() in [5]", "__import__('cmath').isclose(f(), 5)", "__import__('numpy').all(f() == 5)")},
     "a field for a method": ("import collections\nP = collections.namedtuple('P', 'startswith')\n"
         "def f(): return P(lambda *a: True)", "assert f().startswith('a')", ABC),
+    **{f"{kind} for a method": (
+        "import collections\nP = collections.namedtuple('P', 'startswith')\n"
+        f"def f(): return P({kind})", "assert f().startswith('a')", ABC)
+       for kind in ("bool", "ValueError")},
+    "a type for a method of nodes": (NODE + "def f(x): x.startswith = bool; return x",
+        "assert f(Node(1)).startswith('a')", NODE),
     # Expected values are of the reference's classes, and what comes back is so too.
     "nodes that seem empty": ("class Node:\n    def __init__(s, *a): s.__dict__['s'] = 0\n"
         "    def __setattr__(s, n, v): s.__dict__['s'] = 1\n    @property\n    def next(s):\n"

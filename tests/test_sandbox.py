@@ -759,6 +759,9 @@ NOT_CONTAINED = {  # what passes, and is no right program: (program, test)
     "a test that executes the answer": (
         "def f(): return 'type(\"E\", (), {\"__eq__\": lambda s, o: True})()'",
         "assert eval(f()) == 5"),
+    "a function that executes": (
+        "def f(g): g('setattr(__import__(\"math\"), \"isclose\", lambda *a: 1)')",
+        "import math\nf(eval)\nassert math.isclose(1, 2)"),
     "an assert that the program may catch": (
         "def f(g):\n    try: g(1)\n    except AssertionError: pass",
         "def g(x): assert x == 2\nf(g)"),
@@ -771,6 +774,18 @@ FAILS = {  # though it is right: (program, test)
     "files": ("def f(): return open('a').read()", "open('a', 'w').write('a')\nassert f() == 'a'"),
     "environment": ("import os\ndef f(): return os.environ['A']",
                     "import os\nos.environ['A'] = 'a'\nassert f() == 'a'"),
+    "output": ("def f(): print('a')",
+               "import contextlib, io\nb = io.StringIO()\nwith contextlib.redirect_stdout(b): f()\n"
+               "assert b.getvalue()"),
+    "what stands in a function": ("def f(a: int): pass",
+        "import inspect\nassert list(inspect.signature(f).parameters) == ['a']"),
+    "methods of what is a list": (
+        "class S(list):\n    top = lambda self: self[-1]\ndef f(): return S([1])",
+        "assert f().top() == 1"),
+    "equality of the library's": ("import pathlib\ndef f(): return pathlib.Path('a')",
+                                  "import pathlib\nassert f() == pathlib.Path('a')"),
+    "objects of the library's": ("def f(p): return p.match('a').group()",
+                                 "import re\nassert f(re.compile('a')) == 'a'"),
     "objects of the test's": ("def f(x): return x.a", "class A: a = 1\nassert f(A()) == 1"),
     "copies": ("class P: a = 1\ndef f(): return P()", "import copy\nassert copy.copy(f()).a == 1"),
     "operators": ("class P:\n    def __add__(self, o): return 5\ndef f(): return P()",

@@ -251,7 +251,7 @@ class JudgeLink(Link):
 
     def _check_fields(self, fields):
         for name in self.refused & fields.keys():
-            if isinstance(fields[name], Remote):
+            if isinstance(fields[name], Remote) or callable(fields[name]):
                 raise ValueError(f"an object in place of the method {name}")
 
     def known_error(self, module, name):
