@@ -4,6 +4,7 @@ The hostile programs are the ones a policy under pressure finds first; the proje
 them, where its folder exists, runs here too.
 """
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -443,7 +444,9 @@ def test_hostile_examples_get_their_verdicts(file, seconds):
         program, test = preamble + example["candidate"], example["test"]
         checks.append(Check(program, test, example["entry_point"], reference))
     with Sandbox(workers=2, timeout=seconds) as box:
-        verdicts = box.run(checks)
+        verdicts, pids = box.run(checks), processes(box)
+        folders = [worker.folder for worker in box._workers]
+    assert not any(map(exists, pids)) and not any(map(os.path.exists, folders))
     wrong = [
         (example["id"], verdict)
         for example, verdict in zip(examples, verdicts, strict=True)

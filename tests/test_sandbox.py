@@ -417,6 +417,11 @@ def test_forms_of_tests(sandbox, form, with_reference):
     assert judge(sandbox, wrong, test, "f", reference).outcome == "wrong_answer"
 
 
+def test_a_reference_that_does_not_run_is_told_as_such(sandbox):
+    verdict = judge(sandbox, ADD, TEST_ADD, "add", "import no_such\n" + ADD)
+    assert verdict.outcome == "exception" and "reference does not run" in verdict.detail
+
+
 def test_without_an_entry_point_all_that_the_test_uses_is_the_program_s(sandbox):
     stack = "class Stack:\n    def top(self): return {}\ndef f(): return Stack()\n"
     checks = [Check(stack.format(n), "assert f().top() == 2", "", stack.format(2)) for n in (2, 3)]

@@ -24,16 +24,16 @@ layer contains, and what not, in walls.py.
 
 Not contained: answers that are right for the test's arguments alone (hard-coded); objects whose
 methods answer what the test hopes to hear, where it calls methods of the program's own classes (or
-no reference says that it does not); a
-test that executes what it is answered, or lets the program do so (`eval`); an assert in a function
-that the test gives away, which the program may catch; a message to the next program in the numbers
-that the kernel gives out (inodes, process ids). What fails, though it is right: a program that
-needs other processes, or the standard input, files or environment that the test sets up (these, and
-what it prints, do not cross); a test that passes objects other than plain data (values.py) and
-functions, copies what is none, or uses operators, `==` (identity here) or `isinstance` on it; that
-looks into a function (its signature, its annotations), expects one list twice in a value, or
-methods on a class that derives from a list or another plain type, or that the program's context
-manager suppresses what the test raised.
+no reference says that it does not); a test that executes what it is answered, or lets the program
+do so (`eval`); an assert in a function that the test gives away, which the program may catch; a
+message to the next program in the numbers that the kernel gives out (inodes, process ids).
+
+What fails, though it is right: a program that needs other processes, or the standard input, files
+or environment that the test sets up (these, and what it prints, do not cross); a test that passes
+objects other than plain data (values.py) and functions, copies what is none, or uses operators,
+`==` (identity here) or `isinstance` on it; that looks into a function (its signature), expects one
+list twice in a value, methods on a class that derives from a list or another plain type, or that
+the program's context manager suppresses what the test raised.
 """
 
 import collections

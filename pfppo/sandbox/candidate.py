@@ -1,14 +1,12 @@
 """The side of the sandbox that holds the candidate: a server that forks confined processes.
 
-A process of its own (started by judge.py) -> preloads modules -> enters what walls the kernel
-grants -> forks candidates ahead of time. A candidate compiles and runs one untrusted program and
-then answers requests (call this, read that) over one socket. Nothing it says is believed: it cannot
-give a verdict, only values, and the other end reads them as data.
+A process of its own -> preloads modules -> enters what walls the kernel grants, and says which ->
+forks candidates ahead of time. A candidate compiles and runs one untrusted program and then answers
+questions (call this, read that) over one socket. Nothing it says is believed: it cannot give a
+verdict, only values, and the other end reads them as data. `Server` forks the judges as well.
 
-The server's first message names the layers that it entered. Not here: what those layers are and
-what they do not contain (walls.py), how values travel (values.py), any judgement (judge.py). What
-it needs of pfppo it imports before the walls: afterwards the checkout may be out of reach. Standard
-library only, Linux.
+Not here: the layers and what they do not contain (walls.py), how values travel (values.py), any
+judgement (judge.py). Standard library only, Linux.
 """
 
 import _thread

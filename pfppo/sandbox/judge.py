@@ -6,8 +6,8 @@ program and the socket of a candidate; it loads the program there, runs the test
 for the next. `==`, `abs`, `math.isclose`, numpy and the test itself are never the candidate's. A
 test passes where it ran to its end; an end of file or an unreadable answer is a fail.
 
-`plan_of` runs in the caller's process, which compiles each test once. Not here: clocks, and what is
-done with a judge that says nothing (__init__.py); what a candidate may do (walls.py).
+`plan_of` runs in the caller's process, which compiles each test once. Not here: most clocks, and
+what is done with a judge that says nothing (__init__.py); what a candidate may do (walls.py).
 """
 
 import ast
@@ -107,7 +107,10 @@ def trusted_names(program, names):
 
 def run_test(link, plan, program):
     """The heart: run the test here, with the program there; (outcome, detail)."""
-    space = _space(plan, link)
+    try:
+        space = _space(plan, link)
+    except BaseException as error:
+        return "exception", f"the reference does not run: {_outcome(link, error)[1]}"
     try:
         answer = link.ask("load", program, [sorted(plan.names), sorted(link.shared)])
     except Exception as error:

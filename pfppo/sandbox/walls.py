@@ -1,9 +1,5 @@
 """What a candidate cannot do: the layers that a process enters, and never leaves.
 
-    walls = Walls({"timeout": 3.0, "memory_mb": 512, "without": [], "directory": "/tmp/x"})
-    layers = walls.enter()  # the server, once: names of the layers; from here on it is inside
-    walls.confine(sock)  # each forked child, before it sees untrusted code
-
 Layers, each used where the kernel allows it:
   namespaces  own mounts (a read-only root with Python's own files and an empty tmpfs /tmp), own
               processes, network, IPC; for an ordinary user inside a user namespace
