@@ -799,6 +799,10 @@ FAILS = {  # though it is right: (program, test)
                  "assert f() == f()"),
     "isinstance": ("class P: pass\ndef f(): return P()", "assert isinstance(f(), P)"),
     "one list twice": ("def f(): return [[]] * 2", "r = f()\nr[0].append(1)\nassert r[1] == [1]"),
+    "the list that it passed": ("def f(x): return x", "a = []\nassert f(a) is a"),
+    "a global that is set": ("n = 0\ndef f():\n    global n\n    n = 1", "f()\nassert n == 1"),
+    "asynchronous iteration": ("async def f(): yield 1", "import asyncio\n"
+        "async def g(): return [x async for x in f()]\nassert asyncio.run(g()) == [1]"),
     "suppressed errors": ("import contextlib\nf = contextlib.suppress",
                           "with f(ValueError): int('x')"),
 }  # fmt: skip

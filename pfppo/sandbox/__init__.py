@@ -31,8 +31,9 @@ message to the next program in the numbers that the kernel gives out (inodes, pr
 What fails, though it is right: a program that needs other processes, or the standard input, files
 or environment that the test sets up (these, and what it prints, do not cross); a test that passes
 objects other than plain data (values.py) and functions, copies what is none, or uses operators,
-`==` (identity here) or `isinstance` on it; that looks into a function (its signature), expects one
-list twice in a value, methods on a class that derives from a list or another plain type, or that
+`==` (identity here) or `isinstance` on it; that looks into a function (its signature), iterates
+asynchronously, reads a global that a call has set, or expects one list twice in a value, the list
+itself that it passed, methods on a class that derives from a list or another plain type, or that
 the program's context manager suppresses what the test raised.
 """
 
