@@ -380,7 +380,7 @@ def test_modes_work_and_say_so(without, monkeypatch):
     if weak:
         with pytest.raises(UserError, match="--allow_weak_isolation"):
             Sandbox(workers=1)
-    with Sandbox(workers=2, timeout=0.5, allow_weak_isolation=weak) as lesser:
+    with Sandbox(workers=1, timeout=0.5, allow_weak_isolation=weak) as lesser:
         assert lesser.mode == MODES[without]
         programs = [ADD, WRONG, FORGED["equals everything"], "def add(x, y):\n    while True: pass"]
         found = lesser.run([Check(program, TEST_ADD, "add") for program in programs])

@@ -508,20 +508,22 @@ def numbered(count, slow=0.0):
     return [Check(program, TEST_ADD, "add") for program in programs]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 4])  # of a name space: its holder; servers
-def test_killed_processes_lose_no_verdict(victim, capfd):
+def test_killed_processes_lose_no_verdict(capfd):
+    victims = {5: "candidate", 20: "judge", 35: "the one in its namespaces"}  # servers
     with Sandbox(workers=2) as shot:
         seen = []
 
         def progress(done):
             seen.append(done)
-            if len(seen) in (5, 25):
-                with contextlib.suppress(ProcessLookupError, IndexError):
-                    os.kill(processes(shot)[victim], signal.SIGKILL)
+            if victim := victims.get(len(seen)):
+                module = "judge" if victim == "judge" else "candidate"
+                servers = [dict(worker.servers).get((module,)) for worker in shot._workers]
+                pid = next(server.process.pid for server in servers if server)
+                os.kill(pid if victim == module else descendants(pid)[0], signal.SIGKILL)
 
-        verdicts = shot.run(numbered(40, slow=0.01), progress)
-    assert [v.outcome for v in verdicts] == ["passed", "wrong_answer"] * 20
-    assert sum(seen) == 40 and capfd.readouterr().err == ""
+        verdicts = shot.run(numbered(60, slow=0.01), progress)
+    assert [v.outcome for v in verdicts] == ["passed", "wrong_answer"] * 30
+    assert sum(seen) == 60 and capfd.readouterr().err == ""
 
 
 def test_interrupted_run_leaves_nothing_for_the_next(sandbox):
@@ -554,6 +556,8 @@ def test_closing_leaves_nothing_and_ends_a_run_under_way(tmp_path, monkeypatch):
     box.close()
     thread.join()
     assert found == [True, False, True, False, "closed"]
+    with pytest.raises(RuntimeError, match="closed"):
+        box.run(numbered(1))
     assert len(pids) > 8 and not any(map(exists, pids)) and not list(tmp_path.iterdir())
 
 

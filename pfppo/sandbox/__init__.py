@@ -269,6 +269,8 @@ class Sandbox:
         """The verdicts of `checks`, in their order. Equal checks are executed once. `progress(k)`
         is called when k more are done."""
         copies, verdicts = collections.Counter(checks), {}
+        if not self._end.alive:
+            raise RuntimeError("the sandbox is closed")
         with self._lock, ThreadPoolExecutor(len(self._workers)) as pool:
             try:
                 futures = {pool.submit(self._execute, check): check for check in copies}
