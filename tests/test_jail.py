@@ -309,7 +309,7 @@ def test_no_tree_is_too_deep_to_be_removed(without, monkeypatch):
     empty = "import os\nassert not os.listdir()\nopen('a', 'w').write('a')\n"
     monkeypatch.setattr(Sandbox, "without", without)
     with Sandbox(workers=1) as sandbox:
-        for name, depth in ("a" * 250, 40), ("d", 2000):
+        for name, depth in ("a" * 250, 40), ("d", 1200):
             deep = f"import os\nfor _ in range({depth}):\n    os.mkdir({name!r})\n"
             deep += f"    os.chdir({name!r})\n"
             deep += "open('big', 'w').write('x' * 1000)\nos.mkdir('e', 0)\n"
