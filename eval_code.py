@@ -143,7 +143,7 @@ def main(args):
         )
         sandbox = answers.open_sandbox(args, ranks)
     else:
-        tokens, texts = data.Tokens.of(args), None
+        tokens, texts = data.Tokens.of(args, ranks.say), None
         if args.prompt_style == "few_shot":
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)
@@ -151,6 +151,7 @@ def main(args):
         check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        run.prove_policy(lm, tokens)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
         examiner = answers.Examiner(tokens, args, ranks)
         answer = partial(answers.samples_of, examiner, lm, judge, prompted)

@@ -51,6 +51,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     refill: Natural = 0  # further rounds of prompts at most, until P prompts have weight
     # 2. Score
     reward: str = "model"  # name in REWARDS, module:function or file.py:function
+    reward_scale: Literal["sft", "none"] = "sft"  # mean 0, sd 1 over the SFT policy's samples
     reward_clip: Positive = 10.0  # limit of the normalised reward
     missing_eos_penalty: NonNegative = 0.0  # taken off the reward of a truncated response
     # 3. FILTER
@@ -102,6 +103,7 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
             [train.prompts[i] for i in mine],
             draw_uniforms(args.seed, step, keys, args.max_new_tokens),
             stop=tokens.stop,
+            never=tokens.never,
             samples_per_prompt=N,
             temperature=args.temperature,
             batch=args.sampling_batch,
@@ -112,31 +114,26 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
     meter.lap("sample")
 
     # 2. Score: by the tests to know the truth, by the reward slot to learn from.
-    problems, texts = [train.problems[i] for i, _ in keys], tokens.decode(samples.ids)
-    asked = [train.prompts[i] for i, _ in keys]
+    problems, asked = ([part[i] for i, _ in keys] for part in (train.problems, train.prompts))
+    texts = tokens.decode(asked, samples.ids)
     answers = reward.Answers(
         problems,
         texts,
         scores=examiner.run_tests(problems, texts),  # [B]
         finished=torch.tensor(samples.finished),
-        rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device),
+        rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp),
         seed=args.seed,
         reward_model=models.reward_model,
         microbatch=args.microbatch,
-        clip=args.reward_clip,
     )
     with fsdp.agreed(ranks):  # a user's reward may fail on one rank
-        answers.rewards = reward_of(answers)
-    answers.rewards = answers.rewards - args.missing_eos_penalty * ~answers.finished  # [B]
+        answers.rewards = reward_of(answers) - args.missing_eos_penalty * ~answers.finished  # [B]
     meter.lap("score")
     return answers
 
 
 def backward(trained, rows, args, ranks):
-    """Gradients of both losses over one minibatch. All tokens of all ranks share one denominator,
-    so microbatches and ranks change no gradient. Returns this rank's part of every metric."""
-    coefficients, part = ppo.loss_coefficients(rows.mask, rows.weights, args.loss_aggregation)
-    rows.coefficients = coefficients / fsdp.sum_over_ranks(part)
+    """Gradients of both losses over one minibatch, and this rank's sums for every metric."""
     sums = Counter()
     for mb in rows.microbatches(args.microbatch):
         for name, (model, _) in trained.items():  # one model's activations at a time
@@ -157,29 +154,28 @@ def main(args, ranks=None):
     # What is asked for, checked before anything is made or written
     with fsdp.agreed(ranks):
         weigh = filters.load_filter(args.filter, N)
-        reward_of = reward.load_reward(args.reward, args.reward_model)
+        reward_of = reward.load_reward(args.reward, args.reward_model, args.reward_clip)
         sizes = rollout.check_sizes(args, filters.kept_per_prompt(weigh, N), ranks.world)
     ranks.say(sizes)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     session = run.Session(args, ranks)  # its folder, checkpoints, logs and end
     lab.make(args, ranks, train_rm.make_for_lab)  # what is named of it and not there yet
-    inputs = data.read_inputs(args)
+    inputs = data.read_inputs(args, ranks.say)
     session.check(inputs, reward_of)  # what can still be told before models are loaded
 
     # Models, and the state that a checkpoint holds
     models = loading.load_models(args, inputs.tokens, ranks)
+    run.prove_models(models, inputs.tokens, args, ranks.device)
     examiner = Examiner(inputs.tokens, args, ranks)  # samples answers, and runs their tests
     trained = {
         "actor": (models.policy, fsdp.adamw(models.policy, args.actor_lr)),
         "critic": (models.critic, fsdp.adamw(models.critic, args.critic_lr)),
     }
     state = session.load(trained)  # the newest checkpoint's, or that of step 0
-    state.normaliser = models.normalise(state.normaliser, examiner, inputs.train)
+    models.normalise(state, examiner, inputs.train, reward_of)
     if args.selfcheck:
         return run.selfcheck(models, trained, examiner, inputs.train, FORWARD, backward)
-    session.open(state)
-    if state.step == 0:
-        session.offer(examiner.greedy(models, inputs.validation), models, inputs.tokens, state)
+    session.open(models, examiner, inputs.validation, state)
 
     for step in range(state.step, args.steps):
         meter, answers = Meter(ranks), None
@@ -202,6 +198,10 @@ def main(args, ranks=None):
         answers.rows.rewards = answers.rewards.to(ranks.device)
         kept = answers.rows.kept(weights, args.minibatch, ranks)  # this rank's survivors
 
+        # How far pi has gone from the reference, on one random sample of each prompt
+        watched = answers.rows.one_of_each(rewards, ranks, rollout.seeded("kl", args.seed, step))
+        watched.ref_logp, _ = watched.evaluate(log_probs, models.reference, args)
+        meter.watched(watched)
         if len(kept):
             # 4. Log-probs and values, for survivors only: this is where filtering saves time.
             kept.old_logp, kept.entropy = kept.evaluate(log_probs, models.policy, args)
@@ -211,7 +211,10 @@ def main(args, ranks=None):
             # 5. Advantages
             how = args.gamma, args.lam, fsdp.sum_over_ranks
             kept.adv, kept.returns = ppo.advantages(kept, state.kl_coef, *how)
+            how = args.loss_aggregation, len(kept.parts), fsdp.sum_over_ranks
+            kept.coefficients = ppo.loss_coefficients(kept.mask, kept.weights, *how)
             meter.kept(kept)
+            session.check_sampler(kept)  # in the first step
 
         # 6. Update
         if session.stops():
@@ -221,8 +224,7 @@ def main(args, ranks=None):
             for rows in kept.minibatches(rollout.seeded("minibatches", args.seed, step, epoch)):
                 meter.losses(backward(trained, rows, args, ranks))
                 for name, (model, optimizer) in trained.items():
-                    norm = fsdp.step(model, optimizer, warm, args.grad_norm)
-                    meter.gradient(name, norm)
+                    meter.gradient(name, fsdp.step(model, optimizer, warm, args.grad_norm))
         meter.lap("update")
 
         # Measure, choose, save
@@ -230,11 +232,9 @@ def main(args, ranks=None):
         meter.samples(answers, rewards, weights)
         row = meter.row(state)
         if args.kl_target and meter.updates:
-            now = state.kl_coef, row["kl_k1"]
-            state.kl_coef = ppo.adapted_kl_coef(*now, args.kl_target, P * N)
+            state.kl_coef = ppo.adapted_kl_coef(state.kl_coef, row["kl_k1"], args.kl_target, P * N)
         if state.step % args.eval_every == 0 or state.step == args.steps:
-            passed = examiner.greedy(models, inputs.validation)
-            row["validation"] = session.offer(passed, models, inputs.tokens, state)
+            row["validation"] = session.look(models, examiner, inputs.validation, state)
         meter.lap("validation")
         session.save(trained, state)
         meter.lap("save")

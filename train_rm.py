@@ -61,6 +61,7 @@ def pairs_by_tests(args, tokens, ranks):
     with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        run.prove_policy(lm, tokens)
         how = (args.temperature, args.samples_per_prompt)
         groups = examiner.answers(lm, asked, "pairs", *how, bars=True)
     pairs, texts, rows = [], [], []
@@ -80,8 +81,9 @@ def pairs_by_tests(args, tokens, ranks):
 
 
 def make_for_lab(folder, ranks):
-    """The lab's reward model, on any number of ranks."""
-    main(Args(run_dir=folder, batch=math.ceil(16 / ranks.world) * ranks.world), ranks)
+    """The lab's reward model, on any number of ranks; 400 pairs tell its accuracy."""
+    batch = math.ceil(16 / ranks.world) * ranks.world
+    main(Args(run_dir=folder, batch=batch, held_out=0.4), ranks)
 
 
 def main(args, ranks=None):
@@ -96,7 +98,7 @@ def main(args, ranks=None):
     lab.make(args, ranks)
 
     # Pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
-    tokens = data.Tokens.of(args)
+    tokens = data.Tokens.of(args, ranks.say)
     if args.pairs:
         pairs, texts = data.read_pairs(args.pairs, tokens)
         rows = reward.rows_of(pairs)
@@ -109,8 +111,8 @@ def main(args, ranks=None):
 
     # Model: the SFT policy's backbone, a new scalar head
     model = loading.new_scalar(args, ranks)
-    optimizer = fsdp.adamw(model, args.lr)
-    steps = per_epoch * args.epochs
+    run.prove_scalar(model, tokens, "policy", args.policy, ranks.device)
+    optimizer, steps = fsdp.adamw(model, args.lr), per_epoch * args.epochs
     ranks.say(
         f"reward model: {len(training)} pairs for training, {len(held_out)} held out, "
         f"{steps} steps of {size} -> {share} per rank -> microbatches of {microbatch}"
@@ -157,10 +159,10 @@ def main(args, ranks=None):
     unsharded, extra = empty_classifier(config), [card.save, write_pairs]
     run.write(model.classifier, folder, unsharded, tokens.tokenizer, ranks, extra)
     unseen = f"{accuracies[1]:.3f} on {len(held_out)} held-out pairs"
+    unseen = unseen if held_out else "none held out"
     ranks.say(
-        f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, "
-        f"{unseen if held_out else 'none held out'}; normaliser mean {card.mean:.3f}, "
-        f"standard deviation {card.std:.3f} over {len(rows)} responses"
+        f"reward model in {folder}: pair accuracy {accuracies[0]:.3f} in training, {unseen}; "
+        f"normaliser mean {card.mean:.3f}, sd {card.std:.3f} over {len(rows)} responses"
     )
 
 

@@ -74,6 +74,7 @@ class Examiner:
             [prompts[i] for i in mine],
             draw_uniforms(args.seed, tag, named, longest or args.max_new_tokens),
             stop=self.tokens.stop,
+            never=self.tokens.never,
             samples_per_prompt=samples,
             temperature=temperature,
             batch=args.sampling_batch,
@@ -92,7 +93,7 @@ class Examiner:
         with tqdm(desc="samples", **bar) as shown:
             how = {"samples": samples, "progress": shown.update}
             drawn, keys = self.draw(model, asked.prompts, tag, temperature, **how)
-        texts = self.tokens.decode(drawn.ids)
+        texts = self.tokens.decode([asked.prompts[i] for i, _ in keys], drawn.ids)
         with tqdm(desc="tests", **bar) as shown:
             problems = [asked.problems[i] for i, _ in keys]
             verdicts = execute(problems, texts, self.sandbox, shown.update)
@@ -102,9 +103,7 @@ class Examiner:
 
     def run_tests(self, problems, texts):
         """Actual scores [B] of responses: 1 passed, 0 failed, NaN without tests."""
-        verdicts = execute(problems, texts, self.sandbox)
-        scores = [float("nan") if v is None else float(v.passed) for v in verdicts]
-        return torch.tensor(scores, dtype=torch.float32)
+        return torch.tensor(list(map(score_of, execute(problems, texts, self.sandbox))))
 
     def passed(self, model, asked, temperature):
         """[0.0 or 1.0] for one answer to each problem of a ProblemSet."""
@@ -118,16 +117,20 @@ class Examiner:
         with models.gathered(models.policy) as model:
             return sum(self.passed(model, asked, 0.0)) / len(asked)
 
-    def spread(self, models, asked):
-        """(mean, standard deviation) of the RM's raw scores of one answer of the SFT policy to each
-        of the first problems of a ProblemSet. A collective."""
+    def probe(self, models, asked):
+        """Answers of the SFT policy, one to each of the first problems of a ProblemSet, the same on
+        all ranks: what rewards are normalised by. A collective."""
         asked = type(asked)(asked.problems[:PROBE], asked.prompts[:PROBE])
         with models.gathered(models.reference) as model:
             answers = self.answers(model, asked, "rows", self.args.temperature)
-        ids = [answer.ids for (answer,) in answers]
+        answers = [answer for (answer,) in answers]
+        scores = torch.tensor([score_of(answer.verdict) for answer in answers])
+        ids = [answer.ids for answer in answers]
         rows = collate(asked.prompts, ids, self.tokens.pad, self.ranks.device)
-        path, size = self.args.reward_model, self.args.microbatch
-        return spread_of(model_rewards(models.reward_model, rows, size), path)
+        finished = torch.tensor([y[-1] in self.tokens.stop for y in ids])
+        how = {"seed": self.args.seed, "reward_model": models.reward_model}
+        how |= {"finished": finished, "rows": rows, "microbatch": self.args.microbatch}
+        return Answers(asked.problems, [answer.text for answer in answers], scores, **how)
 
     def compare(self, models, folder, asked, state):
         """Pass rates, greedy and sampled, of the policy before, the chosen one in the run's folder,
@@ -165,6 +168,11 @@ def execute(problems, texts, sandbox, progress=None):
     checks = [assemble(problems[i], texts[i]) for i in tested]
     verdicts = dict(zip(tested, sandbox.run(checks, progress) if checks else [], strict=True))
     return [verdicts.get(i) for i in range(len(texts))]
+
+
+def score_of(verdict):
+    """The actual score: 1 passed, 0 failed, NaN without tests."""
+    return float("nan") if verdict is None else float(verdict.passed)
 
 
 def pass_rate(passed):
@@ -208,7 +216,7 @@ def samples_of(examiner, model, reward_model, asked, first, last):
     prompts, N = asked.prompts[first:last], args.samples_per_problem
     how = {"samples": N, "top_k": args.top_k, "top_p": args.top_p}
     drawn, keys = examiner.draw(model, prompts, "eval", args.temperature, first=first, **how)
-    texts = tokens.decode(drawn.ids)
+    texts = tokens.decode([prompts[i] for i, _ in keys], drawn.ids)
     rows = [
         sample_row(asked.problems[first + i], j, text)
         for (i, j), text in zip(keys, texts, strict=True)
@@ -286,18 +294,19 @@ def results_of(out, problems, rows, answer, group, args, sandbox, ranks):
 def judge(args, reward_of, problems, rows, results):
     """Put rewards and actual scores into the rows of all samples.
 
-    Rewards of an RM from elsewhere, which has no normaliser, are normalised over these samples.
+    Rewards but those of an RM with a normaliser of its own are normalised over these samples.
     """
     known = {problem.task_id: problem for problem in problems}
     asked = [known[row["task_id"]] for row in rows]
     scores = torch.tensor([float(row["passed"]) for row in results])
     answers = Answers(asked, [row["response"] for row in rows], scores, seed=args.seed)
+    known = args.reward_model and load_card(args.reward_model) is not None
     if args.reward_model:
         raw = torch.tensor([row.get("raw_reward", row["reward"]) for row in rows])
-        if load_card(args.reward_model) is None:
-            mean, std = spread_of(raw, args.reward_model)
-            raw = (raw - mean) / std
-        answers.by_model = raw
+        mean, std = (0.0, 1.0) if known else spread_of(raw, f"--reward_model {args.reward_model}")
+        answers.by_model = (raw - mean) / std
+    if args.reward != "model":
+        reward_of.measure(answers)
     rewards = reward_of(answers)
     for row, reward, score in zip(rows, rewards.tolist(), scores.tolist(), strict=True):
         if row.get("reward", reward) != reward:

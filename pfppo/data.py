@@ -11,12 +11,13 @@ step never holds a prompt twice.
 Not covered: streaming, packing of several rows into one, prompts that change while a run goes on.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
 
 from pfppo.config import UserError, reason, require, require_folder
-from pfppo.model import check_cache, check_positions, stop_ids
+from pfppo.model import check_cache, check_positions, rows_of, stop_ids
 from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
 from pfppo.reward import BY_TESTS
 from pfppo.rollout import seeded
@@ -26,6 +27,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+BORDERS = '\n):a1"#'  # something in front of a response that no token of its joins
+PLAIN = {"clean_up_tokenization_spaces": False}
 DEEPSEEK = """\
 You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
 Company, and you only answer questions related to computer science. For politically sensitive \
@@ -65,31 +68,42 @@ def _rules(tokenizer):
 
 @dataclass(frozen=True)
 class Tokens:
-    """What token ids mean to the policy of a command line."""
+    """What token ids mean to the policy of a command line: one reading for sampling, training, RM
+    and evaluation."""
 
     policy: str  # the folder
     tokenizer: object  # of transformers
-    stop: list[int]  # end-of-sequence ids
+    stop: list[int]  # ids that end a response, as the policy's folder and `generate` have them
+    end: int  # the one of them that ends a turn in this style
+    pad: int  # fills rows up: masks come from lengths, so any id will do
+    rows: int  # ids below are known to policy and reward model
+    never: list[int]  # ids that are not sampled: no token has them, or a model lacks them
     style: str  # --prompt_style
     limit: int  # --max_prompt_tokens
 
     @classmethod
-    def of(cls, args):
-        """Those of --policy. Raises UserError where it cannot sample, or lacks a template."""
-        tokenizer = load_tokenizer(args.policy)
-        require(
-            args.prompt_style != "chat" or tokenizer.chat_template,
-            f"--prompt_style chat: the tokenizer of --policy {args.policy} has no chat template",
-        )
-        check_cache(args.policy)
-        stop = stop_ids(args.policy, tokenizer)
-        return cls(args.policy, tokenizer, stop, args.prompt_style, args.max_prompt_tokens)
-
-    @property
-    def pad(self):
-        """What fills rows up. Masks come from lengths, so EOS serves where there is no pad."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return eos if pad is None else pad
+    def of(cls, args, say=print):
+        """Those of --policy (and --reward_model). Raises UserError where it cannot sample, or lacks
+        a template."""
+        path, style, tokenizer = args.policy, args.prompt_style, load_tokenizer(args.policy)
+        bare = f"--prompt_style chat: the tokenizer of --policy {path} has no chat template"
+        require(style != "chat" or tokenizer.chat_template, bare)
+        check_cache(path)
+        folders = {name: getattr(args, name, "") for name in ("policy", "reward_model")}
+        sizes = [rows_of(folder, name) for name, folder in folders.items() if folder]
+        ends, rows = stop_ids(path, tokenizer), min(sizes)
+        stop = [i for i in ends if i < rows]
+        none = f"--policy {path}: no end-of-sequence id is below the {rows} rows of its table"
+        require(stop, none)
+        named = {*tokenizer.get_vocab().values(), *ends}
+        never = [i for i in range(sizes[0]) if i not in named or i >= rows]
+        if never:
+            why = "no token has them, or the reward model has no row for them"
+            say(f"--policy {path}: {len(never)} of {sizes[0]} ids are never sampled: {why}")
+        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, *stop)
+        pad = next(i for i in fillers if i is not None and i < rows)
+        end = end_of_turn(tokenizer, stop, style)
+        return cls(path, tokenizer, stop, end, pad, rows, never, style, args.max_prompt_tokens)
 
     @property
     def classifier_pad(self):
@@ -97,8 +111,9 @@ class Tokens:
         the padding that they find at the end, so it must not be one of the `stop` ids: the last
         token that is no padding is the response's EOS. None: there is no such id; they then take
         single rows."""
-        found = (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id)
-        return next((i for i in found if i is not None and i not in self.stop), None)
+        known = (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id)
+        known = [i for i in known if i is not None and i < self.rows and i not in self.stop]
+        return known[0] if known else None
 
     def prompt(self, prompt, where):
         """`render`, 1 to `limit` tokens long. Raises UserError beginning with `where`."""
@@ -111,6 +126,14 @@ class Tokens:
             f"{where}: prompt of {len(ids)} tokens, expected 1 to {self.limit} "
             "(--max_prompt_tokens)",
         )
+        return self._known(ids, where)
+
+    def _known(self, ids, where):
+        """The ids, if the models' tables have rows for all of them."""
+        beyond = [i for i in ids if i >= self.rows]
+        token = beyond and self.tokenizer.convert_ids_to_tokens(beyond[0])
+        what = f"token {token!r} has id {beyond and beyond[0]}, beyond the {self.rows} rows of the"
+        require(not beyond, f"{where}: {what} models' tables")
         return ids
 
     def prompts(self, problems, source, texts=None):
@@ -121,15 +144,39 @@ class Tokens:
             for problem, text in zip(problems, texts, strict=True)
         ]
 
-    def response(self, text):
-        """A response's ids with EOS at the end, as a policy that has finished would give it."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+    def response(self, prompt, text, where):
+        """A response's ids as the policy would have written them behind the prompt's ids (with the
+        blank that some tokenizers would put first, or not), with an end, unless it brings its own.
+        """
 
-    def decode(self, responses):
-        """Texts of responses (lists of ids) without their special tokens."""
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [self.tokenizer.decode(ids, **how) for ids in responses]
+        def encode(text):
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        for before in (self.tokenizer.decode(prompt, **PLAIN), *BORDERS, ""):
+            start, whole = encode(before) if before else [], encode(before + text)
+            if whole[: len(start)] == start:  # else a token crosses the border
+                break
+        ids = whole[len(start) :]
+        length = self._length(ids)
+        return self._known([*ids[:length], *(ids[length : length + 1] or [self.end])], where)
+
+    def _length(self, ids):
+        """Tokens before the first stop id."""
+        return next((i for i, token in enumerate(ids) if token in self.stop), len(ids))
+
+    def decode(self, prompts, responses):
+        """Texts of responses behind their prompts (lists of ids), up to their stop id.
+
+        Some tokenizers drop the first blank of a text (SentencePiece: Llama 2, Mistral, ...), which
+        in code is an indent: so prompt and response are decoded together, and the prompt cut off.
+        """
+        texts, how = [], PLAIN | {"skip_special_tokens": True}
+        for prompt, ids in zip(prompts, responses, strict=True):
+            ids = ids[: self._length(ids)]
+            before, whole = (self.tokenizer.decode(x, **how) for x in (prompt, [*prompt, *ids]))
+            fits = whole.startswith(before)
+            texts.append(whole[len(before) :] if fits else self.tokenizer.decode(ids, **how))
+        return texts
 
     def hashes(self, tokenizer=None):
         """(template, vocabulary): 12 hex digits each that change when prompts are rendered
@@ -141,6 +188,20 @@ class Tokens:
             hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
             for value in (template, vocabulary)
         )
+
+
+def end_of_turn(tokenizer, stop, style):
+    """The stop id with which a finished response ends: in "chat" the one that the template puts
+    behind an assistant's turn, else the tokenizer's EOS, or the first there is."""
+    if style == "chat":
+        mark = "a response"
+        turns = [{"role": "user", "content": "a prompt"}, {"role": "assistant", "content": mark}]
+        with contextlib.suppress(Exception):  # a template may refuse such turns
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            ids = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+            if behind := [i for i in ids if i in stop]:
+                return behind[0]
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in stop else stop[0]
 
 
 def render(prompt, tokenizer, style):
@@ -161,7 +222,8 @@ def render(prompt, tokenizer, style):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     text = only_text(prompt)
     text = DEEPSEEK.format(prompt=text) if style == "deepseek" else text
-    ids = tokenizer(text)["input_ids"]
+    rendered = tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token)
+    ids = tokenizer(text, add_special_tokens=not rendered)["input_ids"]  # one BOS is enough
     # Some tokenizers close every text with EOS; a prompt goes on.
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -197,7 +259,9 @@ def read_pairs(path, tokens):
     pairs, said = [], load_pairs(path)
     for line, (prompt, *responses) in said:
         ids = tokens.prompt(prompt, f"{path}, line {line}")
-        pairs.append((ids, *map(tokens.response, responses)))
+        pairs.append(
+            (ids, *(tokens.response(ids, text, f"{path}, line {line}") for text in responses))
+        )
     longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
     check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
     return pairs, [triple for _, triple in said]
@@ -218,9 +282,9 @@ class Inputs:
         return max(part.longest for part in (self.train, self.validation, self.test))
 
 
-def read_inputs(args):
+def read_inputs(args, say=print):
     """Inputs of train_ppo.py, checked before anything long begins. Raises UserError."""
-    tokens = Tokens.of(args)
+    tokens = Tokens.of(args, say)
     train = read_problems(args, "prompts", tokens, args.reward in BY_TESTS)
     others = (read_problems(args, name, tokens) for name in ("validation", "test"))
     inputs = Inputs(tokens, train, *others)

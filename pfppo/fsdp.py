@@ -118,7 +118,8 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
     """Shard a model without weights and fill it from `source` (loading.py): Slices or Whole.
 
     The plan has two kinds of units: every transformer block, and the root with what is used once,
-    before and after them: embedding, last norm, head (tied weights stay tied there). offload: the
+    before and after them: embedding, last norm, head (tied weights stay tied there); a scalar head
+    is a unit of its own, whose forward pass is fp32. offload: the
     slices (and so gradients and optimizer states) live in host memory, and a unit comes to the
     device when it is used. Returns the sharded model.
     """
@@ -131,6 +132,8 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
     empty.requires_grad_(trainable)
     for block in find_blocks(empty):
         fully_shard(block, **how)
+    for module in getattr(empty, "exact", []):
+        fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)})
     fully_shard(empty, reshard_after_forward=True, **how)
     buffers = {name: buffer.to(ranks.device) for name, buffer in empty.named_buffers()}
     empty.to_empty(device="cpu" if offload else ranks.device)

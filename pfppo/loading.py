@@ -17,12 +17,10 @@ are read whole, on rank 0.
 Not covered: pickled checkpoints, quantised ones.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from pfppo import fsdp
-from pfppo.config import UserError, is_hub_id, reason, require
+from pfppo.config import UserError, is_hub_id, reason
 from pfppo.data import load_tokenizer
 from pfppo.model import (
     Policy,
@@ -37,8 +35,9 @@ from pfppo.model import (
     read_classifier,
     read_config,
     read_generation_config,
+    stored_tensors,
 )
-from pfppo.reward import RewardCard, check_agreement, load_card
+from pfppo.reward import RewardCard, check_agreement, load_card, spread_of
 
 import torch
 from huggingface_hub import snapshot_download
@@ -48,7 +47,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of a model on the Hub that nothing here reads: other formats of the same weights.
 UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
 
@@ -70,31 +68,6 @@ def fetch(args, names, ranks):
                 except Exception as error:  # no network, no such model, no permission, ...
                     hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
                     raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
-
-
-def stored_tensors(folder, option):
-    """{name: file} of all tensors in a folder's safetensors, whose headers are read.
-
-    Raises UserError naming the file that is missing, cut short or damaged.
-    """
-    folder = Path(folder)
-    names = [SINGLE]
-    if (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-            names = sorted(set(index.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"--{option} {folder / INDEX}: damaged: {reason(error)}") from error
-    found = {}
-    for path in (folder / name for name in names):
-        require(path.is_file(), f"--{option} {folder}: there is no file {path.name}")
-        try:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        except Exception as error:  # safetensors has an exception of its own
-            size = f"damaged or cut short, {path.stat().st_size} bytes"
-            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
-    return found
 
 
 def _stored_names(model, tensors, new):
@@ -165,11 +138,10 @@ def source_of(model, path, option, read_whole, ranks, new=None):
     """
     new = new or {}
     with fsdp.agreed(ranks):
-        if (Path(path) / INDEX).is_file() or (Path(path) / SINGLE).is_file():
-            tensors = stored_tensors(path, option)
-            names = _stored_names(model, tensors, new)
-            if names is not None:
-                return Slices(tensors, names, new)
+        tensors = stored_tensors(path, option)
+        names = _stored_names(model, tensors, new) if tensors else None
+        if names is not None:
+            return Slices(tensors, names, new)
         return Whole(read_whole() if ranks.is_main else None)
 
 
@@ -188,21 +160,38 @@ class Models:
         """A context that gives the whole of `policy` (or of `reference`) as a plain causal LM."""
         return fsdp.gathered(policy.lm, self.unsharded)
 
-    def normalise(self, known, examiner, train):
-        """Give reward model and critic their normaliser, [mean, sd]: that of the RM's card, or one
-        `known` from a checkpoint, or measured over samples of the SFT policy. Returns it."""
-        scalars = [model for model in (self.reward_model, self.critic) if model is not None]
-        if not self.normalised:
-            known = known or examiner.spread(self, train)
-            for scalar in scalars:
-                scalar.mean, scalar.std = known
-        return [scalars[0].mean, scalars[0].std] if scalars else [0.0, 1.0]
+    def normalise(self, state, examiner, train, reward_of):
+        """Give reward model and critic their normaliser, [mean, sd], and the reward slot its own:
+        that of the RM's card, or one that `state` knows of a checkpoint, or measured over samples
+        of the SFT policy. The slot's is 0, 1 for a reward model, which has been normalised by then.
+        """
+        args, ranks = examiner.args, examiner.ranks
+        measured = not self.normalised, reward_of.spec != "model" and args.reward_scale == "sft"
+        if any(measured) and not state.scale:
+            probe = examiner.probe(self, train)
+            if measured[0]:
+                state.normaliser = spread_of(probe.by_model, f"--reward_model {args.reward_model}")
+        for scalar in (self.reward_model, self.critic) if measured[0] else ():
+            if scalar is not None:
+                scalar.mean, scalar.std = state.normaliser
+        if not state.scale:
+            state.scale = [0.0, 1.0]
+            if measured[1]:
+                probe = replace(probe)  # a reward model's rewards are in other units now
+                with fsdp.agreed(ranks):
+                    reward_of.measure(probe)
+                state.scale = [reward_of.mean, reward_of.std]
+                what = "mean {:.3g}, standard deviation {:.3g}".format(*state.scale)
+                what = what if state.scale != [0.0, 1.0] else "no spread, so they stay as they are"
+                said = f"rewards of {len(probe.texts)} samples of the SFT policy: {what}"
+                ranks.say(f"--reward {reward_of.spec}: {said}")
+        reward_of.mean, reward_of.std = state.scale
 
 
 def load_models(args, tokens, ranks):
     """Models of --policy and --reward_model. Raises UserError if they do not fit."""
     path, config = args.policy, causal_lm_config(args.policy)
-    empty = [Policy(empty_causal_lm(config)) for _ in range(2)]
+    empty = [Policy(empty_causal_lm(config), tokens.never) for _ in range(2)]
     source = source_of(empty[0], path, "policy", lambda: Policy(read_causal_lm(path)), ranks)
     policy = fsdp.shard(empty[0], source, ranks, args.param_dtype, True, args.offload_optimizer)
     reference = fsdp.shard(empty[1], source, ranks, args.param_dtype, False, args.offload_ref)

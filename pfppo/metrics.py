@@ -8,8 +8,11 @@ Over all P x N samples of the step (`Meter.samples`), "kept" means weight > 0:
 Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
     r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
                                    (reliability.py), all samples and those kept, by their weights
-Over kept samples, before the update (`Meter.kept`):
+Over one random sample of each prompt (`Meter.watched`), so whatever the filter keeps:
     kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
+Over kept samples, before the update (`Meter.kept`):
+    kl_kept                        k1 likewise: of the filtered policy mu, in a sense
+    sampler_kl                     nats per token between the sampler's log-probs and training's
     entropy                        nats per token
     explained_variance             of returns by old values
 Over the optimizer steps of the step (`Meter.losses`, `gradient`): policy_loss,
@@ -98,14 +101,22 @@ class Meter:
         tokens = self.values["response_length"] * rewards.numel()
         self.values["tokens_per_second"] = tokens / self.laps["seconds_sample"]
 
+    def watched(self, rows):
+        """One random sample of each prompt: KL of the policy itself, whatever a filter keeps."""
+        count = torch.tensor(float(len(rows)))
+        for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
+            kl = estimator(rows.sampled_logp, rows.ref_logp)
+            self.add(name, (kl * rows.mask).double().sum(), count)
+
     def kept(self, kept):
         """The survivors with all their old numbers. A collective."""
         alive = (kept.weights > 0).double()  # 0 where a row is padded
         tokens = kept.mask * alive[:, None]
         self.add("entropy", (kept.entropy * tokens).sum(), tokens.sum())
-        for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
-            kl = estimator(kept.old_logp, kept.ref_logp)
-            self.add(name, (kl * tokens).sum(), alive.sum())
+        kl = ppo.kl_k1(kept.old_logp, kept.ref_logp)
+        self.add("kl_kept", (kl * tokens).sum(), alive.sum())
+        kl = ppo.kl_k3(kept.sampled_logp, kept.old_logp)
+        self.add("sampler_kl", (kl * tokens).sum(), tokens.sum())
         if kept.old_values is not None:
             how = kept.mask * kept.weights[:, None], sum_over_ranks
             explained = ppo.explained_variance(kept.old_values, kept.returns, *how)
@@ -146,11 +157,10 @@ SECONDS = (
 )
 NAMES = (
     *("step", "reward_all", "reward_kept", "score_all", "score_kept", "score_dropped", "kept"),
-    *("kl_k1", "kl_k3", "kl_coef", "entropy", "policy_loss", "value_loss", "approx_kl"),
-    *("clip_fraction", "ratio_first_minibatch", "explained_variance", "r2_all", "r2_kept"),
-    *("grad_norm_actor", "grad_norm_critic", "response_length", "truncated"),
-    *("validation", "empty_steps", "skipped_updates"),
-    *SECONDS,
+    *("kl_k1", "kl_k3", "kl_kept", "sampler_kl", "kl_coef", "entropy", "policy_loss", "value_loss"),
+    *("approx_kl", "clip_fraction", "ratio_first_minibatch", "explained_variance"),
+    *("r2_all", "r2_kept", "grad_norm_actor", "grad_norm_critic", "response_length", "truncated"),
+    *("validation", "empty_steps", "skipped_updates", *SECONDS),
 )
 
 

@@ -14,6 +14,7 @@ Not covered: encoder-decoder models, heads with a bias that depends on the posit
 """
 
 import contextlib
+import json
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
@@ -21,6 +22,7 @@ from pfppo.rollout import seeded
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -31,6 +33,8 @@ from transformers import (
     GenerationConfig,
 )
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LEAST = torch.finfo(torch.float32).min  # logit of an id that is never sampled
 CHUNK = 1 << 24  # logits that exist at one time: 64 MiB in fp32, and a few copies of it
 
 transformers.logging.set_verbosity_error()  # its warnings are for other uses than ours
@@ -44,11 +48,12 @@ def positions_of(hidden, positions):
 
 
 class Policy(nn.Module):
-    """Causal LM. `policy.lm` is the model of transformers."""
+    """Causal LM. `policy.lm` is the model of transformers. The ids `never` have probability 0, here
+    as in the sampler: those that no token has, or that the reward model lacks."""
 
-    def __init__(self, lm):
+    def __init__(self, lm, never=()):
         super().__init__()
-        self.lm = lm
+        self.lm, self.never = lm, list(never)
 
     def forward(self, ids, positions, targets, mask, temperature=1.0):
         """Log-probs of `targets` [B, T] in the states at `positions` [B, T] of `ids` [B, L].
@@ -74,6 +79,7 @@ class Policy(nn.Module):
 
     def _chunk(self, states, targets, temperature):
         logits = head_logits(self.lm, states).float() / temperature  # [K, V]
+        logits[:, self.never] = LEAST
         logp = logits.log_softmax(-1)
         with torch.no_grad():
             entropy = -(logp.exp() * logp).sum(-1)
@@ -107,8 +113,13 @@ class ScalarModel(nn.Module):
     def forward(self, ids, positions):
         """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32."""
         hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        raw = scalar_head(self.classifier)(positions_of(hidden, positions)).float()
-        return (raw - self.mean) / self.std
+        raw = scalar_head(self.classifier)(positions_of(hidden, positions).float())
+        return (raw.float() - self.mean) / self.std
+
+    @property
+    def exact(self):
+        """Modules whose weights stay fp32 in forward passes."""
+        return [scalar_head(self.classifier)]
 
 
 def scalar_head(classifier):
@@ -139,12 +150,40 @@ def read_generation_config(path, option="policy"):
         return None
 
 
+def stored_tensors(folder, option):
+    """{name: file} of all tensors in a folder's safetensors, by their headers. As transformers has
+    it, a single file comes before an index. Raises UserError naming the file that is damaged."""
+    folder, names = Path(folder), []
+    if (folder / SINGLE).is_file():
+        names = [SINGLE]
+    elif (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_text())["weight_map"]
+            names = sorted(set(index.values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"--{option} {folder / INDEX}: damaged: {reason(error)}") from error
+    stored = {}
+    for path in (folder / name for name in names):
+        require(path.is_file(), f"--{option} {folder}: there is no file {path.name}")
+        try:
+            with safe_open(path, "pt") as file:
+                stored |= dict.fromkeys(file.keys(), path)
+        except Exception as error:  # safetensors has an exception of its own
+            size = f"damaged or cut short, {path.stat().st_size} bytes"
+            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
+    return stored
+
+
 def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
     """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
     config = read_config(path, option).get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or longest
-    what = f"--{option} {path}: {what} is {longest} tokens long, expected at most {positions}, the "
-    require(longest <= positions, what + "max_position_embeddings of its config.json")
+    names = ["max_position_embeddings"]
+    if "longrope" in str(getattr(config, "rope_parameters", None)):
+        names.append("original_max_position_embeddings")  # beyond it, padding changes frequencies
+    for name in names:
+        positions = getattr(config, name, None) or longest
+        expected = f"expected at most {positions}, the {name} of its config.json"
+        require(longest <= positions, f"--{option} {path}: {what} is {longest} tokens, {expected}")
 
 
 def check_cache(path, option="policy"):
@@ -156,9 +195,14 @@ def check_cache(path, option="policy"):
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     stateful = odd or getattr(kind, "_is_stateful", False)
     what = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
-    what = f"--{option} {path}: {config.model_type} is {what}, expected a decoder with plain keys "
-    what += "and values in its cache, as sampling here needs them"
-    require(not config.is_encoder_decoder and not stateful, what)
+    expected = "expected a decoder whose cache is plain keys and values, as sampling needs them"
+    fits = not config.is_encoder_decoder and not stateful
+    require(fits, f"--{option} {path}: {config.model_type} is {what}, {expected}")
+
+
+def rows_of(path, option):
+    """Rows of a folder's embedding: it knows the ids below."""
+    return read_config(path, option).get_text_config().vocab_size
 
 
 def stop_ids(path, tokenizer):
@@ -200,12 +244,34 @@ def empty_classifier(config):
 
 
 def causal_lm_config(path, option="policy"):
-    """The configuration of a causal LM. Raises UserError where it is another kind of model."""
+    """The configuration of a causal LM. Raises UserError where it is another kind of model.
+
+    As in transformers, embedding and head are not tied, whatever config.json says, where the files
+    hold both and they differ.
+    """
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or [])
     what = f"--{option} {path}: not a causal LM but a {kinds}"
     require("SequenceClassification" not in kinds, what)
+    if config.get_text_config().tie_word_embeddings:
+        tied = empty_causal_lm(config).get_expanded_tied_weights_keys(all_submodels=True)
+        for pair in tied.items():
+            both = _tensors(path, pair, option)
+            if len(both) == 2 and not torch.equal(*both):
+                config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     return config
+
+
+def _tensors(path, names, option):
+    """Those of the named tensors that a folder's files hold: safetensors, or else pickled ones."""
+    stored, tensors = stored_tensors(path, option), []
+    for name in (name for name in names if name in stored):
+        with safe_open(stored[name], "pt") as file:
+            tensors.append(file.get_tensor(name))
+    for file in [] if stored else sorted(Path(path).glob("pytorch_model*.bin")):
+        pickled = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors += [pickled[name] for name in names if name in pickled]
+    return tensors
 
 
 def read_causal_lm(path, option="policy", dtype=torch.float32):

@@ -5,10 +5,9 @@ them. Everything is aligned to responses: column j of a [B, T] tensor belongs to
 token, and `mask` [B, T] is 1 on response tokens (rollout.py). Sums over a batch that is spread over
 ranks go through `reduce`, a function that sums a tensor over all ranks; by default there is one.
 
-Losses are sums divided by a *global* denominator, so microbatches, padding and the number of ranks
-leave the gradient unchanged. The mean over a minibatch is
-
-    sum over rows and tokens of  c_it * loss_it  /  sum of c_it        (`loss_coefficients`)
+Losses are sums over rows and tokens of c_it * loss_it, whose coefficients have one *global*
+denominator (`loss_coefficients`): so microbatches, padding and the number of ranks leave the
+gradient unchanged.
 
 Not covered: which samples are learned from (filters.py), the forward passes (model.py).
 """
@@ -91,23 +90,26 @@ def advantages(rows, beta, gamma=1.0, lam=0.95, reduce=_same):
     return whiten(adv, rows.mask * rows.weights[:, None], reduce), returns
 
 
-def loss_coefficients(mask, weights, aggregation="sequence_mean"):
-    """(coefficients c [B, T] of the losses, their denominator's part of this rank). The filter's
-    weights [B] enter here, and with them both losses.
+def loss_coefficients(mask, weights, aggregation="sequence_mean", minibatches=1, reduce=_same):
+    """Coefficients c [B, T] of both losses, where the filter's weights [B] enter.
 
-    sequence_mean: c = weight / length on the mask, so every response counts alike.
-    token_mean:    c = weight on the mask, so every token counts alike.
+    sequence_mean: c ~ weight / length on the mask, so every response counts alike.
+    token_mean:    c ~ weight on the mask, so every token counts alike.
+
+    They sum to the number of minibatches over all that is kept in a step, on all ranks: to 1 on
+    average over a minibatch, so that one with much weight moves the policy further than one with
+    little.
     """
     if aggregation == "sequence_mean":
         weights = weights / mask.sum(1).clamp(min=1)
     elif aggregation != "token_mean":
         raise ValueError(f"expected sequence_mean or token_mean, found {aggregation!r}")
     coefficients = mask * weights[:, None]
-    return coefficients, coefficients.sum()
+    return coefficients * (minibatches / reduce(coefficients.sum()))
 
 
 def policy_loss(logp, old_logp, adv, coefficients, clip=0.2):
-    """Clipped surrogate (arXiv 1707.06347, eq. 7). All [B, T]; `coefficients` sum to 1 globally.
+    """Clipped surrogate (arXiv 1707.06347, eq. 7). All [B, T].
 
     Returns (loss, metrics): scalars, each a sum over tokens, to be added over microbatches and
     ranks. approx_kl is k3 of the update; ratio_sum / tokens is exactly 1 in the first minibatch.

@@ -28,6 +28,7 @@ that is *added* to z would carry lukewarm cases into the extremes of what is see
 """
 
 import functools
+import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, replace
@@ -167,7 +168,6 @@ class Answers:
     seed: int = 0  # of noisy rewards
     reward_model: object = None  # model.ScalarModel, for `by_model`
     microbatch: int = 0
-    clip: float = math.inf
 
     def __add__(self, other):
         """Both, prompt after prompt: of another round of the step."""
@@ -179,7 +179,7 @@ class Answers:
     @functools.cached_property
     def by_model(self):
         """[B] the RM's normalised rewards, when first asked for. A collective."""
-        return model_rewards(self.reward_model, self.rows, self.microbatch, self.clip)
+        return model_rewards(self.reward_model, self.rows, self.microbatch)
 
 
 def by_model(answers):
@@ -224,67 +224,88 @@ BY_MODEL = ("model", "combined")  # those that need a reward model
 BY_TESTS = tuple(REWARDS)[1:]  # those that need problems with tests
 
 
-def load_reward(spec, reward_model="somewhere"):
-    """The reward slot: a function Answers -> rewards [B], fp32, on the CPU.
+class Slot:
+    """The reward slot: Answers -> rewards [B], fp32, on the CPU, (raw - mean) / std clipped to
+    +-clip. mean and std are those over samples of the SFT policy, once somebody has measured them.
 
-    Raises UserError where it is unknown, or needs a reward model and there is none (""); so does
-    the function, where a reward fails or is not finite.
+    Raises UserError where a reward fails or is not finite.
     """
+
+    def __init__(self, spec, score, clip=math.inf):
+        self.spec, self.score, self.clip = spec, score, clip
+        self.mean, self.std = 0.0, 1.0
+
+    def raw(self, answers):
+        try:
+            rewards = torch.as_tensor(self.score(answers), dtype=torch.float32).detach().cpu()
+        except UserError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise UserError(f"--reward {self.spec}: {reason(error)}") from error
+        count, shape = len(answers.texts), tuple(rewards.shape)
+        found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
+        expected = f"expected {count} finite numbers, found {found}"
+        require(not found, f"--reward {self.spec}: {expected}")
+        return rewards
+
+    def measure(self, answers):
+        """Take mean and sd from samples of the SFT policy; what has no spread stays as it is."""
+        raw = self.raw(answers)
+        if raw.std() > 0:
+            self.mean, self.std = spread_of(raw, f"--reward {self.spec}")
+
+    def __call__(self, answers):
+        return ((self.raw(answers) - self.mean) / self.std).clamp(-self.clip, self.clip)
+
+
+def load_reward(spec, reward_model="somewhere", clip=math.inf):
+    """The Slot of a name in REWARDS, or of a user's own function. Raises UserError where it is
+    unknown, or needs a reward model and there is none ("")."""
     if spec in REWARDS:
         needs = spec in BY_MODEL and not reward_model
         require(not needs, f"--reward {spec}: needs a --reward_model, found none")
-        return lambda answers: checked(spec, REWARDS[spec], answers)
+        return Slot(spec, REWARDS[spec], clip)
     expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
     require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
-    score = load_function(spec, "reward")
-    return lambda answers: checked(spec, partial(_own, score), answers)
+    return Slot(spec, partial(_own, load_function(spec, "reward")), clip)
 
 
 def _own(score, answers):
+    """A user's reward: of one parameter, which gets the Answers, or of three lists of its own."""
+    parameters = inspect.signature(score).parameters.values()
+    if sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters) == 1:
+        return score(answers)
     prompts = [problem.question for problem in answers.problems]
-    # Lists of its own: it may sort or edit them.
     return score(prompts, list(answers.texts), list(answers.problems))
-
-
-def checked(spec, score, answers):
-    """[B] = score(answers), or a UserError that says why not."""
-    try:
-        rewards = torch.as_tensor(score(answers), dtype=torch.float32).detach().cpu()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"--reward {spec}: {reason(error)}") from error
-    count, shape = len(answers.texts), tuple(rewards.shape)
-    found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
-    require(not found, f"--reward {spec}: expected {count} finite numbers, found {found}")
-    return rewards
 
 
 def try_reward(spec, reward, problems):
     """Call a user's reward once, with reference solutions: better it fails at the start."""
     if spec not in REWARDS:
         texts = [problem.canonical_solution for problem in problems]
-        reward(Answers(problems, texts, torch.ones(len(problems))))
+        answers = Answers(problems, texts, torch.ones(len(texts)), torch.ones(len(texts)) > 0)
+        answers.by_model = torch.zeros(len(texts))
+        reward.raw(answers)
 
 
 @torch.no_grad()
-def model_rewards(reward_model, rows, microbatch, clip=math.inf):
-    """The RM's normalised score at the last response token of each row, clipped to +-clip.
+def model_rewards(reward_model, rows, microbatch):
+    """The RM's normalised score at the last response token of each row.
 
     [B], fp32, on the CPU. A collective: all ranks need equally many microbatches. Equal rows get
     equal rewards: the last bits of a matrix product depend on a row's place in the batch, and a
     tie is for the filter's generator to break.
     """
     parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rows.microbatches(microbatch)]
-    rewards = torch.cat(parts).clamp(-clip, clip).float().cpu()
+    rewards = torch.cat(parts).float().cpu()
     ends, first = (rows.prompt_lengths + rows.lengths).tolist(), {}
     for i, (row, end) in enumerate(zip(rows.ids.tolist(), ends, strict=True)):
         rewards[i] = rewards[first.setdefault(tuple(row[:end]), i)]
     return rewards
 
 
-def spread_of(raw, path):
-    """(mean, standard deviation) of an RM's raw scores. Raises UserError where there is none."""
-    what = f"--reward_model {path}: rewards of {len(raw)} samples have no spread"
-    require(len(raw) > 1 and 0 < raw.std() < math.inf, what)
-    return raw.mean().item(), raw.std().item()
+def spread_of(raw, what):
+    """[mean, standard deviation] of raw rewards. Raises UserError where there is none."""
+    none = f"{what}: rewards of {len(raw)} samples have no spread"
+    require(len(raw) > 1 and 0 < raw.std() < math.inf, none)
+    return [raw.mean().item(), raw.std().item()]

@@ -34,6 +34,7 @@ number: whatever is summed over rows is multiplied by their weights.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 
 from pfppo.config import require
@@ -42,11 +43,15 @@ import torch
 from torch.nn.functional import pad
 
 
+def hashed(purpose, *key):
+    """128 bits of a purpose and its key, such as "filter", seed, step."""
+    return int.from_bytes(hashlib.blake2b(repr((purpose, *key)).encode(), digest_size=16).digest())
+
+
 def seeded(purpose, *key):
-    """A generator for one purpose and key, such as "filter", seed, step. All randomness of a run
-    comes from these: streams of different purposes or keys have nothing in common."""
-    digest = hashlib.blake2b(repr((purpose, *key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    """A generator of torch for one purpose and key. All randomness of a run comes from these (32
+    bits of the key count on a CPU) and from `sampler.draw_uniforms` (where all do)."""
+    return torch.Generator().manual_seed(hashed(purpose, *key) % 2**64)
 
 
 @dataclass
@@ -58,6 +63,7 @@ class Rollout:
     lengths: torch.Tensor  # [B] response tokens, EOS included
     rewards: torch.Tensor | None = None  # [B] normalised reward, before KL
     weights: torch.Tensor | None = None  # [B] from the filter
+    sampled_logp: torch.Tensor | None = None  # [B, T] the sampler's
     old_logp: torch.Tensor | None = None  # [B, T]
     entropy: torch.Tensor | None = None  # [B, T]
     ref_logp: torch.Tensor | None = None  # [B, T]
@@ -71,12 +77,23 @@ class Rollout:
         return len(self.ids)
 
     def __add__(self, other):
-        """The rows of both, without what stands in neither's first three fields."""
-        longest = max(self.ids.shape[1], other.ids.shape[1])
-        ids = [pad(rows.ids, (0, longest - rows.ids.shape[1])) for rows in (self, other)]
-        lengths = torch.cat([self.lengths, other.lengths])
-        prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
-        return Rollout(torch.cat(ids), prompt_lengths, lengths)
+        """The rows of both, with the fields that both have."""
+        both = {}
+        for name in (field.name for field in fields(self) if field.name != "parts"):
+            pair = [getattr(self, name), getattr(other, name)]
+            if None in [x if x is None else 0 for x in pair]:
+                continue
+            if pair[0].ndim == 2:
+                longest = max(x.shape[1] for x in pair)
+                pair = [pad(x, (0, longest - x.shape[1])) for x in pair]
+            both[name] = torch.cat(pair)
+        return Rollout(**both)
+
+    def one_of_each(self, rewards, ranks, generator):
+        """One random row of each of this rank's prompts; rewards [P, N] of all ranks."""
+        P, N = rewards.shape
+        chosen = torch.randint(N, (P,), generator=generator)[ranks.rank :: ranks.world]
+        return self.select(torch.arange(len(chosen)) * N + chosen)
 
     @property
     def width(self):
@@ -128,7 +145,7 @@ class Rollout:
         """This rank's survivors of the filter, one minibatch behind the other: see the picture.
 
         weights [P, N], the filter's for all ranks. The kept samples of all ranks, in the order of
-        the prompts, are cut into runs of `minibatch`, or where that does not divide into runs as
+        the prompts, are cut into as few runs of at most `minibatch` as there can be, of lengths as
         equal as possible: so minibatches do not depend on the number of ranks. The prompts were
         shuffled when they were drawn. Nothing kept on any rank: no rows, no minibatch.
         """
@@ -136,7 +153,7 @@ class Rollout:
         groups, samples = weights.nonzero(as_tuple=True)  # [K] whose prompt, and which sample
         if not len(groups):
             return self.select(groups)
-        runs = max(1, round(len(groups) / minibatch))
+        runs = math.ceil(len(groups) / minibatch)
         owners, places = groups % W, groups // W * N + samples  # whose row it is, and which
         rows, parts = [], []
         for owner, place in zip(owners.tensor_split(runs), places.tensor_split(runs), strict=True):
@@ -179,8 +196,8 @@ class Rollout:
         return whole[0] if one else whole
 
 
-def collate(prompts, responses, pad_id, device="cpu"):
-    """Lists of token ids (prompts and responses, B each) -> Rollout."""
+def collate(prompts, responses, pad_id, device="cpu", logp=None):
+    """Lists of token ids (prompts and responses, B each), and the sampler's logp -> Rollout."""
     longest = max(len(p) + len(y) for p, y in zip(prompts, responses, strict=True))
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     for row, prompt, response in zip(ids, prompts, responses, strict=True):
@@ -188,7 +205,11 @@ def collate(prompts, responses, pad_id, device="cpu"):
     prompt_lengths, lengths = (
         torch.tensor([len(tokens) for tokens in part]).to(device) for part in (prompts, responses)
     )
-    return Rollout(ids=ids.to(device), prompt_lengths=prompt_lengths, lengths=lengths)
+    rows = Rollout(ids=ids.to(device), prompt_lengths=prompt_lengths, lengths=lengths)
+    if logp is not None:
+        known = torch.tensor([x for row in logp for x in row], device=device)
+        rows.sampled_logp = torch.zeros_like(rows.mask).masked_scatter(rows.mask > 0, known)
+    return rows
 
 
 def rows_per_rank(rows, option, microbatch, world):

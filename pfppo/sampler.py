@@ -20,8 +20,10 @@ speculative decoding, CUDA graphs.
 
 from dataclasses import dataclass
 
-from pfppo.rollout import seeded
+from pfppo.model import LEAST
+from pfppo.rollout import hashed
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -76,11 +78,10 @@ class RoomLayer(DynamicLayer):
 
 
 def draw_uniforms(seed, step, rows, width):
-    """[len(rows), width] numbers in [0, 1); `rows` are (prompt index, sample index) pairs."""
-    drawn = torch.empty(len(rows), width)
-    for target, (prompt, sample) in zip(drawn, rows, strict=True):
-        target.uniform_(generator=seeded("sample", seed, step, prompt, sample))
-    return drawn
+    """[len(rows), width] fp64 numbers in [0, 1); `rows` are (prompt index, sample index) pairs."""
+    keys = (hashed("sample", seed, step, prompt, sample) for prompt, sample in rows)
+    drawn = [np.random.Generator(np.random.Philox(key=key)).random(width) for key in keys]
+    return torch.from_numpy(np.array(drawn).reshape(len(rows), width))
 
 
 @torch.no_grad()
@@ -94,14 +95,15 @@ def sample(
     temperature=1.0,
     top_k=0,
     top_p=1.0,
+    never=(),
     batch=256,
     progress=lambda rows: None,
 ):
     """Sample N responses to each of `prompts` (lists of token ids, not empty) from a causal LM.
 
     uniforms [P * N, max_new_tokens], the N rows of a prompt together; `stop` end-of-sequence ids;
-    `batch` rows decode together; `progress(rows)` is called at every token with the rows that are
-    done since, and may raise to give the sampling up.
+    `never` ids of probability 0; `batch` rows decode together; `progress(rows)` is called at every
+    token with the rows that are done since, and may raise to give the sampling up.
     """
     if len(uniforms) != len(prompts) * samples_per_prompt:
         raise ValueError(
@@ -114,7 +116,7 @@ def sample(
         part = prompts[start : start + size]
         first = start * samples_per_prompt
         rows = uniforms[first : first + len(part) * samples_per_prompt]
-        how = (temperature, top_k, top_p)
+        how = (temperature, top_k, top_p, torch.tensor(list(never), dtype=torch.long))
         _sample_batch(model, part, rows, samples_per_prompt, stop, how, done, progress)
     return done
 
@@ -220,18 +222,21 @@ def _sample_batch(model, prompts, uniforms, repeats, stop, how, done, progress):
     done.finished += finished.tolist()
 
 
-def draw_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0):
+def draw_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, never=()):
     """One token per row by inverse CDF. logits [B, V], uniforms [B] -> tokens [B], logp [B].
 
-    logp is that of the whole distribution at this temperature, before top-k and top-p.
+    logp is that of the whole distribution at this temperature, before top-k and top-p. The CDF is
+    summed in fp64: in fp32 150,000 small probabilities would lose what u can tell apart.
     """
     logits = logits.float()
+    if len(never):
+        logits = logits.index_fill(1, torch.as_tensor(never, device=logits.device), LEAST)
     if temperature == 0:
         tokens = logits.argmax(-1)
         logp = logits.log_softmax(-1)
     else:
         logp = (logits / temperature).log_softmax(-1)
-        probabilities = _truncate(logp.exp(), top_k, top_p)
+        probabilities = _truncate(logp.double().exp(), top_k, top_p)
         cdf = probabilities.cumsum(-1)
         total = cdf[:, -1:]
         below = torch.nextafter(total, torch.zeros_like(total))  # so that u = 1 finds a token

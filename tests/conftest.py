@@ -97,6 +97,15 @@ def tiny_tokenizer(words=WORDS):
     )
 
 
+def tokens_of(tokenizer=None, style="plain", limit=100, policy="", stop=None):
+    """What ids mean to a policy with this tokenizer."""
+    from pfppo.data import Tokens
+
+    tokenizer = tokenizer or tiny_tokenizer()
+    stop = stop or [tokenizer.eos_token_id]
+    return Tokens(policy, tokenizer, stop, stop[0], 0, len(tokenizer), [], style, limit)
+
+
 def write_model(folder, model, tokenizer=None):
     """A checkpoint as transformers writes it; returns the folder's name."""
     model.save_pretrained(folder)

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 from pfppo.answers import Examiner, execute, judge, left, results_of, samples_of
 from pfppo.config import UserError
-from pfppo.data import ProblemSet, Tokens
+from pfppo.data import ProblemSet
 from pfppo.problems import Problem, sample_row
-from pfppo.reward import RewardCard
+from pfppo.reward import RewardCard, load_reward
 from pfppo.sandbox import Sandbox, Verdict
 
 import pytest
 import torch
-from conftest import EOS, scalar_of, tiny_classifier, tiny_lm, tiny_tokenizer
+from conftest import scalar_of, tiny_classifier, tiny_lm, tokens_of
 from ranks import forked
 
 
@@ -68,7 +68,7 @@ def read(path):
 def everything(ranks):
     """What an Examiner gives: answers twice, and with another tag; rows of samples in two ways."""
     lm, rm = tiny_lm("llama"), scalar_of(tiny_classifier("llama", seed=5), ranks)
-    with Examiner(Tokens("", tiny_tokenizer(), [EOS], "plain", 9), args_of(), ranks) as examiner:
+    with Examiner(tokens_of(limit=9), args_of(), ranks) as examiner:
         groups = [examiner.answers(lm, ASKED, tag, 1.0, samples=2) for tag in ("a", "a", "b")]
         whole = samples_of(examiner, lm, rm, ASKED, 0, 3)
         parts = samples_of(examiner, lm, rm, ASKED, 0, 1)
@@ -183,18 +183,21 @@ def test_a_failure_ends_the_tests_under_way(ranks, tmp_path):
 
 
 @pytest.mark.parametrize("card", [None, RewardCard(0.0, 1.0, "t", "v")])
-def test_rewards_are_judged_from_what_the_rm_said_however_often(tmp_path, card):
-    """One from elsewhere is normalised over these samples."""
+@pytest.mark.parametrize("reward", ["model", "combined"])
+def test_rewards_are_judged_from_what_the_rm_said_however_often(tmp_path, reward, card):
+    """One from elsewhere is normalised over these samples, as is every reward but an RM's own."""
     if card:
         card.save(tmp_path)
     raw = torch.tensor([1.0, 5.0, 3.0])
     said = raw if card else (raw - 3) / 2
     rows = [row | {"reward": raw[i].item()} for i, row in enumerate(rows_of(0, 3, 1))]
     results = [{"passed": i == 1} for i in range(3)]
-    args = args_of(reward_model=str(tmp_path))
+    args, wanted = args_of(reward_model=str(tmp_path), reward=reward), said
+    if reward == "combined":
+        both = said + torch.tensor([-1.0, 1.0, -1.0])
+        wanted = (both - both.mean()) / both.std()
     for _ in range(2):
-        judge(args, lambda answers: answers.by_model + answers.scores, PROBLEMS, rows, results)
+        judge(args, load_reward(reward), PROBLEMS, rows, results)
         assert [row["score"] for row in rows] == [0.0, 1.0, 0.0]
-        wanted = said + torch.tensor([0.0, 1.0, 0.0])
         assert torch.allclose(torch.tensor([row["reward"] for row in rows]), wanted)
         assert [row.get("raw_reward", row["reward"]) for row in rows] == raw.tolist()

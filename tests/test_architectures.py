@@ -7,22 +7,29 @@ one is asked of all.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import train_ppo
+from pfppo.config import UserError
 from pfppo.data import Tokens
 from pfppo.loading import load_models
+from pfppo.model import Policy
 from pfppo.rollout import collate
 from pfppo.run import export
+from pfppo.run.proofs import prove_policy
 from pfppo.sampler import sample
 
+import families
 import pytest
 import torch
 from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
 from running import numbers
 from safetensors import safe_open
+from transformers import CONFIG_MAPPING
 from transformers import AutoModelForCausalLM as LM
 from transformers import AutoModelForSequenceClassification as RM
 
+TOKENS = SimpleNamespace(policy="here", rows=families.VOCABULARY, stop=[1], never=[0], pad=0)
 HEAD = {"head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_experts": 4}
 PLAIN = ("llama", "qwen2", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
@@ -118,7 +125,8 @@ def test_it_is_trained_on_what_it_sampled(run):
         assert row["ratio_first_minibatch"] == 1
         assert row["grad_norm_actor"] > 0 and row["grad_norm_critic"] > 0
         assert row["skipped_updates"] == row["empty_steps"] == 0
-    assert rows[0]["kl_k1"] == 0 and rows[1]["kl_k1"] != 0  # the reference stays, the policy moves
+    assert abs(rows[0]["kl_k1"]) < 1e-4  # by the sampler's log-probs
+    assert abs(rows[1]["kl_k1"]) > 10 * abs(rows[0]["kl_k1"])  # the policy moves, not the reference
 
 
 def shapes_of(folder):
@@ -162,3 +170,45 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(files, run, ranks, tm
     assert numbers(again) == numbers(run)
     policies = (logits_of(theirs(LM, path / "policy")) for path in (run, again))
     assert torch.equal(*policies)
+
+
+# ------------------------------------------------------------------------ all families there are
+
+EQUAL = """afmoe apertus arcee aria_text beam bert-generation biogpt bitnet bloom codegen cohere
+cohere2 cohere2_moe ctrl cwm diffllama doge dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone_moe
+falcon
+flex_olmo flint fuyu gemma gemma2 gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4
+glm4_moe gpt-sw3 gpt2 gpt_bigcode gpt_neox gpt_neox_japanese gpt_oss gptj granite granite_swa
+granitemoe granitemoe_swa granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3
+hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna lfm2 llama mellum mimo_v2_flash
+minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nanochat nemotron olmo
+olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
+solar_open stablelm starcoder2 vaultgemma whisper xglm""".split()
+LATENT = "deepseek_v2 deepseek_v3 minicpm3".split()
+QUICK = "llama qwen2 qwen3_moe mistral gemma2 gpt2 gpt_neox phi3 olmo2 deepseek_v3".split()
+LOOKS_AHEAD_OR_ASIDE = "bert roformer roberta xlm bart mbart plbart modernbert-decoder".split()
+
+
+def names_of(names, quick):
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", names_of(EQUAL + LATENT, QUICK))
+def test_a_family_samples_the_tokens_of_a_naive_loop(name):
+    if name not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    model = families.tiny_family(name, families.SIZES | (families.LATENT if name in LATENT else {}))
+    prove_policy(model, TOKENS, Policy(model, TOKENS.never))
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
+    uniforms = torch.zeros(2, 8, dtype=torch.float64)
+    how = {"stop": TOKENS.stop, "never": TOKENS.never, "temperature": 0}
+    ids = sample(model, prompts, uniforms, **how).ids
+    assert ids == [families.greedy(model, p, 8, *TOKENS.stop, TOKENS.never) for p in prompts]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOKS_AHEAD_OR_ASIDE)
+def test_a_family_whose_training_would_be_wrong_is_refused(name):
+    model = families.tiny_family(name)
+    with pytest.raises(UserError, match="cannot be used here, where a causal decoder is needed"):
+        prove_policy(model, TOKENS, Policy(model, TOKENS.never))

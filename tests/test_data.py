@@ -4,6 +4,7 @@ Not here: the forms of the files (test_problems and beside it).
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 from pfppo.data import (
@@ -17,6 +18,7 @@ from pfppo.data import (
 )
 from pfppo.problems import assemble
 
+import conftest
 import pytest
 import torch
 from conftest import PAD, tiny_config, tiny_tokenizer, write_model
@@ -53,7 +55,7 @@ def tokens_of(tmp_path_factory):
     tiny_config("llama", max_position_embeddings=600).save_pretrained(policy)
 
     def make(style="plain", limit=1000, template=CHAT, **how):
-        return Tokens(str(policy), make_tokenizer(template, **how), [0], style, limit)
+        return conftest.tokens_of(make_tokenizer(template, **how), style, limit, str(policy))
 
     return make
 
@@ -107,7 +109,7 @@ def test_every_form_of_a_pair_gives_equal_rows(tokens_of, tmp_path, row, style):
     ((prompt, *responses),), said = read_pairs(write(tmp_path, row), tokens)
     assert said == [("q", "yes", "no")]
     assert prompt == render("q", tokens.tokenizer, style)
-    assert responses == [tokens.response("yes"), tokens.response("no")]
+    assert responses == [tokens.response(prompt, text, "") for text in ("yes", "no")]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_every_form_of_a_pair_gives_equal_rows(tokens_of, tmp_path, row, style):
 def test_a_dialogue_of_several_turns_goes_through_the_chat_template(tokens_of, tmp_path, row):
     tokens = tokens_of("chat")
     (ids,), said = read_pairs(write(tmp_path, row), tokens)
-    assert tokens.decode(ids) == [RENDERED, "yes", "no"]
+    assert tokens.decode([[]] * 3, ids) == [RENDERED, "yes", "no"]
     assert said == [(DIALOGUE, "yes", "no")]
     # Written down as they were said they are read again.
     again = write(tmp_path, *(pair(*triple) for triple in said))
@@ -161,7 +163,7 @@ def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, t
     read_pairs(path, tokens_of())
     path = write(tmp_path, pair("q" * 9, "y" * 591))
     message = refused(read_pairs, path, tokens_of())
-    assert f"the longest row of --pairs {path} is 601 tokens long, expected at most 600" in message
+    assert f"the longest row of --pairs {path} is 601 tokens, expected at most 600" in message
 
 
 @pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
@@ -180,9 +182,9 @@ def test_a_chat_prompt_is_a_users_turn_that_asks_for_an_answer_and_no_more(closi
 @pytest.mark.parametrize("closing", [False, True])
 def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of, closing):
     tokens, text = tokens_of(closing=closing), "    return x , y\n"
-    ids = tokens.response(text)
+    ids = tokens.response([7, 9], text, "")
     assert ids.count(0) == 1 and ids[-1] == 0
-    assert tokens.decode([ids]) == [text]
+    assert tokens.decode([[7, 9]], [ids]) == [text]
 
 
 def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
@@ -205,7 +207,7 @@ def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp
     chat = ["[user]ask[assistant]", "[user]code[assistant]"]
     for style, expected in (("plain", ["code", "code"]), ("chat", chat)):
         tokens = tokens_of(style)
-        assert tokens.decode(read_any(path, tokens).prompts) == expected
+        assert tokens.decode([[]] * 2, read_any(path, tokens).prompts) == expected
 
 
 def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):
@@ -214,7 +216,7 @@ def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_pa
     tokens = tokens_of("chat")
     asked = read_any(path, tokens)
     dialogue, text = asked.problems
-    assert tokens.decode(asked.prompts[:1]) == [RENDERED]
+    assert tokens.decode([[]], asked.prompts[:1]) == [RENDERED]
     assert (dialogue.question, text.question) == ("r", "q") and not text.messages
     check = assemble(dialogue, "Sure:\n```python\ndef f():\n    return 2\n```")
     assert check.program == "def f():\n    return 2\n"  # nothing of the dialogue is code
@@ -247,12 +249,9 @@ def test_text_is_cut_as_tokenizer_json_says_whatever_class_is_named(
     config["tokenizer_class"] = named
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = load_tokenizer(tmp_path)
-    ids, (first, second) = (
-        made(text)["input_ids"],
-        (Tokens("", t, [], "", 9) for t in (made, loaded)),
-    )
+    ids, (first, second) = made(text)["input_ids"], map(conftest.tokens_of, (made, loaded))
     assert loaded(text)["input_ids"] == ids != []
-    assert first.decode([ids]) == second.decode([ids])
+    assert first.decode([[]], [ids]) == second.decode([[]], [ids])
     assert loaded.eos_token_id == made.eos_token_id
 
 
@@ -296,11 +295,14 @@ def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else(tokens_of
     ],
 )
 def test_rows_are_padded_with_anything_and_a_classifiers_never_with_an_end(
-    special, pad, classifier_pad
+    args, special, pad, classifier_pad
 ):
     inner = tiny_tokenizer().backend_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", **special)
-    tokens = Tokens("", tokenizer, [1, 3], "plain", 9)
+    tokenizer.save_pretrained(args.policy)
+    ends = Path(args.policy) / "generation_config.json"
+    ends.write_text(json.dumps({"eos_token_id": [1, 3]}))
+    tokens = Tokens.of(args, print)
     assert (tokens.pad, tokens.classifier_pad) == (pad, classifier_pad)
 
 
@@ -372,7 +374,7 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
         ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
         ({"reward": "tests"}, ["--prompts ", "'line 1'", " has no 'test'"]),
         ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
-        ({"max_new_tokens": 200}, ["--policy ", "203 tokens long, expected at most 128"]),
+        ({"max_new_tokens": 200}, ["--policy ", "203 tokens, expected at most 128"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),
     ],
 )

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 from pfppo.config import UserError
-from pfppo.data import Tokens
 from pfppo.lab import default as lab
 from pfppo.lab import world
 from pfppo.lab.world import DOMAINS, Task, body, draw_corpus, draw_problems, draw_task
@@ -20,6 +19,7 @@ from pfppo.problems import load_problems
 
 import pytest
 import torch
+from conftest import tokens_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 SPLITS = ("train", "validation", "test")
@@ -259,10 +259,10 @@ def test_tokens_stay_within_a_line_and_never_join_digits(tokenizer):
 
 
 def test_responses_end_with_eos_and_decode_without_it(corpus, tokenizer):
-    tokens = Tokens("policy", tokenizer, [tokenizer.eos_token_id], "plain", 99)
+    tokens = tokens_of(tokenizer, policy="policy")
     for texts, (p, y) in zip(corpus[:20], lab.rows_of(corpus[:20], tokenizer), strict=True):
         assert y[-1] == tokenizer.eos_token_id and y.count(y[-1]) == 1
-        assert tokens.decode([p, y]) == list(texts)
+        assert tokens.decode([[], p], [p, y]) == list(texts)
 
 
 def test_training_lowers_the_loss_and_repeats_exactly(corpus, tokenizer, monkeypatch):

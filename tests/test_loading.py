@@ -2,17 +2,18 @@
 files, whole where names differ; what is damaged or does not fit, named."""
 
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from pfppo import loading
 from pfppo import model as networks
-from pfppo.data import Tokens
 from pfppo.fsdp import full_state, shard
 from pfppo.loading import Slices, Whole, load_models, load_scalars, new_scalar, source_of
 from pfppo.model import Policy, ScalarModel
-from pfppo.reward import RewardCard
+from pfppo.reward import RewardCard, Slot
 from pfppo.rollout import collate
 
+import conftest
 import pytest
 import torch
 from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm, tiny_tokenizer, write_model
@@ -39,7 +40,7 @@ def args_of(policy, reward_model="", **changes):
 def tokens_of(style="plain", template=None):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    return Tokens("", tokenizer, [tokenizer.eos_token_id], style, 100)
+    return conftest.tokens_of(tokenizer, style)
 
 
 def save_card(folder, tokens=None, **changes):
@@ -221,13 +222,54 @@ def test_a_reward_model_is_normalised_as_its_card_says_or_as_known_or_as_measure
     assert torch.allclose(values(reward_model), values(ScalarModel(tiny_classifier("llama", 5))))
     assert not any(p.requires_grad for p in reward_model.parameters())
     assert all(p.requires_grad for p in critic.parameters())
-    examiner = SimpleNamespace(spread=lambda *asked: (0.5, len(asked)))
-    for known, expected in (([3.0, 4.0], [3.0, 4.0]), (None, [0.5, 2])):
-        assert models.normalise(known, examiner, "prompts") == expected
+    probe = SimpleNamespace(by_model=torch.tensor([1.0, 2.0, 3.0]))
+    for known, expected in ((None, [2.0, 1.0]), ([3.0, 4.0], [3.0, 4.0])):
+        normalise(models, ranks, probe, state := state_of(known, known and [0.0, 1.0]))
         assert [reward_model.mean, reward_model.std] == [critic.mean, critic.std] == expected
+        assert state.normaliser == expected
     save_card(rm)
     models = load_models(args_of(policy, rm), tokens_of(), ranks)
-    assert models.normalised is True and models.normalise([3.0, 4.0], None, None) == [0.3, 2.0]
+    normalise(models, ranks, None, state_of([3.0, 4.0]))
+    assert models.normalised is True
+    assert [models.reward_model.mean, models.critic.std] == [0.3, 2.0]
+
+
+def state_of(normaliser=None, scale=None):
+    return SimpleNamespace(normaliser=normaliser, scale=scale)
+
+
+def normalise(models, ranks, probe, state, spec="model", score=None, reward_scale="sft"):
+    args = SimpleNamespace(reward_model="rm", reward_scale=reward_scale)
+    examiner = SimpleNamespace(args=args, ranks=ranks, probe=lambda models, asked: probe)
+    slot = Slot(spec, score)
+    models.normalise(state, examiner, "prompts", slot)
+    return slot
+
+
+@dataclass
+class Probe:
+    texts: tuple = ("a", "bb", "ccc")
+    by_model: torch.Tensor = None
+
+
+def lengths(answers):
+    return [100.0 + len(text) for text in answers.texts]
+
+
+def test_a_reward_of_ones_own_gets_the_mean_and_spread_of_sft_samples(ranks, policy, rm, capsys):
+    save_card(rm)
+    models = load_models(args_of(policy, rm), tokens_of(), ranks)
+    slot = normalise(models, ranks, Probe(), state := state_of(), "f.py:lengths", lengths)
+    assert state.scale == [102.0, 1.0] == [slot.mean, slot.std]
+    assert slot(Probe()).tolist() == [-1.0, 0.0, 1.0]
+    assert "mean 102, standard deviation 1" in capsys.readouterr().out
+    again = normalise(models, ranks, None, state_of(scale=[5.0, 2.0]), "f.py:lengths", lengths)
+    assert (again.mean, again.std) == (5.0, 2.0)  # as a checkpoint knows it, without a probe
+    raw = normalise(models, ranks, None, state_of(), "f.py:lengths", lengths, "none")
+    assert (raw.mean, raw.std) == (0.0, 1.0)
+    flat = normalise(models, ranks, Probe(), state_of(), "f.py:flat", lambda _: [7.0] * 3)
+    assert (flat.mean, flat.std) == (0.0, 1.0)
+    assert "no spread" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------- what is refused

@@ -263,7 +263,7 @@ def test_rows_longer_than_the_model_has_positions_for_are_refused(folders, archi
     folder = folders[architecture]
     networks.check_positions(folder, "policy", 128)
     message = refused(networks.check_positions, folder, "policy", 129)
-    assert re.match(f"--policy {folder}: .* is 129 tokens .* at most 128", message)
+    assert re.match(f"--policy {folder}: .* is 129 tokens, .* at most 128", message)
 
 
 def test_a_damaged_generation_config_is_named_and_a_missing_one_is_not(tmp_path):

@@ -71,7 +71,7 @@ def test_a_row_without_tokens_gets_no_reward_and_has_no_coefficients():
     mask = tensor([0, 0, 0], [1, 1, 0])
     rewards = ppo.token_rewards(tensor(5.0, 5.0), torch.zeros(2, 3), mask, 0.1)
     close(rewards, [[0, 0, 0], [0, 5, 0]])
-    close(ppo.loss_coefficients(mask, torch.ones(2))[0], [[0, 0, 0], [0.5, 0.5, 0]])
+    close(ppo.loss_coefficients(mask, torch.ones(2)), [[0, 0, 0], [0.5, 0.5, 0]])
 
 
 def test_k1_and_k3_have_the_kl_as_their_mean_over_a_categorical():
@@ -195,7 +195,9 @@ def batch():
     names = ("old_logp", "ref_logp", "old_values", "adv", "returns")
     numbers = {name: draw(4, T, seed=20 + i) for i, name in enumerate(names)}
     numbers |= {"rewards": draw(4, seed=25), "weights": tensor(1.0, 0.0, 2.0, 0.5)}
-    return rows_of(LENGTHS, torch.arange(4), **numbers)
+    rows = rows_of(LENGTHS, torch.arange(4), **numbers)
+    rows.coefficients = ppo.loss_coefficients(MASK, rows.weights)
+    return rows
 
 
 LOGP = batch().old_logp + 0.3 * draw(4, T, seed=27)  # what the policy says of them now
@@ -205,7 +207,7 @@ METRICS = ("policy_loss", "clip_fraction", "approx_kl", "ratio_sum", "tokens", "
 
 def options(**changes):
     known = dict(microbatch=4, temperature=1.0, clip=0.2, value_clip=0.3)
-    return SimpleNamespace(**known | {"loss_aggregation": "sequence_mean"} | changes)
+    return SimpleNamespace(**known | changes)
 
 
 def learn(rows, logp=LOGP, values=VALUES, world=1, **changes):
@@ -243,9 +245,10 @@ def test_coefficients_are_the_weights_of_rows_or_of_tokens(aggregation):
     weights, expected = tensor(0.5, 2.0, 0.0, 1.0), torch.zeros(4, T).double()
     for i, j in TOKENS:
         expected[i, j] = weights[i] / (LENGTHS[i] if aggregation == "sequence_mean" else 1)
-    coefficients, part = ppo.loss_coefficients(MASK, weights, aggregation)
-    close(coefficients, expected)
-    close(part, expected.sum())
+    found = ppo.loss_coefficients(MASK, weights, aggregation, minibatches=3)
+    close(found, expected / expected.sum() * 3)  # 1 for each minibatch, on average
+    parts = [(MASK[rows], weights[rows], aggregation, 3) for rows in (slice(1), slice(1, 4))]
+    close(torch.cat(Peers(2).run(ppo.loss_coefficients, *parts)), found)
 
 
 def test_an_unknown_aggregation_is_refused():
@@ -256,10 +259,10 @@ def test_an_unknown_aggregation_is_refused():
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_both_losses_their_metrics_and_their_gradients_equal_the_loop(aggregation):
     rows, expected, cases = batch(), dict.fromkeys(METRICS, 0.0), set()
-    c, total = ppo.loss_coefficients(MASK, rows.weights, aggregation)
+    c = rows.coefficients = ppo.loss_coefficients(MASK, rows.weights, aggregation)
     slopes = torch.zeros(2, 4, T).double()
     for i, j in TOKENS:
-        weight, adv = (c[i, j] / total).item(), rows.adv[i, j].item()
+        weight, adv = c[i, j].item(), rows.adv[i, j].item()
         log_ratio = (LOGP[i, j] - rows.old_logp[i, j]).item()
         ratio = math.exp(log_ratio)
         limited = min(max(ratio, 0.8), 1.2)
@@ -278,7 +281,7 @@ def test_both_losses_their_metrics_and_their_gradients_equal_the_loop(aggregatio
         cases.add(("value", limited != value, held))
         expected["value_loss"] += weight * 0.5 * ((limited if held else value) - ret) ** 2
     assert len(cases) == 6 + 3  # there are tokens of all kinds
-    assert_same(learn(rows, loss_aggregation=aggregation), (expected, *slopes))
+    assert_same(learn(rows), (expected, *slopes))
 
 
 @pytest.mark.parametrize("gap", [-500.0, 500.0])
@@ -295,8 +298,7 @@ def test_with_equal_policies_the_ratio_is_exactly_1_and_the_slope_the_advantage(
     metrics, slope, _ = learn(rows, logp=rows.old_logp)
     assert metrics["ratio_sum"] == metrics["tokens"]
     assert metrics["clip_fraction"] == 0 and metrics["approx_kl"] == 0
-    coefficients, total = ppo.loss_coefficients(MASK, rows.weights)
-    close(slope, -rows.adv * coefficients / total)
+    close(slope, -rows.adv * rows.coefficients)
 
 
 # ----------------------------------------------------------------------- what changes no gradient
@@ -310,6 +312,7 @@ def test_the_order_of_rows_and_rows_that_are_dropped_change_nothing(order):
 def test_a_weight_of_2_counts_like_two_equal_rows():
     twice = batch().select(torch.tensor([0, 2, 2, 3]))
     twice.weights = tensor(1.0, 1.0, 1.0, 0.5)
+    twice.coefficients = ppo.loss_coefficients(twice.mask, twice.weights)
     found, expected = learn(twice), learn(batch())
     counted = {name: found[0][name] for name in ("ratio_sum", "tokens")}
     assert_same(found, (expected[0] | counted, *expected[1:]))
@@ -321,15 +324,16 @@ def steps(rank, size, aggregation, reduce):
     own = torch.arange(12).view(4, 3)[rank.rank :: rank.world].flatten()
     lengths = [2, 5, 1, 6, 3, 4, 5, 1, 2, 4, 2, 3]  # rank 1 of 2 pads with its longest row
     rows = rows_of(lengths, own, rewards=draw(12, seed=40)[own])
-    kept, args = rows.kept(weights, 3, rank), options(microbatch=size)
+    kept, args = rows.kept(weights, 4, rank), options(microbatch=size)
     tables = [draw(12, T, seed=seed) for seed in range(41, 46)]
     kept.old_logp, _ = kept.evaluate(train_ppo.log_probs, Table(tables[0], True), args)
     kept.ref_logp, _ = kept.evaluate(train_ppo.log_probs, Table(tables[1], True), args)
     kept.old_values = kept.evaluate(train_ppo.values_of, Table(tables[2], False), args)
     kept.adv, kept.returns = ppo.advantages(kept, 0.1, reduce=reduce)
-    changed = {"microbatch": size, "loss_aggregation": aggregation}
+    how = aggregation, len(kept.parts), reduce
+    kept.coefficients = ppo.loss_coefficients(kept.mask, kept.weights, *how)
     minibatches = kept.minibatches(seeded("test"))
-    return [learn(mb, *tables[3:], rank.world, **changed) for mb in minibatches]
+    return [learn(mb, *tables[3:], rank.world, microbatch=size) for mb in minibatches]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

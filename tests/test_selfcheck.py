@@ -28,9 +28,10 @@ NAMES = [
     "log-probs, sampler and training",
     "gradients, large and small microbatches",
     "losses of the first update",
+    "log-probs, here and by plain transformers",
     "rewards, here and by plain transformers",
 ]
-RATIO, KL, LOGP_PADDED, VALUES_PADDED, SAMPLER, GRADIENTS, LOSSES, REWARDS = NAMES
+RATIO, KL, LOGP_PADDED, VALUES_PADDED, SAMPLER, GRADIENTS, LOSSES, FILES, REWARDS = NAMES
 BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
@@ -38,7 +39,7 @@ def write_folders(folder, architecture="llama", **changes):
     """policy/, reward_model/ with its card, and prompts.jsonl."""
     path = write_model(folder / "policy", tiny_lm(architecture, **changes))
     write_model(folder / "reward_model", tiny_classifier(architecture, 5, **changes))
-    hashes = Tokens.of(train_ppo.Args(policy=path)).hashes()
+    hashes = Tokens.of(train_ppo.Args(policy=path, reward_model="")).hashes()
     RewardCard(0.3, 2.0, *hashes).save(folder / "reward_model")
     lines = "".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS)
     (folder / "prompts.jsonl").write_text(lines)
@@ -55,6 +56,7 @@ def make(folder, ranks, **changes):
     args = train_ppo.Args(
         policy=str(folder / "policy"),
         reward_model=str(folder / "reward_model"),
+        prompts=str(folder / "prompts.jsonl"),
         prompts_per_step=4,
         samples_per_prompt=2,
         max_new_tokens=12,
@@ -68,7 +70,7 @@ def make(folder, ranks, **changes):
         models=models,
         trained={"actor": (models.policy, None), "critic": (models.critic, None)},
         examiner=Examiner(tokens, args, ranks),
-        train=read_problems(str(folder / "prompts.jsonl"), tokens, None),
+        train=read_problems(args, "prompts", tokens, None),
         forward=dict(train_ppo.FORWARD),
         backward=train_ppo.backward,
     )
@@ -172,6 +174,16 @@ def test_the_script_ends_with_status_0_and_writes_nothing(ranks, folders, tmp_pa
 # ---------------------------------------------------------------------------------- what is broken
 
 
+def test_weights_that_transformers_would_not_read_fail_where_they_are_compared(
+    ranks, folders, capsys
+):
+    subject = make(folders, ranks)
+    with torch.no_grad():
+        for model in (subject.models.policy, subject.models.reference):
+            model.lm.lm_head.weight.mul_(1.1)
+    assert failed(subject, capsys) == {FILES}
+
+
 def test_dropout_in_training_fails_the_ratio(ranks, folders, capsys):
     subject = make(folders, ranks)
     for module in subject.models.policy.modules():
@@ -189,8 +201,8 @@ def test_a_policy_that_sees_padding_fails(ranks, folders, capsys, dtype):
 
 
 @BOTH
-def test_a_critic_and_a_reward_model_that_see_padding_fail(ranks, folders, capsys, dtype):
-    subject = make(folders, ranks, param_dtype=dtype)
+def test_a_critic_and_a_reward_model_that_see_padding_fail(ranks, tmp_path, capsys, dtype):
+    subject = make(write_folders(tmp_path), ranks, param_dtype=dtype)
     see_everything(subject.models.critic)
     see_everything(subject.models.reward_model)
     names = failed(subject, capsys)
@@ -205,6 +217,7 @@ def test_five_things_broken_at_once_fail_five_checks_and_no_other(ranks, folders
 
     def backward(trained, rows, args, ranks):
         for mb in rows.microbatches(args.microbatch):
+            mb.coefficients = mb.coefficients / mb.coefficients.sum()
             sums = train_ppo.backward(trained, mb, args, ranks)
         return sums | {"value_loss": torch.tensor(float("inf"))}
 

@@ -8,7 +8,6 @@ they save, and end too.
 Not covered: several machines; cells of several ranks.
 """
 
-import ctypes
 import json
 import os
 import re
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require
@@ -30,9 +28,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[2]
 CURVES = ("reward_all", "score_all", "validation")
 RUNNING = set()  # processes
-END_WITH_STUDY = None  # what a new process does first
-if sys.platform == "linux":  # elsewhere it outlives a study that is killed
-    END_WITH_STUDY = partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+# What a process does first (a preexec_fn is not safe beside threads); elsewhere than on Linux it
+# outlives a study that is killed.
+END_WITH_STUDY = f"""import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, {signal.SIGTERM.value}, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"""
+START = [sys.executable, *(["-c", END_WITH_STUDY] if sys.platform == "linux" else [])]
 
 
 def is_finished(cell):
@@ -47,13 +48,13 @@ def steps_done(cell):
 def run_script(script, folder, options, jobs=1):
     """Run a script in a process of its own, its output appended to `folder`.log. options: {name:
     value}, None for a flag. Raises UserError, with the script's own line, if it fails."""
-    argv = [sys.executable, str(ROOT / script), "--resume"]
+    argv = [*START, str(ROOT / script), "--resume"]
     argv += [f"--{n}" if value is None else f"--{n}={value}" for n, value in options.items()]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a+", errors="replace") as log:
         start = log.tell()
-        process = subprocess.Popen(argv, env=env, stdout=log, stderr=log, preexec_fn=END_WITH_STUDY)
+        process = subprocess.Popen(argv, env=env, stdout=log, stderr=log)
         RUNNING.add(process)
         status = process.wait()
         RUNNING.discard(process)

@@ -1,6 +1,32 @@
-"""Before, during and after a run: its options, folder, checkpoints, end; memory; export; selfcheck.
+r"""Before, during and after a run: options, folder, checkpoints, end; memory; export; selfcheck.
 
 What stands here is all that the rest of pfppo uses of this folder.
+
+Operating a run
+---------------
+SIGTERM     The step is given up, or ended if it is in its update; the run saves and exits with 0
+            within `--grace_seconds`. torchrun passes SIGTERM on, sends SIGKILL after 30 s (torch
+            2.13: `--shutdown-timeout`) and ends with status 1 itself, whatever its workers did.
+kill        At any instant: `--resume` goes on from the last whole checkpoint to the same numbers.
+restarts    `torchrun --max-restarts 3` starts the workers of a node again when one has failed, and
+            they go on from the last checkpoint; give `--run_dir`. Use it with `--node_rank` and
+            `--master_addr`: with `--rdzv_backend c10d` torch 2.13 itself may fail to connect them.
+nodes       need one file system at one path for `--run_dir`, and for the working folder where the
+            lab is used; where a node sees another one, the run ends in one line before any work.
+            Where a node dies, its workers die with their torchrun; the other nodes end with an
+            error when a collective has waited for `--collective_timeout` seconds.
+Slurm       One torchrun per node (not tried on a cluster):
+
+    #!/bin/bash
+    #SBATCH --nodes=2 --ntasks-per-node=1 --gpus-per-node=8 --exclusive --time=24:00:00
+    #SBATCH --requeue --open-mode=append --signal=TERM@180
+    export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150  # seconds from SIGTERM to SIGKILL; torch 2.11: 30
+    srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes $SLURM_NNODES \
+        --node_rank $SLURM_NODEID --master_addr $MASTER_ADDR --master_port 29500 \
+        --nproc_per_node 8 train_ppo.py --policy DIR --reward_model DIR --prompts FILE \
+        --run_dir /shared/run --resume --grace_seconds 140' ||
+        [ "${SLURM_RESTART_COUNT:-0}" -ge 5 ] || scontrol requeue "$SLURM_JOB_ID"
 """
 
 import sys
@@ -18,6 +44,7 @@ from pfppo.run.export import from_run, write
 from pfppo.run.folder import check_shared, claim, open_folder
 from pfppo.run.memory import show
 from pfppo.run.options import LongRun, Machine
+from pfppo.run.proofs import prove_models, prove_policy, prove_scalar
 from pfppo.run.selfcheck import selfcheck
 from pfppo.run.session import Session
 

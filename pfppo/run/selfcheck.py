@@ -6,11 +6,11 @@ A few prompts of the first step are answered, shortly, and the checks look at th
     padding         a row alone = the same row beside longer ones, padded further
     microbatches    the gradient of a minibatch = that of its rows one by one
     sampler         log-probs while sampling = those of the training forward
-    reward model    its score = what plain transformers gives for the same files, row by row
+    files           log-probs and scores = what plain transformers gives for the same folders
 
 What is tried are the training's own functions. The first line is exact in any type, the others
 hold up to rounding: in fp32 the largest difference decides; in bf16 the mean, as single tokens may
-be far off (above all where they go to another expert). Rank 0 holds one more reward model, whole.
+be far off (above all where they go to another expert). Rank 0 holds one more model, whole.
 
 Not covered: whether samples or rewards are any good, speed, memory, the state of a checkpoint.
 """
@@ -22,10 +22,10 @@ from pfppo import ppo
 from pfppo.data import step_prompts
 from pfppo.fsdp import compute_dtype, gather_lists, sum_over_ranks
 from pfppo.rollout import collate
+from pfppo.run.proofs import plain_logp, plain_scores
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModelForSequenceClassification
 
 PROMPTS, SAMPLES, NEW_TOKENS = 2, 4, 32  # per rank; of a prompt, of a response at most
 WIDER = 8  # columns of padding that are added
@@ -110,7 +110,7 @@ def selfcheck(models, trained, examiner, train, forward, backward):
         report.close_scalars("values, alone and padded", padded, values, critic)
     report.close_logp("log-probs, sampler and training", sampled_logp, rows.old_logp[responses])
     check_gradients(report, trained, rows, backward, args)
-    check_rewards(report, models.reward_model, rows, dtype, args)
+    check_files(report, models, rows, logp[responses], dtype, args)
     count = f"{report.failed} checks FAILED" if report.failed else "nothing FAILED"
     ranks.say(f"selfcheck: {count}, {time.monotonic() - started:.0f} s")
     return int(bool(report.failed))
@@ -139,6 +139,8 @@ def check_gradients(report, trained, rows, backward, args):
     ranks, turns = report.ranks, torch.arange(len(rows), device=rows.ids.device) % 2
     rows.rewards, rows.weights = 2.0 * turns - 1, 1.0 + turns
     rows.adv, rows.returns = ppo.advantages(rows, 0.0, args.gamma, args.lam, sum_over_ranks)
+    how = args.loss_aggregation, 1, sum_over_ranks
+    rows.coefficients = ppo.loss_coefficients(rows.mask, rows.weights, *how)
     gradients, losses = [], []
     for microbatch in (min(len(rows), max(2, args.microbatch)), 1):
         sums = backward(trained, rows, dataclasses.replace(args, microbatch=microbatch), ranks)
@@ -161,20 +163,17 @@ def flat_gradient(model):
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-@torch.no_grad()
-def check_rewards(report, model, rows, dtype, args):
-    """What transformers says of a row alone: without padding the score stands at its last token."""
-    name = "rewards, here and by plain transformers"
-    if model is None:
-        return report.line(name, "there is no --reward_model", None)
-    ours = model(rows.ids, rows.ends)[:, 0, 0].float().cpu()  # padded as they are
+def check_files(report, models, rows, logp, dtype, args):
+    """What plain transformers says of the same folders and rows, on rank 0. logp [tokens]"""
+    name, what, theirs = "{}, here and by plain transformers", (rows, dtype), logp[:0]
+    if report.ranks.is_main:
+        theirs = plain_logp(args.policy, *what, models.policy.never, args.temperature)
+    report.close_logp(name.format("log-probs"), logp[: len(theirs)], theirs)
+    if (model := models.reward_model) is None:
+        return report.line(name.format("rewards"), "there is no --reward_model", None)
+    with torch.no_grad():
+        ours = model(rows.ids, rows.ends)[:, 0, 0].float()  # padded as they are
     theirs = ours[:0]
     if report.ranks.is_main:
-        read = AutoModelForSequenceClassification.from_pretrained
-        plain = read(args.reward_model, dtype=dtype).to(rows.ids.device).eval()
-        plain.config.get_text_config().pad_token_id = None
-        ends = (rows.prompt_lengths + rows.lengths).tolist()
-        alone = [ids[None, :end] for ids, end in zip(rows.ids, ends, strict=True)]
-        raw = torch.stack([plain(input_ids=ids).logits[0, 0] for ids in alone])
-        theirs = (raw.float().cpu() - model.mean) / model.std
-    report.close_scalars(name, ours[: len(theirs)], theirs, model)
+        theirs = (plain_scores(args.reward_model, *what) - model.mean) / model.std
+    report.close_scalars(name.format("rewards"), ours[: len(theirs)], theirs, model)

@@ -9,11 +9,13 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 
 from pfppo import fsdp, metrics
+from pfppo.config import require
 from pfppo.files import append_jsonl, whole_lines
 from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
 from pfppo.run.folder import claim, open_folder
 from pfppo.run.memory import require_fits
+from pfppo.run.proofs import apart
 from pfppo.run.stopping import Stop
 
 
@@ -27,7 +29,8 @@ class State:
     best_step: int = 0  # and the step of the policy that had it
     empty_steps: int = 0  # in which nothing was kept
     skipped_updates: int = 0  # whose gradient was not finite
-    normaliser: list = field(default_factory=list)  # mean and sd of raw rewards
+    normaliser: list = field(default_factory=list)  # mean and sd of the RM, where it has no card
+    scale: list = field(default_factory=list)  # mean and sd of any other reward
 
     @property
     def chosen(self):
@@ -40,7 +43,7 @@ class Session:
 
     def __init__(self, args, ranks):
         """Claim --run_dir; raises UserError where it is another run's. Nothing is written yet."""
-        self.args, self.ranks = args, ranks
+        self.args, self.ranks, self.checked = args, ranks, False
         self.stop = Stop(ranks, args.grace_seconds)
         # torchrun has started this process again after a failure (`--max-restarts`)
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -62,8 +65,9 @@ class Session:
         known = checkpoint.load(self.folder, trained, self.ranks)
         return State(**known) if known else fresh
 
-    def open(self, state):
-        """Make the folder. From here on SIGTERM saves before it ends the run."""
+    def open(self, models, examiner, validation, state):
+        """Make the folder, and look at validation once before training. From here on SIGTERM saves
+        before it ends the run."""
         open_folder(self.folder, self.args, self.ranks)
         if self.args.resume and state.step == 0:
             self.ranks.say(f"{self.folder}: no checkpoint to go on from, starting at step 1")
@@ -72,19 +76,35 @@ class Session:
         for record in whole_lines(self.folder / "samples.jsonl"):
             recent.setdefault(record["step"], []).append(record)
         self.recent = deque(recent.values(), metrics.R2_STEPS)
+        if state.step == 0:
+            value = self.look(models, examiner, validation, state)
+            shown = "-" if value is None else f"{value:.3f}"
+            self.ranks.say(f"validation before training: {shown}")
         self.stop.holding = True
 
-    def offer(self, value, models, tokens, state):
-        """Export the policy if `value`, its pass rate on validation, is the best so far, or if none
-        is known. Returns value."""
+    def look(self, models, examiner, validation, state):
+        """The policy's pass rate on validation, greedy; where it is the best so far, or where none
+        is known, the policy is exported."""
+        value = examiner.greedy(models, validation)
         if value is None or state.best is None or value > state.best:
             state.best, state.best_step = value, state.step
             best = {"best": value, "best_step": state.step}
-            export.write_best(models, self.folder / "policy", tokens, self.ranks, best)
-        if state.step == 0:
-            shown = "-" if value is None else f"{value:.3f}"
-            self.ranks.say(f"validation before training: {shown}")
+            export.write_best(models, self.folder / "policy", examiner.tokens, self.ranks, best)
         return value
+
+    def check_sampler(self, kept):
+        """Raise UserError, in the first step, where the sampler's log-probs are not training's."""
+        if self.checked:
+            return
+        self.checked, tokens = True, (kept.mask * kept.weights[:, None]) > 0
+        dtype = fsdp.compute_dtype(self.args.param_dtype, self.ranks)
+        with fsdp.agreed(self.ranks):
+            if tokens.any():
+                logp = kept.old_logp[tokens]
+                difference, limit = apart(kept.sampled_logp[tokens], logp, dtype)
+                what = f"log-probs of sampler and training differ by {difference:.2g} nats"
+                more = f"expected at most {limit:.2g}: --selfcheck says more"
+                require(difference <= limit, f"--policy {self.args.policy}: {what}, {more}")
 
     def check_stop(self, *_):
         """Raise Stopped if this rank has been asked to end. No collective: see `may_give_up`."""
