@@ -6,9 +6,8 @@
 For each check two processes are forked, by two servers of each worker. A *judge* (judge.py) runs
 the test, a *candidate* (candidate.py) holds the program and nothing else, behind walls (walls.py).
 The test sees stand-ins for the program's names (proxy.py): answers come back as plain data of exact
-types (values.py), and the verdict is the judge's alone. This file is the caller's side: what a
-check and a verdict are, the clocks, and a pool that loses no check and replaces what dies. `Check`,
-`Sandbox` and `Verdict` are all that the rest of pfppo uses of this folder.
+types (values.py), and the verdict is the judge's alone. This file is the door, and the caller's
+side: checks, verdicts, the clocks, and a pool that loses no check and replaces what dies.
 
 A call is sent when the one before it has been answered: a program never sees what comes later. The
 entry point is the program's; every other name that the reference defines is the reference's, its
