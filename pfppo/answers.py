@@ -46,7 +46,7 @@ class Answer:
 class Examiner:
     """Asks models and runs tests, with what stays the same in a script. A context.
 
-    args: seed, max_new_tokens, temperature, sampling_batch; workers, timeout, require_isolation.
+    args: seed, max_new_tokens, temperature, sampling_batch; workers, timeout, allow_weak_isolation.
     """
 
     def __init__(self, tokens, args, ranks):
@@ -157,7 +157,7 @@ class Examiner:
 
 def open_sandbox(args, ranks):
     """The sandbox of a command line; says what this machine grants it."""
-    sandbox = Sandbox(args.workers, args.timeout, require_isolation=args.require_isolation)
+    sandbox = Sandbox(args.workers, args.timeout, allow_weak_isolation=args.allow_weak_isolation)
     ranks.say(f"sandbox: {sandbox.mode}")
     return sandbox
 

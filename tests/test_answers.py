@@ -29,7 +29,7 @@ KEYS = {"task_id", "sample", "passed", "outcome", "seconds"}
 
 
 def args_of(**changes):
-    machine = {"workers": 1, "timeout": 3.0, "require_isolation": False, "sampling_batch": 4}
+    machine = {"workers": 1, "timeout": 3.0, "allow_weak_isolation": False, "sampling_batch": 4}
     sampling = {"max_new_tokens": 5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     fixed = machine | sampling | {"seed": 1, "samples_per_problem": 2, "reward_model": ""}
     return SimpleNamespace(**(fixed | changes))

@@ -4,6 +4,7 @@ The hostile programs are the ones a policy under pressure finds first; the proje
 them, where its folder exists, runs here too.
 """
 
+import os
 import pathlib
 import shutil
 import subprocess
@@ -12,11 +13,10 @@ import tempfile
 import time
 
 from pfppo.config import UserError
-from pfppo.sandbox import isolation
-from pfppo.sandbox.pool import Check, Sandbox
+from pfppo.sandbox import Check, Sandbox, walls
 
 import pytest
-from test_sandbox import ADD, TEST_ADD, WRONG, alive, descendants, judge, needs_data, rows
+from test_sandbox import ADD, TEST_ADD, WRONG, check_of, exists, judge, needs_data, processes, rows
 
 
 @pytest.fixture(scope="module")
@@ -27,56 +27,72 @@ def sandbox():
 
 # ---- forgery -------------------------------------------------------------------------------------
 
-LINK = (
-    "import gc, sys\nwire = sys.modules['pfppo.wire']\nlink = next(o for o in gc.get_objects() "
-    + ("if isinstance(o, wire.Link))\n")
-)
+LINK = """
+import gc, sys
+values = sys.modules['pfppo.sandbox.values']
+link = next(o for o in gc.get_objects() if isinstance(o, values.Link))
+def say(text, table=''):
+    kind, _, value = text.partition(' ')
+    data = f'{kind}\\n{table}\\n{value}'.encode()
+    link.sock.sendall(len(data).to_bytes(4, 'little') + data)
+"""
 EQUAL = "class E:\n    def __eq__(s, o): return True\n    __ne__ = lambda s, o: False\n"
+SAID = (  # in place of an answer
+    '["passed", ""]', 'passed ["passed", ""]', 'ok "passed"', 'ok [{"J": [0, "", ""]}, null]',
+    'ok [7, null] ', 'ok [{"C": [-1, "x", ""]}, null]', 'ok [{"C": [5, "N", "="]}, null]',
+    'ok [{"C": [5, "int", "__eq__ __index__ __abs__"]}, null]', 'ok [{"f": "exec"}, null]',
+    'ok [{"T": "exec"}, null]', 'ok [{"T": "BaseException"}, null]', "raise 5", "ok [1, 7]",
+    'raise {"X": [[], [], [], null, ""]}', "callback 7", 'callback [0, [1], {"d": []}]',
+    'raise {"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}', 'ok [{"x": []}, null]',
+    'raise {"X": [[["", "SystemExit"]], [0], [], null, ""]}', 'ok [{"F": [1, 0]}, null]',
+    'ok [{"N": ["f8", [1000000000], "00"]}, null]', 'ok [{"N": ["O", [1], "00"]}, null]',
+    'ok [{"t": [], "s": []}, null]', 'ok [{"n": ["P", ["a b"], [1]]}, null]',
+    'ok [{"C": [[1], "x", ""]}, null]', 'ok [{"C": [8, "a\\u0000b", ""]}, null]',
+)  # fmt: skip
+SENDS = "def add(x, y):\n    link.sock.sendall({!r})\n"
 FORGED = {
-    "equals everything": EQUAL + "def add(x, y):\n    return E()",
-    "lying int": EQUAL.replace("E:", "E(int):") + "def add(x, y):\n    return E(9)",
+    **{said: LINK + f"def add(x, y): say({said!r})\n" for said in SAID},
+    "fields of what has none": LINK + "def add(x, y): say('ok [1, null]', '[[[1], \"a\", 5]]')\n",
+    "frames ahead of time": LINK + "for _ in range(9): say('passed [0, null]')\n" + WRONG,
+    "answers ahead of time": LINK + "for _ in range(9): say('ok [1, null]')\n" + WRONG,
+    "no names": LINK + "say('ok [7, null]')\n",
+    "other names": LINK + "say('ok [{\"d\": [\"add\", {\"T\": \"max\"}]}, null]')\n",
+    "too long": LINK + SENDS.format(b"\xff\xff\xff\xff"),
+    "too much": LINK + SENDS.format(b"\xff\xff\xff\xff") + "    while 1: say('x' * (1 << 20))\n",
+    "no text": LINK + SENDS.format(b"\4\0\0\0\xff\xff\xff\xff"),
+    "trickle": "import time\n" + LINK + SENDS.format(b"\xff\0\0\0")
+        + "    while 1: link.sock.sendall(b' '); time.sleep(0.2)",
+    "equals everything": EQUAL + "def add(x, y): return E()",
+    "lying int": EQUAL.replace("E:", "E(int):") + "def add(x, y): return E(9)",
     "not there": "def __getattr__(n): return lambda *a: 1\n",
     "patched builtins": "import builtins\nfor n in ('abs', 'len', 'exec', 'eval', 'all', 'type'):\n"
-    "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
+        "    setattr(builtins, n, lambda *a, **k: True)\n" + WRONG,
     "excepthook": "import sys, os, atexit\nsys.excepthook = lambda *a: os._exit(0)\n"
-    "atexit.register(os._exit, 0)\n" + WRONG,
-    "every descriptor": "import os\nfor d in range(64):\n"
-    "    for t in ('passed', '[\"passed\", 0, \"\"]'):\n"
-    "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
-    "frames ahead of time": LINK + "for _ in range(9): link.send('passed\\n[0, null]')\n" + WRONG,
-    "verdict in place of an answer": LINK
-    + 'def add(x, y):\n    link.send(\'["passed", 0, ""]\')\n',
-    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(_answer=print)\n"
-    "    f = f.f_back\n" + WRONG,
-    "other's object": LINK + "def add(x, y):\n    link.send('ok\\n[{\"y\": 0}, null]')\n",
-    "no names": LINK + "link.send('ok\\n[7, null]')\n",
-    "odd number": LINK + "def add(x, y):\n    link.send('ok\\n[{\"h\": -1}, null]')\n",
-    "unknown tag": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"f": "exec"}, null]\')\n',
-    "no type": LINK + 'def add(x, y):\n    link.send(\'ok\\n[{"T": "exec"}, null]\')\n',
-    "odd error": LINK + "def add(x, y):\n    link.send('raise\\n[[], 1, {\"h\": 1}]')\n",
-    "callback from nowhere": LINK + "def add(x, y):\n    link.send('callback\\n[0, [1]]')\n",
-    "changes that fit nothing": LINK + "def add(x, y):\n    link.send('ok\\n[1, [[1], 2]]')\n",
-    "too long": LINK + "def add(x, y):\n    link.write(b'\\xff' * 4)\n",
-    "trickle": LINK
-    + "import time\ndef add(x, y):\n    link.write(b'\\xff\\0\\0\\0')\n    while 1:\n"
-    "        link.write(b' '); time.sleep(0.2)",
+        "atexit.register(os._exit, 0)\n" + WRONG,
+    "every descriptor": "import os\nfor d in range(64):\n    for t in 'passed', '[\"passed\"]':\n"
+        "        try: os.write(d, t.encode() + b'\\n')\n        except OSError: pass\n" + WRONG,
+    "frames": "import sys\nf = sys._getframe()\nwhile f:\n    f.f_globals.update(serve=print)\n"
+        "    f = f.f_back\n" + WRONG,
+    "closes its socket": "import os\ndef add(x, y): os.close(3)\n",
     "nested": "def add(x, y):\n    a = []\n    for _ in range(10**5): a = [a]\n    return a",
     "itself": "def add(x, y):\n    a = []\n    a.append(a)\n    return a",
-    "slow equality": "import decimal\ndef add(x, y):\n    return decimal.Decimal('1e999999999')",
-    "claims the test's error": "def add(x, y):\n    raise AssertionError",
-    "StopIteration": "def add(x, y):\n    raise StopIteration",
-    "exits in a thread": "import os, threading, time\nthreading.Timer(0.1, os._exit, [0]).start()\n"
-    "def add(x, y):\n    time.sleep(0.5)",
+    "slow equality": "import decimal\ndef add(x, y): return decimal.Decimal('1e999999999')",
+    "claims the test's error": "def add(x, y): raise AssertionError",
+    "an error that exits": "class E(Exception):\n    def __str__(s): raise SystemExit(0)\n"
+        "def add(x, y): raise E",
+    "StopIteration": "def add(x, y): raise StopIteration",
+    "exits in a thread": "import os, threading, time\n"
+        "threading.Timer(0.1, os._exit, [0]).start()\ndef add(x, y): time.sleep(0.5)",
     "stops itself": "import ctypes\nctypes.CDLL(None)['raise'](19)\n" + WRONG,
     "segfault": "import ctypes\nctypes.string_at(0)\n" + ADD,
-}
+}  # fmt: skip
 
 
 def test_forged_verdicts_do_not_pass(sandbox):
     assert judge(sandbox, LINK + ADD).passed  # the forgers do find their link
     verdicts = sandbox.run([Check(program, TEST_ADD, "add", ADD) for program in FORGED.values()])
     assert not [name for name, v in zip(FORGED, verdicts, strict=True) if v.passed]
-    assert not [v for v in verdicts if "tester died" in v.detail]
+    assert not [v for v in verdicts if "the test ended with" in v.detail]
 
 
 @pytest.mark.parametrize("reference", ["", ADD])
@@ -92,38 +108,131 @@ def test_a_program_gives_the_test_no_name_that_it_did_not_ask_for(sandbox, refer
     assert judge(sandbox, program, test, "add", reference).outcome == "wrong_answer"
 
 
-def test_objects_cannot_say_what_the_test_hopes_to_hear(sandbox):
-    yes = "class Y:\n    def __getattr__(s, n): return lambda *a: True\n    __abs__ = __sub__ = "
-    yes += "__lt__ = __contains__ = lambda *a: s\n    def __iter__(s): return iter([])\ndef f(x):\n"
-    yes = yes.replace("lambda *a: s\n", "lambda *a: True\n") + "    return Y()\n"
-    reference = "def f(x):\n    return 'abc'"
-    field = "import collections\nP = collections.namedtuple('P', 'startswith')\ndef f(x):\n"
-    field += "    return P(lambda *a: True)\n"
-    test = "def check(f):\n    assert f(1).startswith('a')"
-    assert not judge(sandbox, field, test, "f", reference).passed
-    for question in "r.startswith('a')", "abs(r - 2) < 1e-6", "r < 3", "'a' in r", "r == r.lower()":
-        test = f"def check(candidate):\n    r = candidate(1)\n    assert {question}"
-        assert not judge(sandbox, yes, test, "f", reference).passed, question
+YES = """
+class Y:
+    def __getattr__(s, n): return lambda *a: True
+    __abs__ = __sub__ = __lt__ = __eq__ = __contains__ = lambda *a: True
+    __float__ = lambda s: 5.0
+    __index__ = __int__ = lambda s: 1
+    __hash__ = lambda s: 0
+    def __iter__(s): return iter([])
+f = lambda x=1: Y()
+"""
+NODE = """
+class Node:
+    def __init__(self, val=0, next=None): self.val, self.next = val, next
+    def show(self): return [self.val]
+def build(v): return Node(v[0], build(v[1:])) if v else None
+def same(a, b):
+    while a and b:
+        if a.val != b.val: return False
+        a, b = a.next, b.next
+    return not a and not b
+def f(x): return x
+"""
+TURNED = "assert same(f(build([1, 2])), build([2, 1])) and same(f(build([3, 4])), build([4, 3]))"
+SIZED = "class A:\n    k = 0\n    def __len__(s): {}\n    def __iter__(s):\n"
+SIZED += "        while A.k < {}: A.k += 1; yield A.k - 1\ndef f(): return A()\n"
+PRIMES = "r = f()\nassert len(r) == 3 and all(p in r for p in (2, 3, 5))"
+MANAGER = (
+    "class M:\n    def __enter__(s): return s\n    def __exit__(s, *a): {}\ndef f(): return M()\n"
+)
+FIVE, ABC = "def f(x=1): return 5", "def f(x=1): return 'abc'"
+CATCH = "try:\n    f(1)\n    assert False\nexcept {}: pass"
+EXITS = "def g(): raise {}\nassert f(g) == 1"
+UNIT = "import unittest\nclass T(unittest.TestCase):\n    def test_f(s): s.assertEqual(f(1), 5)\n"
+LIES = {  # name: (program that solves nothing, body of check(f) or a whole test, reference)
+    **{f"says yes to {q}": (YES, f"assert {q}", ABC) for q in (
+        "f().startswith('a')", "abs(f() - 2) < 1e-6", "f() < 3", "'a' in f()", "f() == f().lower()",
+        "f() == 5", "not f() != 5", "round(f()) == 5", "[1, 2][f()] == 2", "{5: 1}[f()]",
+        "f() in [5]", "__import__('cmath').isclose(f(), 5)", "__import__('numpy').all(f() == 5)")},
+    "a field for a method": ("import collections\nP = collections.namedtuple('P', 'startswith')\n"
+        "def f(): return P(lambda *a: True)", "assert f().startswith('a')", ABC),
+    **{f"{kind} for a method": (
+        "import collections\nP = collections.namedtuple('P', 'startswith')\n"
+        f"def f(): return P({kind})", "assert f().startswith('a')", ABC)
+       for kind in ("bool", "ValueError")},
+    "a type for a method of nodes": (NODE + "def f(x): x.startswith = bool; return x",
+        "assert f(Node(1)).startswith('a')", NODE),
+    # Expected values are of the reference's classes, and what comes back is so too.
+    "nodes that seem empty": ("class Node:\n    def __init__(s, *a): s.__dict__['s'] = 0\n"
+        "    def __setattr__(s, n, v): s.__dict__['s'] = 1\n    @property\n    def next(s):\n"
+        "        q, s.__dict__['s'] = s.__dict__['s'], 0\n        return s if q else None\n"
+        "def f(x): return Node()", TURNED, NODE),
+    "a subclass of nodes": (NODE + "class N(Node):\n    n = 0\n    @property\n    def next(s):\n"
+        "        N.n += 1\n        return s if N.n % 3 else None\n    next = next.setter(print)\n"
+        "def f(x): return N()", TURNED, NODE),
+    "values that equal all": (NODE + EQUAL + "def f(x):\n    n = x\n"
+        "    while n: n.val = E(); n = n.next\n    return x", TURNED, NODE),
+    "a replaced helper": (NODE + "def same(a, b): return True", TURNED, NODE),
+    "a field for a method of the class": (NODE + "def f(x): x.show = lambda: [2]; return x",
+        "assert f(Node(1)).show() == [2]", NODE),
+    "nodes without end": (NODE + "def f(x): x.next = x; return x",
+        "n = f(Node(1))\nwhile n: n = n.next", NODE),
+    # Objects are what they can do, and the same at each look.
+    "length and items differ": (SIZED.format("return 3", 10**9), PRIMES, ""),
+    "other items each time": (SIZED.format("A.k = -1; return 3", "A.k + 3"), PRIMES, ""),
+    "another length each time": (
+        SIZED.format("A.k -= 1; return 3 if A.k < 0 else 9", 9), PRIMES, ""),
+    "an iterable that is no iterator": ("class R:\n    def __iter__(s): return iter([1])\nf = R",
+        "import collections.abc\nassert isinstance(f(), collections.abc.Iterator)", ""),
+    "endless": ("def f():\n    while True: yield 'x' * 1000", "assert list(f()) == []", ""),
+    # Modules are the test's own, as far as it uses them as such.
+    **{f"a module of its own, {n}": (lie + "def f(x): return [0.0]",
+        f"assert {'' if 'from' in lie else 'np.'}allclose(f(1), [2.0])", "")
+       for n, lie in enumerate((
+           "class np:\n    allclose = lambda a, b: True\n",
+           "import numpy as np\nnp.allclose = lambda a, b: True\n",
+           "import numpy\nnumpy.allclose = lambda a, b: True\nfrom numpy import allclose\n"))},
+    "the test's draws": ("import random\ndef f(x): return [random.random() for _ in x]",
+        "import random\nx = [random.random()]\nassert f(x) == x", "def f(x): return x"),
+    # Exceptions: the test's own end is its own.
+    "an exiting class": ("class E(SystemExit): pass\ndef f(g): return g()", EXITS.format("E"), ""),
+    "a class of the reference that exits": ("class E(SystemExit): pass\ndef f(g): return g()",
+        EXITS.format("E"), "import builtins\nclass E(builtins.SystemExit): pass\ndef f(g): pass"),
+    "a class of the test that exits": ("def f(g): return g()",
+        "class E(SystemExit): pass\n" + EXITS.format("E"), ""),
+    "a function that exits": ("def f(g): return g()", "import sys\nassert f(sys.exit) == 1", ""),
+    "a class that interrupts": ("class E(KeyboardInterrupt): pass\ndef f(g): return g()",
+        EXITS.format("E"), ""),
+    "a test that is skipped": ("import unittest\ndef f(x): raise unittest.SkipTest",
+        UNIT + "unittest.main()", ""),
+    **{f"a class that catches all, {n}": (f"{lie}\ndef f(x): pass\n", CATCH.format(name), "")
+       for n, (lie, name) in enumerate((
+           ("Bad = Exception", "Bad"), ("Bad = BaseException", "Bad"),
+           ("Bad = AssertionError", "Bad"),
+           ("class Bad(AssertionError): pass\nBad.__name__ = 'AssertionError'", "Bad"),
+           ("class A: Bad = BaseException", "A.Bad"), ("def f(x): return AssertionError", "f(1)"),
+           ("class M(type):\n    __subclasscheck__ = __instancecheck__ = lambda *a: True\n"
+            "class Bad(Exception, metaclass=M): pass", "Bad")))},
+    "a caught crash": ("Bad = Exception\ndef f(x): raise TypeError", CATCH.format("Bad"), ""),
+    "a manager that suppresses": (MANAGER.format("return True"), "with f(): assert False", ""),
+    "a manager that replaces": (MANAGER.format("raise ValueError"),
+        "try:\n    with f(): assert False\nexcept ValueError: pass", ""),
+    "the end of a loop": ("def f(x): raise StopIteration",
+        "assert all(map(lambda x: f(x) == x, [1])) and list(map(f, [1])) == []", ""),
+    # A test passes where it has run to its end, and has asked.
+    "never called": ("def f(x): pass", "assert g(1) == 1", "def g(x): return x\ndef f(x): pass"),
+    "never awaited": ("def f(x): pass", "async def check(f): assert f(1) == 1", ""),
+    "swallowed exit": ("def f(): raise SystemExit", "try: f()\nexcept: pass", ""),
+    "swallowed death": ("import os\ndef f(): os._exit(0)", "try: f()\nexcept: pass", ""),
+}  # fmt: skip
 
 
-def test_a_test_that_swallows_everything_passes_nothing_that_died(sandbox):
-    test = "def check(candidate):\n    try:\n        candidate()\n    except:\n        pass"
-    assert judge(sandbox, "def f():\n    raise SystemExit", test).outcome == "exit"
-    assert judge(sandbox, "import os\ndef f():\n    os._exit(0)", test).outcome == "exit"
-    assert judge(sandbox, "def f():\n    raise ValueError", test).passed
+@pytest.fixture(scope="module")
+def lies(sandbox):
+    checks = []
+    for program, test, reference in LIES.values():
+        whole = "check(f)" in test or "unittest" in test
+        checks.append(Check(program, test if whole else check_of(test), "f", reference))
+    return dict(zip(LIES, sandbox.run(checks), strict=True))
 
 
-def test_endless_answers_end(sandbox):
-    endless = "def f():\n    while True: yield 'x' * 1000"
-    verdict = judge(sandbox, endless, "assert list(f()) == []")
-    assert verdict.outcome in ("timeout", "memory") and verdict.seconds < 12
-
-
-def test_a_test_that_never_calls_the_program_is_no_pass(sandbox):
-    test = "def check(candidate):\n    assert g(1) == 1"
-    assert not judge(
-        sandbox, "def f(x): pass", test, "f", "def g(x): return x\ndef f(x): pass"
-    ).passed
+@pytest.mark.parametrize("name", LIES)
+def test_programs_that_solve_nothing_do_not_pass(lies, name):
+    assert not lies[name].passed
+    if "swallowed" in name:
+        assert lies[name].outcome == "exit"
 
 
 # ---- containment ---------------------------------------------------------------------------------
@@ -195,34 +304,35 @@ def test_candidates_find_nothing_of_each_other(sandbox):
     assert all(verdict.passed for verdict in sandbox.run(checks)[1::2])
 
 
-@pytest.mark.parametrize("name, depth", [("a" * 250, 40), ("d", 2000)])
 @pytest.mark.parametrize("without", [(), ("namespaces",)])
-def test_no_tree_is_too_deep_to_be_removed(without, name, depth, monkeypatch):
-    deep = f"import os\nfor _ in range({depth}):\n    os.mkdir('{name}')\n    os.chdir('{name}')\n"
-    deep += "open('big', 'w').write('x' * 1000)\nos.mkdir('e', 0)\n"
+def test_no_tree_is_too_deep_to_be_removed(without, monkeypatch):
     empty = "import os\nassert not os.listdir()\nopen('a', 'w').write('a')\n"
     monkeypatch.setattr(Sandbox, "without", without)
     with Sandbox(workers=1) as sandbox:
-        for program in (deep + ADD, empty + ADD, empty + "\n" + ADD):
-            assert judge(sandbox, program).passed
+        for name, depth in ("a" * 250, 40), ("d", 1200):
+            deep = f"import os\nfor _ in range({depth}):\n    os.mkdir({name!r})\n"
+            deep += f"    os.chdir({name!r})\n"
+            deep += "open('big', 'w').write('x' * 1000)\nos.mkdir('e', 0)\n"
+            for program in (deep + ADD, empty + ADD, empty + "\n" + ADD):
+                assert judge(sandbox, program).passed
 
 
 def test_nothing_outlives_the_verdict():
     with Sandbox(workers=1) as one:
         judge(one, ADD)
         time.sleep(0.3)  # the next candidate is forked after the verdict
-        pids = descendants(one._workers[0].process.pid)
+        pids = processes(one)
         stay = (
             "import threading, time\nfor _ in range(20):\n    threading.Thread(target=time.sleep, "
         )
         judge(one, stay + "args=[99]).start()\n" + WRONG)
         time.sleep(0.3)
-        assert len(descendants(one._workers[0].process.pid)) == len(pids)
-        pids += descendants(one._workers[0].process.pid)
+        assert len(processes(one)) == len(pids)
+        pids += processes(one)
     deadline = time.monotonic() + 10  # the kernel ends them when it gets round to it
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    while any(map(exists, pids)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert pids and not any(map(alive, pids))
+    assert pids and not any(map(exists, pids))
 
 
 @pytest.mark.parametrize(
@@ -234,7 +344,7 @@ def test_nothing_outlives_the_verdict():
     ],
 )
 def test_the_working_directory_hides_no_library(paths, directory):
-    assert isolation.working_directory(paths) == directory
+    assert walls.working_directory(paths) == directory
 
 
 def test_a_virtual_environment_may_be_under_tmp():
@@ -253,26 +363,33 @@ def test_a_virtual_environment_may_be_under_tmp():
         assert subprocess.run(command, capture_output=True, text=True).stdout == "passed\n"
 
 
-# ---- lesser modes --------------------------------------------------------------------------------
+# ---- modes ---------------------------------------------------------------------------------------
 
-LESSER = [("namespaces",), ("namespaces", "landlock"), ("landlock", "namespaces", "seccomp")]
+MODES = {  # layers that are missing -> what the mode says
+    ("namespaces",): "landlock + seccomp + limits",
+    ("namespaces", "landlock"): "weak isolation: seccomp + limits",
+    ("namespaces", "landlock", "seccomp"): "weak isolation: limits",
+    ("seccomp",): "weak isolation: namespaces + landlock + limits",
+}
 
 
-@pytest.mark.parametrize("without", LESSER, ids="+".join)
-def test_lesser_modes_work_and_say_so(without, monkeypatch):
+@pytest.mark.parametrize("without", MODES, ids="+".join)
+def test_modes_work_and_say_so(without, monkeypatch):
     monkeypatch.setattr(Sandbox, "without", without)
-    with Sandbox(workers=2, timeout=1.0) as lesser:
-        assert lesser.mode.endswith("only") and not any(layer in lesser.mode for layer in without)
+    weak = MODES[without].startswith("weak")
+    if weak:
+        with pytest.raises(UserError, match="--allow_weak_isolation"):
+            Sandbox(workers=1)
+    with Sandbox(workers=1, timeout=0.5, allow_weak_isolation=weak) as lesser:
+        assert lesser.mode == MODES[without]
         programs = [ADD, WRONG, FORGED["equals everything"], "def add(x, y):\n    while True: pass"]
         found = lesser.run([Check(program, TEST_ADD, "add") for program in programs])
         assert [v.outcome for v in found] == ["passed", "wrong_answer", "wrong_answer", "timeout"]
         fork = "import os\ndef add(x, y):\n    os.fork()\n    return x + y"
-        assert not judge(lesser, fork).passed
-        if "landlock" not in without:
-            verdicts = lesser.run(held_checks())
-            assert not [(n, v) for n, v in zip(HELD, verdicts, strict=True) if not v.passed]
-    with pytest.raises(UserError, match="require_isolation"):
-        Sandbox(workers=1, require_isolation=True)
+        assert not judge(lesser, fork).passed or without == ("seccomp",)
+        held = {n for n, v in zip(HELD, lesser.run(held_checks()), strict=True) if v.passed}
+        if not weak:
+            assert held == HELD.keys()
 
 
 @pytest.mark.parametrize("without", [(), ("namespaces",)], ids=["full", "lesser"])
@@ -281,20 +398,19 @@ def test_a_vanishing_temporary_folder_changes_no_verdict(without, monkeypatch, t
     private = tmp_path / "private"
     private.mkdir(mode=0o700)
     monkeypatch.setenv("TMPDIR", str(private))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     write = "open('x', 'w').write('1')\nint(open('x').read())\n"
-    checks = [
-        Check(f"{write}{ADD if i % 2 else WRONG}\n# {i}", TEST_ADD, "add") for i in range(200)
-    ]
+    checks = [Check(f"{write}{ADD if i % 2 else WRONG}\n# {i}", TEST_ADD, "add") for i in range(60)]
     with Sandbox(workers=2) as box:
         seen = []
 
         def progress(count):
             seen.append(count)
-            if len(seen) % 60 == 0:
+            if len(seen) % 20 == 0:
                 shutil.rmtree(private, ignore_errors=True)
 
         verdicts = box.run(checks, progress)
-    assert [v.outcome for v in verdicts] == ["wrong_answer", "passed"] * 100
+    assert [v.outcome for v in verdicts] == ["wrong_answer", "passed"] * 30
     assert not private.exists() or not list(private.iterdir())
 
 
@@ -302,14 +418,9 @@ def test_root_s_private_temporary_folder_keeps_no_candidate_out(monkeypatch, tmp
     monkeypatch.setattr(Sandbox, "without", ("namespaces", "landlock"))
     tmp_path.chmod(0o700)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with Sandbox(workers=1) as box:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with Sandbox(workers=1, allow_weak_isolation=True) as box:
         assert judge(box, ADD).passed
-
-
-def test_require_isolation_is_content_with_namespaces_and_seccomp(sandbox):
-    if sandbox.mode.endswith("only"):
-        pytest.skip(f"this machine grants {sandbox.mode}")
-    Sandbox(workers=1, require_isolation=True).close()
 
 
 # ---- the project's hostile examples --------------------------------------------------------------
@@ -318,27 +429,29 @@ PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\
 
 
 @needs_data
-def test_hostile_examples_get_their_verdicts():
+@pytest.mark.parametrize("file, seconds", [("hostile_examples", 1.6), ("hostile_examples_2", 3.0)])
+def test_hostile_examples_get_their_verdicts(file, seconds):
     canary = pathlib.Path("/tmp/pf_canary")
     (canary / "home").mkdir(parents=True, exist_ok=True)
     files = [canary / "secret.txt", canary / "keep.txt", canary / "home" / "notes.txt"]
-    for file in files:
-        file.write_text("topsecret")
+    for path in files:
+        path.write_text("topsecret")
     files[0].chmod(0o600)
-    examples = rows("hostile_examples.jsonl")
-    checks = []
+    examples, checks = rows(f"{file}.jsonl"), []
     for example in examples:
-        preamble = PREAMBLE if "class Solution" in example["candidate"] else ""
-        program = preamble + example["candidate"]
-        checks.append(Check(program, example["test"], example["entry_point"]))
-    with Sandbox(workers=2, timeout=1.6) as box:
-        verdicts = box.run(checks)
+        preamble = PREAMBLE if example.get("format") == "leetcode" else ""
+        reference = example.get("prompt", "") + example.get("canonical_solution", "")
+        program, test = preamble + example["candidate"], example["test"]
+        checks.append(Check(program, test, example["entry_point"], reference))
+    with Sandbox(workers=2, timeout=seconds) as box:
+        verdicts, pids = box.run(checks), processes(box)
+        folders = [worker.folder for worker in box._workers]
+    assert not any(map(exists, pids)) and not any(map(os.path.exists, folders))
     wrong = [
         (example["id"], verdict)
         for example, verdict in zip(examples, verdicts, strict=True)
         if verdict.passed != (example["expected"] == "pass") and example["id"] != "ok_subprocess"
     ]
     assert not wrong
-    assert [file.read_text() for file in files] == ["topsecret"] * 3
-    for file in files:
-        file.unlink()
+    assert [path.read_text() for path in files] == ["topsecret"] * 3
+    shutil.rmtree(canary)

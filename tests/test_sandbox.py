@@ -1,8 +1,11 @@
-"""The sandbox: the verdict of every kind of program, honest ones first, and what the pool survives.
+"""The sandbox: right programs pass, every kind of end has its name, and what the pool survives.
 
-What a candidate cannot forge or reach, and the lesser modes, are in test_jail.py.
+What a candidate cannot forge or reach, and the modes, are in test_jail.py. Here is also what the
+docstring of pfppo/sandbox says that it does not contain, and what fails though it is right.
 """
 
+import contextlib
+import gc
 import gzip
 import json
 import os
@@ -11,10 +14,12 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 
-from pfppo.sandbox.pool import OUTCOMES, Check, Sandbox
+from pfppo import sandbox as door
+from pfppo.sandbox import OUTCOMES, Check, Sandbox
 
 import pytest
 
@@ -38,44 +43,79 @@ def judge(sandbox, program, test=TEST_ADD, entry_point=None, reference=""):
     return sandbox.run([Check(program, test, entry_point, reference)])[0]
 
 
-# ---- outcomes ------------------------------------------------------------------------------------
+def check_of(lines):
+    """A test: `lines` as the body of check(f)."""
+    return "def check(f):\n" + textwrap.indent(lines, "    ")
+
+
+# ---- ends ----------------------------------------------------------------------------------------
 
 OUTCOME_OF = {
-    ADD: "passed",
-    WRONG: "wrong_answer",
-    "def add(x, y):\n    x + y": "wrong_answer",
-    "def add(x, y):\n    return [x + y]": "wrong_answer",
-    "def add(x, y) return x": "syntax_error",
-    ADD + "\0": "syntax_error",
-    "```python\n" + ADD + "```": "syntax_error",
-    "def add(x, y):\n    return add(x, y)": "exception",
-    "def add(x, y):\n    return x / 0": "exception",
-    "n = input()\n" + ADD: "exception",
-    "def add(x, y):\n    return undefined": "exception",
-    "other = 1": "exception",
-    "import no_such_module\n" + ADD: "exception",
-    "def add(x, y):\n    while True: pass": "timeout",
-    "import time\ndef add(x, y):\n    time.sleep(60)": "timeout",
-    "import re\ndef add(x, y):\n    re.match(r'(a+)+$', 'a' * 45 + 'b')": "timeout",
-    "def add(x, y):\n    return bytearray(1 << 30)": "memory",
-    "import socket\nsocket.socket()\n" + ADD: "forbidden",
-    "import os\nos.fork()\n" + ADD: "forbidden",
-    "quit()\n" + ADD: "exit",
-    "import os\nos._exit(0)\n" + ADD: "exit",
-    "def add(x, y):\n    raise SystemExit(0)": "exit",
-    "def add(x, y):\n    raise KeyboardInterrupt": "exit",
-}
+    "passed": [ADD],
+    "wrong_answer": [WRONG, "def add(x, y): x + y", "def add(x, y): return [x + y]"],
+    "syntax_error": ["def add(x, y) return x", ADD + "\0", "```python\n" + ADD + "```"],
+    "exception": ["def add(x, y): return add(x, y)", "def add(x, y): return x / 0", "other = 1",
+                  "n = input()\n" + ADD, "def add(x, y): return a", "import no_such\n" + ADD],
+    "timeout": ["def add(x, y):\n    while 1: pass", "import time\ndef add(x, y): time.sleep(60)",
+                "import re\ndef add(x, y): re.match(r'(a+)+$', 'a' * 45 + 'b')"],
+    "memory": ["def add(x, y): return bytearray(1 << 30)"],
+    "forbidden": ["import socket\nsocket.socket()\n" + ADD, "import os\nos.fork()\n" + ADD],
+    "exit": ["quit()\n" + ADD, "import os\nos._exit(0)\n" + ADD,
+             "def add(x, y): raise SystemExit(0)", "def add(x, y): raise KeyboardInterrupt"],
+}  # fmt: skip
+OUTCOME_OF = {program: outcome for outcome, programs in OUTCOME_OF.items() for program in programs}
 
 
 def test_every_outcome_has_its_name(sandbox):
     verdicts = sandbox.run([Check(program, TEST_ADD, "add") for program in OUTCOME_OF])
-    found = {p: v.outcome for p, v in zip(OUTCOME_OF, verdicts, strict=True)}
-    assert found == OUTCOME_OF
-    assert set(found.values()) == set(OUTCOMES)
+    assert {p: v.outcome for p, v in zip(OUTCOME_OF, verdicts, strict=True)} == OUTCOME_OF
+    assert {*OUTCOME_OF.values()} == {*OUTCOMES}
     assert all(v.passed == (v.outcome == "passed") and "\n" not in v.detail for v in verdicts)
 
 
-# ---- honest programs -----------------------------------------------------------------------------
+BURN = "import time\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n"
+SLEEP = "import time\ndef add(x, y):\n    time.sleep({})\n    return x + y\n"
+
+
+def test_time_is_what_a_program_computes_and_sleeps(sandbox):
+    """A right answer that comes late is a timeout; the sleeping ones are called twice."""
+    programs = BURN.format(0.6) + ADD, BURN.format(1.5) + ADD, SLEEP.format(0.2), SLEEP.format(0.8)
+    verdicts = sandbox.run([Check(program, TEST_ADD, "add") for program in programs])
+    assert [v.outcome for v in verdicts] == ["passed", "timeout", "passed", "timeout"]
+
+
+def test_a_busy_machine_fails_no_honest_program():
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
+    try:
+        with Sandbox(workers=2, timeout=0.5) as busy:
+            found = busy.run([Check(BURN.format(s) + ADD, TEST_ADD, "add") for s in (0.3, 0.31, 5)])
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    assert [v.outcome for v in found] == ["passed", "passed", "timeout"]
+
+
+def test_no_check_goes_on_for_ever(sandbox, monkeypatch):
+    monkeypatch.setattr(door, "WALL", 0.1)
+    assert judge(sandbox, SLEEP.format(0.6)).outcome == "timeout"
+
+
+@pytest.mark.parametrize(
+    "answer, line, outcome",
+    [
+        ("range(10**12)", "sum(f())", "timeout"),
+        ("10**6, 10**8", "pow(*f())", "timeout"),
+        ("[i * (2**61 - 1) for i in range(100_000)]", "len({*f()})", "timeout"),
+        ("10**11", "[0] * f()", "memory"),
+    ],
+)
+def test_a_test_has_limits_for_what_it_does_with_the_answers(sandbox, answer, line, outcome):
+    verdict = judge(sandbox, f"def f():\n    return {answer}\n", check_of(f"assert {line} == 1"))
+    assert verdict.outcome == outcome and ("the test" in verdict.detail or outcome == "memory")
+
+
+# ---- right programs ------------------------------------------------------------------------------
 
 HONEST_ADD = {
     "prints": "print('x' * 5_000_000)\nprint('\\ud800')\n" + ADD,
@@ -100,8 +140,6 @@ HONEST_ADD = {
     "def add(x, y):\n    return asyncio.run(g(x, y))",
     "files": "import os, tempfile\nassert os.listdir() == []\nopen('a', 'w').write('1')\n"
     "with tempfile.TemporaryDirectory() as d:\n    open(d + '/b', 'w').write('2')\n" + ADD,
-    "slow": "import time\nt = time.process_time()\nwhile time.process_time() - t < 0.6: pass\n"
-    + ADD,
     "numpy": "import numpy as np\ndef add(x, y):\n    return np.array([x, y]).sum()",
     "int enum": "import enum\nclass E(enum.IntEnum):\n    A = 1\n    B = 5\n"
     "def add(x, y):\n    return E(x + y)",
@@ -110,156 +148,264 @@ HONEST_ADD = {
 
 def test_honest_programs_pass(sandbox):
     verdicts = sandbox.run([Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()])
-    failed = {n: v for n, v in zip(HONEST_ADD, verdicts, strict=True) if not v.passed}
-    assert not failed
+    assert not {n: v for n, v in zip(HONEST_ADD, verdicts, strict=True) if not v.passed}
 
 
-ANSWERS = {  # expression of x -> what the test says of it
-    "(x, [x], {x: (1,)}, {x}, frozenset([x]), b'a', 1.5, None, True, 2j, range(3))": "assert "
-    "list(map(type, r)) == [int, list, dict, set, frozenset, bytes, float, type(None), bool, "
-    "complex, range]; assert r[:3] == (1, [1], {1: (1,)})",
-    "(float('nan'), float('inf'), -0.0)": "assert r[0] != r[0] and str(r) == '(nan, inf, -0.0)'",
-    "3 ** 100_000 * x": "assert r == 3 ** 100_000 and type(r) is int",
-    "'\\ud800' + '\\u20ac' * x": "assert r == '\\ud800\\u20ac'",
-    "__import__('fractions').Fraction(x, 3)": "assert r * 3 == 1",
-    "__import__('datetime').date(2020, 1, x)": "assert r.isoformat() == '2020-01-01'",
-    "__import__('collections').Counter([x, x])": "assert r.most_common() == [(1, 2)]",
-    "__import__('collections').namedtuple('P', 'a b')(x, 2)": "assert r == (1, 2) and r.b == 2",
-    "type(x)": "assert r is int",
-    "(v * 2 for v in range(x + 2))": "assert list(r) == [0, 2, 4]",
-    "zip('ab', [x, 2])": "assert dict(r) == {'a': 1, 'b': 2}",
-    "lambda y: [x, y]": "assert r(5) == [1, 5]",
-    "__import__('re').match('a', 'a' * x)": "assert r.group() == 'a'",
-    "list(range(300_000 * x))": "assert r == list(range(300_000))",
-}
-
-
-def test_answers_keep_value_and_type(sandbox):
-    checks = [
-        Check(
-            f"def f(x):\n    return {p}",
-            f"def check(candidate):\n    r = candidate(1)\n    {t}",
-            "f",
-        )
-        for p, t in ANSWERS.items()
-    ]
-    verdicts = sandbox.run(checks)
-    assert not {p: v for p, v in zip(ANSWERS, verdicts, strict=True) if not v.passed}
-
-
-def test_mutated_arguments_are_seen(sandbox):
-    program = "def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}"
-    test = """
-def check(candidate):
-    inner = [3, 1, 2]
-    outer, d = [inner], {}
-    candidate(outer, d=d)
-    assert outer == [[1, 2, 3], 1] and d == {'k': {2}}
-    assert sorted(inner) == [1, 2, 3]
+ANSWERS = {  # expression of x -> what is true of it
+    "(x, [x], {x: (1,)}, {x}, frozenset([x]), b'a', 1.5, None, True, 2j, range(3))":
+        "list(map(type, r)) == [int, list, dict, set, frozenset, bytes, float, type(None), bool, "
+        "complex, range] and r[:3] == (1, [1], {1: (1,)})",
+    "(float('nan'), float('inf'), -0.0)": "r[0] != r[0] and str(r) == '(nan, inf, -0.0)'",
+    "3 ** 100_000 * x": "r == 3 ** 100_000 and type(r) is int",
+    "'\\ud800' + '\\u20ac' * x": "r == '\\ud800\\u20ac'",
+    "__import__('fractions').Fraction(x, 3)": "r * 3 == 1",
+    "__import__('datetime').date(2020, 1, x)": "r.isoformat() == '2020-01-01'",
+    "__import__('collections').Counter([x, x])": "r.most_common() == [(1, 2)]",
+    "__import__('collections').namedtuple('P', 'a b')(x, 2)": "r == (1, 2) and r.b == 2",
+    "__import__('numpy').array([[x, 2.5]])": "r.tolist() == [[1, 2.5]] and r.dtype == float",
+    "type(x)": "r is int",
+    "[ValueError('a', x)]": "isinstance(r[0], ValueError) and r[0].args == ('a', 1)",
+    "(v * 2 for v in range(x + 2))": "list(r) == [0, 2, 4]",
+    "zip('ab', [x, 2])": "dict(r) == {'a': 1, 'b': 2}",
+    "lambda y: [x, y]": "r(5) == [1, 5]",
+    "__import__('re').match('a', 'a' * x)": "r.group() == 'a'",
+    "list(range(2_000_000 * x))": "r == list(range(2_000_000))",
+}  # fmt: skip
+NODE = """
+class Node:
+    def __init__(self, val=0, next=None, kids=()):
+        self.val, self.next, self.kids = val, next, list(kids)
+def build(values):
+    head = None
+    for value in reversed(values): head = Node(value, head)
+    return head
+def values(node):
+    found = []
+    while node: found.append(node.val); node = node.next
+    return found
 """
-    assert judge(sandbox, program, test).passed
-    assert not judge(sandbox, "def f(x, d): pass", test).passed
-
-
-def test_functions_and_iterators_as_arguments(sandbox):
-    program = "def f(g, xs):\n    return sorted(xs, key=g), list(map(g, [1, -2]))"
-    test = "def check(c):\n    assert c(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
-    assert judge(sandbox, program, test + "    assert c(abs, [-3, 2]) == ([2, -3], [1, 2])").passed
-
-
-def test_exceptions_come_as_the_same_class(sandbox):
-    test = """
-def check(candidate):
-    try:
-        candidate(1)
-    except ValueError as error:
-        assert error.args == ("bad", 1)
-    else:
-        assert False
-"""
-    assert judge(sandbox, "def f(x):\n    raise ValueError('bad', x)", test).passed
-    own = "class Bad(ValueError): pass\ndef f(x):\n    raise Bad('bad', x)"
-    assert judge(sandbox, own, test).passed
-    assert judge(sandbox, own, test.replace("except ValueError", "except Bad"), "f", own).passed
-    assert judge(sandbox, "def f(x):\n    raise TypeError('bad', x)", test).outcome == "exception"
-    assert judge(sandbox, "def f(x):\n    return x", test).outcome == "wrong_answer"
-
-
-CATCHES = """
-def check(candidate):
-    for x in (1, 2):
-        try:
-            candidate(x)
-            assert False, "no error"
-        except Bad as error:
-            assert x == 1 and error.args == (1,)
-        except Worse:
-            assert x == 2
-"""
-
-
-@pytest.mark.parametrize(
-    "classes, raised, outcome",
-    [
-        ("class Bad(Exception): pass\nclass Worse(Exception): pass", "Bad Worse", "passed"),
-        ("class Worse(Exception): pass\nclass Bad(Worse): pass", "Bad Worse", "passed"),
-        ("class Base(ValueError): pass\nclass Bad(Base): pass\nclass Worse(Base): pass\n"
-         "class Worst(Worse): pass", "Bad Worst", "passed"),
-        ("Bad = ValueError\nWorse = TypeError", "Bad Worse", "passed"),
-        ("Bad = ValueError\nWorse = TypeError", "Bad ValueError", "wrong_answer"),
-        ("Bad, Worse = KeyError, Exception", "Bad None", "exception"),
-        ("Bad, Worse = KeyError, AssertionError", "Bad None", "exception"),
-        ("class Bad(Exception): pass\nWorse = Bad", "None None", "exception"),
-    ],
-)  # fmt: skip
-def test_exceptions_of_the_program_can_be_named_by_a_test(sandbox, classes, raised, outcome):
-    one, other = raised.split()
-    program = f"{classes}\ndef f(x):\n    raise ({one} if x == 1 else {other})(x)\n"
-    assert judge(sandbox, program, CATCHES).outcome == outcome
-
-
-@pytest.mark.parametrize("name", ["Exception", "AssertionError", "BaseException"])
-def test_a_class_that_catches_all_catches_nothing_raised_by_the_test(sandbox, name):
-    test = CATCHES.replace("        except Worse:\n            assert x == 2\n", "")
-    program = f"Bad = {name}\ndef f(x): pass\n"
-    assert judge(sandbox, program, test).outcome == "wrong_answer"
-    lies = f"class Bad({name}): pass\nBad.__name__ = '{name}'\ndef f(x): pass\n"
-    assert judge(sandbox, lies, test).outcome == "wrong_answer"
-
-
-@pytest.mark.parametrize(
-    "loop", ["all(map(lambda x: c(x) == x, [1, 2]))", "list(map(c, [1])) == []"]
+TURN = (
+    "def f(x):\n    last = None\n    while x: x.next, last, x = last, x, x.next\n    return last\n"
 )
-def test_a_program_cannot_end_a_loop_of_the_test(sandbox, loop):
-    test = f"def check(c):\n    assert {loop}"
-    assert not judge(sandbox, "def f(x):\n    raise StopIteration", test).passed
+POINT = """
+import dataclasses, enum, typing
+@dataclasses.dataclass(frozen=True)
+class Point:
+    x: int
+    def twice(self): return Point(2 * self.x)
+class Color(enum.Enum): RED, BLUE = 1, 2
+class Pair(typing.NamedTuple): a: int
+class Slots:
+    __slots__ = ('x', 'y')
+    def __init__(self, x): self.x = x
+"""
+STACK = """
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x)
+    def pop(self): return self.items.pop()
+    def __len__(self): return len(self.items)
+    def __bool__(self): return bool(self.items)
+    size = property(lambda self: len(self.items))
+kept = Stack()
+def bump(): kept.push(1)
+"""
+BOX = """
+class Box:
+    def __init__(self): self.d = {}
+    def __iter__(self): return iter(self.d)
+    def __len__(self): return len(self.d)
+    def __getitem__(self, k): return self.d[k]
+    def __setitem__(self, k, v): self.d[k] = v
+    def __delitem__(self, k): del self.d[k]
+    def __contains__(self, k): return k in self.d
+    def __enter__(self): self.d['in'] = 1; return self
+    def __exit__(self, *_): self.d['out'] = 1
+f = Box
+"""
+COUNT = (
+    "log = []\ndef f(n=3):\n    for i in range(n): log.append(i); yield i\ndef seen(): return log\n"
+)
+RIGHT = {  # name: (program, body of check(f), "" or the reference; without it: the program)
+    **{f"answers {p}": (f"def f(x): return {p}", f"r = f(1)\nassert {t}", "")
+       for p, t in ANSWERS.items()},
+    # Arguments arrive and come back.
+    "changed arguments": ("def f(x, d):\n    x[0].sort()\n    x.append(1)\n    d['k'] = {2}",
+        "inner = [3, 1, 2]\nouter, d = [inner], {}\nf(outer, d=d)\n"
+        "assert outer == [[1, 2, 3], 1] and d == {'k': {2}} and inner == [1, 2, 3]"),
+    "functions as arguments": ("def f(g, xs): return sorted(xs, key=g), list(map(g, [1, -2]))",
+        "assert f(lambda v: -v, iter([1, 3])) == ([3, 1], [-1, 2])\n"
+        "assert f(abs, [-3, 2]) == ([2, -3], [1, 2])"),
+    "any keyword": ("def f(self, target): return target", "assert f(self=1, target=9) == 9"),
+    "classes as arguments": ("def f(k): return k('3')", "assert f(int) == 3 and f(str) == '3'"),
+    "arrays as arguments": ("def f(a): return (a * 2).sum()",
+        "import numpy\nassert f(numpy.array([[1, 2], [3, 4]])) == 20"),
+    "two million": ("def f(xs): return sum(xs)", "assert f([1] * 2_000_000) == 2_000_000"),
+    "program and test call each other": ("def f(g, n): return n and g(n)",
+        "def g(n): return f(g, n - 1) + 1\nassert f(g, 30) == 30"),
+    # Instances of classes that the test deals in: by value, with the reference's methods.
+    "nodes": (NODE + TURN, "assert values(f(build([1, 2, 3]))) == [3, 2, 1]"),
+    "nodes of a class that the program has not": (TURN,
+        "assert values(f(build([1, 2, 3]))) == [3, 2, 1]", NODE + TURN),
+    "30,000 nodes": (NODE + TURN,
+        "assert values(f(build(range(30_000)))) == [*range(30_000)][::-1]"),
+    "nodes changed and given back": (NODE + TURN,
+        "h = build([1, 2, 3])\nr = f(h)\nassert h.next is None and r.next.next is h"),
+    "a cycle": (NODE + "def f(x):\n    seen = set()\n    while x and id(x) not in seen:\n"
+        "        seen.add(id(x)); x = x.next\n    return bool(x)\n",
+        "h = build([1, 2])\nassert not f(h)\nh.next.next = h\nassert f(h)"),
+    "a shared node": (NODE + "def f():\n    end = Node(7)\n    return Node(1, kids=[end, end])",
+        "r = f()\nassert r.kids[0] is r.kids[1] and isinstance(r, Node) and not Node().kids"),
+    "equality and hash": (POINT + "def f(x): return {Point(x), Point(2)}",
+        "assert f(1) == {Point(1), Point(2)} and Point(2) in f(3)"),
+    "methods": (POINT + "def f(p): return Point(p.x + 1)",
+        "assert f(Point(1)).twice() == Point(4)"),
+    "enum": (POINT + "def f(c): return Color.BLUE if c is Color.RED else Color.RED",
+        "assert f(Color.RED) == Color.BLUE and f(Color.BLUE) is Color.RED"),
+    "named tuple": (POINT + "def f(p): return Pair(p.a + 1)", "assert f(Pair(1)) == Pair(2)"),
+    "slots": (POINT + "def f(s):\n    s.y = s.x\n    return s", "assert f(Slots(3)).y == 3"),
+    # Objects of the program's own can be asked, and can do what they can do.
+    "a class": (STACK + "f = Stack", "s = f()\nassert not s and len(s) == 0\ns.push(1); s.push(2)\n"
+        "assert s and s.size == 2 and s.items == [1, 2] and s.pop() == 2 and s.items == [1]", ""),
+    "fields are read anew": (STACK + "def f(): return kept",
+        "a = f()\nassert a.size == 0 and a.items == []\nbump()\nassert a.items == [1]", ""),
+    "a container": (BOX, "b = f()\nb['a'] = 1\nassert 'a' in b and 'z' not in b and b['a'] == 1\n"
+        "assert list(b) == ['a']\ndel b['a']\nassert len(b) == 0", ""),
+    "a context manager": (BOX, "b = f()\nwith b as c:\n    assert c is b and list(b) == ['in']\n"
+        "assert list(b) == ['in', 'out']", ""),
+    "a generator": (COUNT, "import collections.abc, inspect\ng = f()\n"
+        "assert inspect.isgenerator(g) and isinstance(g, collections.abc.Iterator)\n"
+        "assert not callable(g) and not hasattr(g, '__len__') and iter(g) is g\n"
+        "assert next(g) == 0 and seen() == [0]\n"
+        "assert list(g) == [1, 2]", ""),
+    "a long iterator": (COUNT, "assert sum(f(100_000)) == 50_000 * 99_999", ""),
+    "an error at the end of one": ("def f():\n    yield from range(999)\n    raise ValueError",
+        "n = 0\ntry:\n    for x in f(): n += 1\nexcept ValueError: pass\nassert n == 999", ""),
+    "no iterator": ("class A:\n    def __getitem__(self, i): return [4, 5][i]\nf = A",
+        "import collections.abc\na = f()\nassert not callable(a) and not hasattr(a, '__iter__')\n"
+        "assert not isinstance(a, collections.abc.Iterable) and list(a) == [4, 5]", ""),
+    "metadata": ("def f():\n    'doc'", "assert f.__name__ == 'f' and f.__doc__ == 'doc'; f()", ""),
+    "nodes of its own": (NODE + "f = build", "node, total = f(range(10_000)), 0\n"
+        "while node: total += node.val; node = node.next\nassert total == 49_995_000", ""),
+    "coroutines": ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1",
+        "import asyncio\nasync def both(): return await asyncio.gather(f(1), f(2))\n"
+        "assert asyncio.run(f(1)) == 2 and asyncio.run(both()) == [2, 3]", ""),
+    **{f"nested {shape}": (
+        f"def f(n, x):\n    for _ in range(n): x = {shape}\n    return x\n{more}",
+        f"x = 1\nfor _ in range(900): x = {shape}\nassert f(0, x) == x and f(900, 1) == x", "")
+       for shape in ("[x]", "(x,)", "{'k': x}")
+       for more in ("", "import sys\nsys.setrecursionlimit(2**31 - 1)")},
+    # What a test does.
+    "draws": ("def f(xs): return sum(xs)", "import random\nfor _ in range(9):\n"
+        "    xs = [random.random(), 1]\n    assert f(xs) == sum(xs)"),
+    "names of the library": ("import math\nfrom math import *\ndef f(x): return x * math.pi",
+        "assert math.isclose(f(2), 2 * pi)", ""),
+    "a builtin type": ("f = str", "assert f(1) == '1'", "def f(x): return str(x)"),
+    "a builtin type, no reference": ("f = str", "assert f(1) == '1'", ""),
+    "prompt helpers": ("def encode(s): return s[::-1]\ndef f(s): return s[::-1]",
+        "assert f(encode('ab')) == 'ab'"),
+}  # fmt: skip
 
+
+@pytest.fixture(scope="module")
+def verdicts():
+    checks = []
+    for program, lines, *reference in RIGHT.values():
+        checks.append(Check(program, check_of(lines), "f", *(reference or [program])))
+    with Sandbox(workers=2) as roomy:
+        return dict(zip(RIGHT, roomy.run(checks), strict=True))
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_programs_pass(verdicts, name):
+    assert verdicts[name].passed, verdicts[name]
+
+
+# ---- exceptions ----------------------------------------------------------------------------------
+
+FUNDS = """
+class NoFunds(Exception):
+    def __init__(self, need, have):
+        super().__init__(f'need {need}, have {have}')
+        self.need = need
+class Said(Exception):
+    def __init__(self, word): self.word = word
+    def __str__(self): return f'<{self.word}>'
+class Worse(NoFunds): pass
+"""
+RAISED = {  # program, what it should raise, what is true of that
+    "builtin": ("def f(): raise ValueError('bad', 1)", "ValueError", "e.args == ('bad', 1)"),
+    "a subclass": ("class B(ValueError): pass\ndef f(): raise B('bad')", "ValueError", "e.args"),
+    "an alias": ("B = ValueError\ndef f(): raise B('bad')", "B", "e.args == ('bad',)"),
+    "attributes": (FUNDS + "def f(): raise NoFunds(5, 3)", "NoFunds",
+                   "e.need == 5 and str(e) == 'need 5, have 3'"),
+    "a base": (FUNDS + "def f(): raise Worse(5, 3)", "NoFunds", "e.need == 5"),
+    "its text": (FUNDS + "def f(): raise Said('x')", "Exception", "str(e) == '<x>'"),
+    "cause": ("def f():\n    try: 1 / 0\n    except Exception as e: raise KeyError(1) from e",
+              "KeyError", "isinstance(e.__cause__, ZeroDivisionError)"),
+    "json": ("import json\ndef f(): json.loads('{bad')", "json.JSONDecodeError", "e.pos == 1"),
+    "statistics": ("import statistics\ndef f(): statistics.mean([])", "statistics.StatisticsError",
+                   "isinstance(e, ValueError)"),
+    "frozen": ("import dataclasses\n@dataclasses.dataclass(frozen=True)\nclass P:\n    x: int\n"
+               "def f(): P(1).x = 2", "dataclasses.FrozenInstanceError", "1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAISED)
+@pytest.mark.parametrize("with_reference", [False, True])
+def test_exceptions_come_with_class_arguments_and_attributes(sandbox, name, with_reference):
+    program, kind, that = RAISED[name]
+    test = check_of(
+        f"import dataclasses, json, statistics\ntry: f()\nexcept {kind} as e:\n    assert {that}\n"
+        "else:\n    assert False"
+    )
+    head, reference = program[: program.index("def f")], program if with_reference else ""
+    programs = program, head + "def f(): raise TypeError('bad')", head + "def f(): return 1"
+    outcomes = [v.outcome for v in sandbox.run([Check(p, test, "f", reference) for p in programs])]
+    other = "wrong_answer" if kind == "Exception" else "exception"  # it is caught, and not as said
+    assert outcomes == ["passed", other, "wrong_answer"]
+
+
+@pytest.mark.parametrize("kind", ["E", "LookupError", "Own"])
+def test_an_error_of_the_test_s_goes_through_the_program(sandbox, kind):
+    """E is the program's class, Own the test's; a program that knows it may catch it."""
+    program = "class E(Exception): pass\ndef f(g, n):\n    for _ in range(n):\n        try: return "
+    program += f"g()\n        except {kind if kind != 'Own' else 'E'}: pass\n    return g()\n"
+    lines = "class Own(Exception): pass\ncalls = []\ndef g():\n    calls.append(1)\n"
+    lines += f"    if len(calls) < 3: raise {kind}(len(calls))\n    return 'ok'\n"
+    raised = f"try: f(g, 0)\nexcept {kind} as e: assert e.args == (1,)\nelse: assert False\n"
+    assert judge(sandbox, program, check_of(lines + raised)).passed
+    retried = check_of(lines + "assert f(g, 5) == 'ok' and len(calls) == 3")
+    assert judge(sandbox, program, retried).passed == (kind != "Own")
+
+
+# ---- tests ---------------------------------------------------------------------------------------
 
 NEXT = "def f(x): return x + 1\n"
 TEST_FORMS = {  # name: (test, right program; wrong is one that adds 2)
     "under a guard": ("if __name__ == '__main__':\n    assert f(1) == 2\n", NEXT),
-    "unittest": (
-        "import unittest\nclass T(unittest.TestCase):\n    def test_f(self):\n"
-        "        self.assertEqual(f(1), 2)\nif __name__ == '__main__':\n    unittest.main()\n",
-        NEXT,
-    ),
+    "unittest": ("import unittest\nclass T(unittest.TestCase):\n"
+        "    def test_f(self): self.assertEqual(f(1), 2)\nunittest.main()\n", NEXT),
     "ends itself": ("import sys\nsys.exit(0 if f(1) == 2 else 1)\n", NEXT),
-    "threads": (
-        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
-        "    assert list(pool.map(f, range(50))) == list(range(1, 51))\n",
-        NEXT,
-    ),
+    "ends before its check": ("import sys\ndef check(f): assert f(1) == 2\nsys.exit()\n", NEXT),
+    "catches all": ("while 1:\n    try:\n        if f(1) == 2: break\n    except: pass\n"
+        "    assert f(1) == 2\n", NEXT),
+    "threads": ("from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as p: assert [*p.map(f, range(50))] == [*range(1, 51)]", NEXT),
     "int subclass": ("import enum\nclass E(enum.IntEnum):\n    A = 1\nassert f(E.A) == 2\n", NEXT),
     "callback": ("assert f(lambda *, x: x) == 2", "def f(g): return g(x=1) + 1\n"),
-    "views": (
-        "keys, items = f({1: 2})\nassert keys == {2} and list(keys) == [2] and items == {(2, 3)}\n",
-        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()\n",
-    ),
-    "endless": (
-        "import itertools\nassert f(itertools.count(7)) == 8\n",
-        "def f(xs): return next(xs) + 1\n",
-    ),
-}
+    "views": ("k, i = f({1: 2})\nassert k == {2} and list(k) == [2] and i == {(2, 3)}\n",
+        "def f(d):\n    d = {k + 1: v + 1 for k, v in d.items()}\n    return d.keys(), d.items()"),
+    "endless": ("import itertools\nassert f(itertools.count(7)) == 8\n",
+        "def f(xs): return next(xs) + 1\n"),
+    "seeds": ("import random\nrandom.seed(7)\nx = random.random()\nrandom.seed(7)\n"
+        "assert f() == x + 1\n", "import random\ndef f(): return random.random() + 1\n"),
+    "seeds numpy": ("import numpy\nnumpy.random.seed(7)\nx = numpy.random.rand()\n"
+        "numpy.random.seed(7)\nassert f() == x + 1\n",
+        "import numpy\ndef f(): return numpy.random.rand() + 1\n"),
+    "has a folder": ("import os\nopen('a', 'w').write('1')\nassert os.listdir() == ['a']\n"
+        "assert os.getcwd() != '/' and f(1) == 2\n", NEXT),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", TEST_FORMS)
@@ -271,113 +417,88 @@ def test_forms_of_tests(sandbox, form, with_reference):
     assert judge(sandbox, wrong, test, "f", reference).outcome == "wrong_answer"
 
 
-def test_answers_that_take_the_test_for_ever_end(sandbox):
-    test = "def check(f):\n    assert sum(f(1)) == 1"
-    start = time.monotonic()
-    verdict = judge(sandbox, "def f(x):\n    return range(10**12)\n", test)
-    assert verdict.outcome == "timeout" and time.monotonic() - start < 30
-    assert judge(sandbox, "def f(x):\n    return [x]\n", test).passed
+def test_a_reference_that_does_not_run_is_told_as_such(sandbox):
+    verdict = judge(sandbox, ADD, TEST_ADD, "add", "import no_such\n" + ADD)
+    assert verdict.outcome == "exception" and "reference does not run" in verdict.detail
 
 
-@pytest.mark.parametrize("reference", ["", "def f(x):\n    return str(x)\n"])
-def test_a_builtin_type_may_be_the_answer(sandbox, reference):
-    test = "def check(candidate):\n    assert candidate(1) == '1'"
-    assert judge(sandbox, "f = str\n", test, "f", reference).passed
-    assert judge(sandbox, "f = list\n", test, "f", reference).outcome == "wrong_answer"
+def test_without_an_entry_point_all_that_the_test_uses_is_the_program_s(sandbox):
+    stack = "class Stack:\n    def top(self): return {}\ndef f(): return Stack()\n"
+    checks = [Check(stack.format(n), "assert f().top() == 2", "", stack.format(2)) for n in (2, 3)]
+    assert [verdict.passed for verdict in sandbox.run(checks)] == [True, False]
 
 
-@pytest.mark.parametrize("shape", ["[x]", "(x,)", "{'k': x}"])
-def test_values_may_be_nested_deeper_than_a_program_recurses(sandbox, shape):
-    program = f"def f(n, x):\n    for _ in range(n):\n        x = {shape}\n    return x\n"
-    test = program.replace("def f", "def g") + "def check(f):\n"
-    test += "    x = g(900, 1)\n    assert f(0, x) == x\n    assert f(900, 1) == x\n"
-    assert judge(sandbox, program, test, "f").passed
-    low = "import sys\nsys.setrecursionlimit(2**31 - 1)\n"
-    assert judge(sandbox, low + program, test, "f").passed
+SETS = {  # what a test may leave behind, and a test that would feel it
+    "precision": ("import decimal\ndecimal.getcontext().prec = 3",
+                  "import decimal\nassert decimal.Decimal(1) / 3 != decimal.Decimal('0.333')"),
+    "recursion": ("import sys\nsys.setrecursionlimit(60)",
+                  "import sys\nassert sys.getrecursionlimit() > 900"),
+    "a patched module": ("import math\nmath.sqrt = None", "import math\nassert math.sqrt(4) == 2"),
+    "a builtin": ("import builtins\nbuiltins.abs = None", "assert abs(-1) == 1"),
+    "random state": ("import random\nrandom.seed(1)",
+                     "import random\nassert random.random() != random.Random(1).random()"),
+    "files": ("open('left', 'w').write('x')", "import os\nassert os.listdir() == []"),
+    "environment": ("import os\nos.environ['X'] = '1'", "import os\nassert 'X' not in os.environ"),
+    "memory": ("big = [bytes(1 << 20) for _ in range(300)]", "big = bytes(300 << 20)"),
+}  # fmt: skip
+LEAVES_AND_FEELS = [
+    Check(NEXT, f"{text}\nassert f(1) == 2", "f") for pair in SETS.values() for text in pair
+]
 
 
-def test_coroutines_are_awaited_by_the_test(sandbox):
-    program = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1\n"
-    test = "import asyncio\nasync def both():\n    return await asyncio.gather(f(1), f(2))\n"
-    test += "assert asyncio.run(f(1)) == 2\nassert asyncio.run(both()) == [2, 3]\n"
-    assert judge(sandbox, program, test).passed
-    assert judge(sandbox, program.replace("+ 1", "+ 2"), test).outcome == "wrong_answer"
+def test_nothing_of_a_test_stays_for_the_next():
+    with Sandbox(workers=1, memory_mb=256) as one:
+        outcomes = [verdict.outcome for verdict in one.run(LEAVES_AND_FEELS)]
+    assert outcomes == ["passed"] * 2 * len(SETS)
 
 
-NODES = """
-class Node:
-    def __init__(self, val=0, next=None):
-        self.val, self.next = val, next
-def build(values):
-    return Node(values[0], build(values[1:])) if values else None
-class Solution:
-    def turn(self, head):
-        last = None
-        while head:
-            head.next, last, head = last, head, head.next
-        return last
-"""
+def mixed_checks(count):
+    """`count` checks of every kind; the last two draw, and say what."""
+    checks = [Check(p, TEST_ADD, "add") for p, o in OUTCOME_OF.items() if o != "timeout"]
+    checks += LEAVES_AND_FEELS + [Check(p, TEST_ADD, "add", ADD) for p in HONEST_ADD.values()]
+    for test, right in TEST_FORMS.values():
+        checks += [Check(p, test, "f") for p in (right, right.replace("+ 1", "+ 2"))]
+    for program, lines, *reference in RIGHT.values():
+        checks.append(Check(program, check_of(lines), "f", *(reference or [program])))
+    checks += numbered(max(0, count - len(checks) - 2))
+    draws = "import random\ndef f(): return random.random()\n#"
+    told = "import random\nraise ValueError(f(), random.random())"
+    return checks[: count - 2] + [Check(draws + str(i), told, "f") for i in range(2)]
 
 
-def test_linked_lists_by_handle_with_and_without_a_reference(sandbox):
-    test = """
-solution = Solution()
-def values(node):
-    return [node.val] + values(node.next) if node else []
-assert values(solution.turn(build([1, 2, 3]))) == [3, 2, 1]
-"""
-    assert judge(sandbox, NODES, test, "Solution().turn", NODES).passed
-    assert judge(sandbox, NODES, test, "Solution().turn").passed
-    wrong = NODES.replace("return last", "return head")
-    assert not judge(sandbox, wrong, test, "Solution().turn", NODES).passed
-    method = "def check(candidate):\n    assert candidate(build([1, 2])).next.val == 1"
-    assert judge(sandbox, NODES, method, "Solution().turn", NODES).passed
-
-
-def test_prompt_helpers_come_from_the_reference(sandbox):
-    reference = "def encode(s):\n    return s[::-1]\ndef f(s):\n    return s[::-1]\n"
-    lying = "def encode(s):\n    return s\ndef f(s):\n    return s\n"
-    test = "def check(candidate):\n    assert candidate(encode('ab')) == 'ab'"
-    assert judge(sandbox, reference, test, "f", reference).passed
-    assert not judge(sandbox, lying, test, "f", reference).passed
-
-
-def test_names_of_the_harmless_library_are_the_testers(sandbox):
-    program = "import math\nfrom math import *\ndef f(x):\n    return x * math.pi"
-    assert judge(sandbox, program, "assert math.isclose(f(2), 2 * pi)").passed
-    lying = "class math:\n    isclose = lambda a, b: True\ndef f(x):\n    return 0"
-    test = "import math\nassert math.isclose(f(2), 6.28, rel_tol=0.01)"
-    assert not judge(sandbox, lying, test).passed
-    assert not judge(
-        sandbox, lying, test[12:], "f", "import math\ndef f(x):\n    return 2 * x"
-    ).passed
+@pytest.mark.parametrize("count", [50, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verdicts_do_not_depend_on_the_order(workers, count):
+    checks = mixed_checks(count)
+    with Sandbox(workers=workers) as box:
+        first = [(v.outcome, v.detail) for v in box.run(checks)]
+        for seed in 1, 2:
+            order = random.Random(seed).sample(range(len(checks)), len(checks))
+            again = dict(zip(order, box.run([checks[i] for i in order]), strict=True))
+            assert [(again[i].outcome, again[i].detail) for i in range(len(checks))] == first
+    assert first[-1] == first[-2] and "ValueError" in first[-1][1]  # it draws the same each time
 
 
 # ---- it survives ---------------------------------------------------------------------------------
 
 
 def descendants(pid):
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    parents[int(entry)] = int(file.read().rsplit(")", 1)[1].split()[1])
-            except OSError:
-                continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    with contextlib.suppress(OSError):
+        lists = [p.read_text() for p in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+        children = [int(child) for child in " ".join(lists).split()]
+        return children + [pid for child in children for pid in descendants(child)]
+    return []
 
 
-def alive(pid):
-    """Does the process exist, and not only as an entry that its parent has yet to read?"""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+def processes(box):
+    """The process ids of a sandbox, of its servers first."""
+    own = [server.process.pid for worker in box._workers for server in worker.servers.values()]
+    return own + [pid for server in own for pid in descendants(server)]
+
+
+def exists(pid):
+    """Zombies do as well."""
+    return os.path.exists(f"/proc/{pid}")
 
 
 def numbered(count, slow=0.0):
@@ -387,20 +508,21 @@ def numbered(count, slow=0.0):
     return [Check(program, TEST_ADD, "add") for program in programs]
 
 
-def test_killed_workers_lose_no_verdict():
+@pytest.mark.parametrize("victim", ["candidate", "judge", "inside"])  # servers; in its namespaces
+def test_killed_processes_lose_no_verdict(victim, capfd):
     with Sandbox(workers=2) as shot:
         seen = []
 
         def progress(done):
             seen.append(done)
-            if len(seen) in (5, 15, 25):  # a tester, a server, and what holds its name space
-                victims = [worker.process.pid for worker in shot._workers]
-                victims += descendants(victims[0])[: len(seen) // 10]
-                os.kill(victims[-1 if len(seen) > 5 else 0], signal.SIGKILL)
+            if len(seen) == 5:
+                module = "judge" if victim == "judge" else "candidate"
+                pid = shot._workers[0].servers[module,].process.pid
+                os.kill(descendants(pid)[0] if victim == "inside" else pid, signal.SIGKILL)
 
         verdicts = shot.run(numbered(40, slow=0.01), progress)
     assert [v.outcome for v in verdicts] == ["passed", "wrong_answer"] * 20
-    assert sum(seen) == 40
+    assert sum(seen) == 40 and capfd.readouterr().err == ""
 
 
 def test_interrupted_run_leaves_nothing_for_the_next(sandbox):
@@ -412,7 +534,34 @@ def test_interrupted_run_leaves_nothing_for_the_next(sandbox):
     assert [v.passed for v in sandbox.run(numbered(6))] == [True, False] * 3
 
 
-def test_killed_owner_leaves_no_process():
+def test_closing_leaves_nothing_and_ends_a_run_under_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    tmp_path.chmod(0o755)
+    box, found = Sandbox(workers=2), []
+
+    def work():
+        found.extend(verdict.passed for verdict in box.run(numbered(4)))
+        with pytest.raises(RuntimeError, match="closed"):
+            box.run(numbered(4, slow=60))
+        found.append("closed")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while len(found) < 4:
+        time.sleep(0.1)
+    pids = processes(box)
+    box.close()
+    box.close()
+    thread.join()
+    assert found == [True, False, True, False, "closed"]
+    with pytest.raises(RuntimeError, match="closed"):
+        box.run(numbered(1))
+    assert len(pids) > 8 and not any(map(exists, pids)) and not list(tmp_path.iterdir())
+
+
+def test_killed_owner_leaves_no_process_and_no_file(tmp_path):
+    tmp_path.chmod(0o755)
     program = f"""
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parents[1])!r})
@@ -423,65 +572,45 @@ box.run([Check("def f():\\n    while True: pass", "f()", "f")])
 print("done", flush=True)
 sys.stdin.read()
 """
-    for last_word in "ready", "done":
-        owner = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    owners = {w: subprocess.Popen(command, env=environment, **pipes) for w in ("ready", "done")}
+    pids = []
+    for last_word, owner in owners.items():
         while owner.stdout.readline().decode().strip() != last_word:
             pass
         time.sleep(0.2)
-        pids = descendants(owner.pid)
+        pids += descendants(owner.pid)
         owner.kill()
-        owner.wait()
-        end = time.monotonic() + 10
-        while any(map(alive, pids)):
-            assert time.monotonic() < end
-            time.sleep(0.05)
-        assert len(pids) >= 4
-        owner.stdin.close()
-        owner.stdout.close()
+        owner.communicate()
+    end = time.monotonic() + 10
+    while any(map(exists, pids)) or list(tmp_path.iterdir()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert len(pids) >= 8
+
+
+def test_a_sandbox_that_nothing_refers_to_closes_itself():
+    box = Sandbox(workers=1)
+    pids, folder = processes(box), box._workers[0].folder
+    assert judge(box, ADD).passed and len(pids) > 4
+    child = os.fork()
+    if not child:
+        box.close()  # the parent's alone to close
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert judge(box, ADD + "#").passed
+    del box
+    gc.collect()
+    assert not any(map(exists, pids)) and not os.path.exists(folder)
 
 
 def test_equal_checks_run_once_and_progress_adds_up(sandbox):
-    sleepy = Check("import time\ntime.sleep(0.3)\n" + ADD, TEST_ADD, "add")
-    steps, start = [], time.monotonic()
-    verdicts = sandbox.run([sleepy] * 50 + numbered(2), steps.append)
-    assert [v.passed for v in verdicts] == [True] * 51 + [False]
-    assert sum(steps) == 52 and time.monotonic() - start < 3
-    assert sandbox.run([]) == []
-
-
-def test_a_busy_machine_fails_no_honest_program():
-    burn = "import time\nt = time.process_time()\nwhile time.process_time() - t < {}: pass\n"
-    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
-    try:
-        with Sandbox(workers=2, timeout=0.5) as busy:
-            found = busy.run([Check(burn.format(s) + ADD, TEST_ADD, "add") for s in (0.3, 0.31, 5)])
-    finally:
-        for hog in hogs:
-            hog.kill()
-            hog.wait()
-    assert [v.outcome for v in found] == ["passed", "passed", "timeout"]
-
-
-def test_from_a_thread_and_beside_another(sandbox):
-    found = []
-
-    def work():
-        with Sandbox(workers=1) as own:
-            found.extend(own.run(numbered(4)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    mine = sandbox.run(numbered(4))
-    thread.join()
-    assert [v.passed for v in found] == [v.passed for v in mine] == [True, False] * 2
-
-
-def test_closing_twice_is_closing_once():
-    box = Sandbox(workers=1)
-    box.close()
-    box.close()
+    steps = []
+    verdicts = sandbox.run([numbered(1)[0]] * 50 + numbered(3)[1:], steps.append)
+    assert [v.passed for v in verdicts] == [True] * 50 + [False, True]
+    assert sorted(steps) == [1, 1, 50] and sandbox.run([]) == []
 
 
 # ---- the benchmarks' files -----------------------------------------------------------------------
@@ -493,59 +622,53 @@ def rows(name):
 
 
 @needs_data
-def test_humaneval_references_pass_and_pass_does_not(sandbox):
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=pytest.mark.slow)])
+def test_references_pass_and_pass_does_not(sandbox, step):
     checks, empty = [], []
-    for row in rows("HumanEval.jsonl.gz"):
+    for row in rows("HumanEval.jsonl.gz")[::step]:
         reference = row["prompt"] + row["canonical_solution"]
         checks.append(Check(reference, row["test"], row["entry_point"], reference))
         program = row["prompt"] + "    pass\n"
         empty.append(Check(program, row["test"], row["entry_point"], reference))
-    assert sum(v.passed for v in sandbox.run(checks)) == 164
-    assert sum(v.passed for v in sandbox.run(empty)) == 0
-
-
-@needs_data
-def test_mbpp_references_pass(sandbox):
+    verdicts = sandbox.run(checks + empty)
+    assert [v.passed for v in verdicts] == [True] * len(checks) + [False] * len(empty)
     checks = []
-    for row in rows("mbpp.jsonl.gz")[:100] + rows("mbpp.jsonl.gz")[360:370]:
+    for row in rows("mbpp.jsonl.gz")[:: 2 * step]:
         if row["task_id"] != 123:  # it takes longer than the limit
             test = row["test_setup_code"] + "\n" + "\n".join(row["test_list"])
             checks.append(Check(row["code"], test, "", row["code"]))
     assert [v for v in sandbox.run(checks) if not v.passed] == []
 
 
+@needs_data
+@pytest.mark.slow
+def test_leetcode_s_references_pass_but_those_that_take_long_or_need_what_is_not_here():
+    checks = []
+    for row in rows("LeetCodeDataset-v0.3.1-test.jsonl.gz"):
+        reference = row["prompt"] + "\n" + row["completion"]
+        checks.append(Check(reference, row["test"], row["entry_point"], reference))
+    with Sandbox(workers=2) as box:
+        failed = [verdict for verdict in box.run(checks) if not verdict.passed]
+    failed = [v for v in failed if "No module named 'sortedcontainers'" not in v.detail]
+    assert all(v.outcome == "timeout" for v in failed) and len(failed) <= 12
+
+
 # ---- a call is sent when the one before it has been answered -------------------------------------
 
 PEEKS = {  # ways to look for calls that are still to come; each ends with `seen`, bytes
-    "the link's buffer": """
-    frame = sys._getframe()
-    while "link" not in frame.f_locals:
-        frame = frame.f_back
-    seen = bytes(frame.f_locals["link"].buffer)
-""",
-    "the input descriptor": """
-    seen = b""
-    for descriptor in range(10):
-        try:
-            end = socket.socket(fileno=os.dup(descriptor))
-            seen += end.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            pass
-""",
-    "the input descriptor, after a while": """
-    time.sleep(0.1)
-    seen = b""
-    try:
-        seen = socket.socket(fileno=os.dup(3)).recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except OSError:
-        pass
-""",
-    "how much waits there": """
-    size = bytearray(4)
-    fcntl.ioctl(3, 0x541B, size)
-    seen = bytes(int.from_bytes(size, "little"))
-""",
-}
+    "the link's buffer": "frame = sys._getframe()\n"
+        "while not hasattr(frame.f_locals.get('self'), 'buffer'): frame = frame.f_back\n"
+        "seen = bytes(frame.f_locals['self'].buffer)\n",
+    "the input descriptor": "seen = b''\nfor descriptor in range(10):\n"
+        "    try: seen += socket.socket(fileno=os.dup(descriptor)).recv(1 << 16, PEEK)\n"
+        "    except OSError: pass\n",
+    "the input descriptor, after a while": "time.sleep(0.1)\nseen = b''\n"
+        "try: seen = socket.socket(fileno=os.dup(3)).recv(1 << 16, PEEK)\nexcept OSError: pass\n",
+    "how much waits there": "size = bytearray(4)\nfcntl.ioctl(3, 0x541B, size)\n"
+        "seen = bytes(int.from_bytes(size, 'little'))\n",
+}  # fmt: skip
+PEEKS = {way: textwrap.indent(lines, "    ") for way, lines in PEEKS.items()}
+HEAD = "import fcntl, os, re, socket, sys, time\nPEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT\n"
 RIGHT_NEXT = "def f(x):\n    return {2: 3, 3: 5, 5: 7}[x if type(x) is int else x[0]]\n"
 
 
@@ -561,83 +684,65 @@ RIGHT_NEXT = "def f(x):\n    return {2: 3, 3: 5, 5: 7}[x if type(x) is int else 
 )
 def test_a_program_that_looks_for_later_calls_finds_none(sandbox, way, lines):
     """It answers call k with what call k + 1 shows, and knows the last answer."""
-    test = "def check(f):\n" + "".join(f"    {line}\n" for line in lines.split("; "))
-    head = "import fcntl, os, re, socket, sys, time\ndef f(x):" + PEEKS[way]
+    head = HEAD + "def f(x):\n" + PEEKS[way]
     answers = "    found = re.search(rb'\\[\\[?(\\d+)\\]', seen)\n"
     answers += "    return int(found[1]) if found else 7\n"
-    assert not judge(sandbox, head + answers, test, "f", RIGHT_NEXT).passed
+    assert not judge(sandbox, head + answers, check_of(lines), "f", RIGHT_NEXT).passed
     # The right program, which complains where it sees something.
     complains = "    if seen: raise ValueError(seen)\n" + RIGHT_NEXT.partition("\n")[2]
-    verdict = judge(sandbox, head + complains, test, "f", RIGHT_NEXT)
+    verdict = judge(sandbox, head + complains, check_of(lines), "f", RIGHT_NEXT)
     assert verdict.passed, verdict
 
 
 def test_an_answer_is_not_computed_from_the_arguments_of_a_later_call(sandbox):
-    program = "import fcntl, os, re, socket, sys, time\ndef f(x):" + PEEKS["the link's buffer"]
+    program = HEAD + "def f(x):\n" + PEEKS["the link's buffer"]
     program += "    ahead = re.search(rb'\\[\\[([0-9, ]+)\\]', seen)\n"
     program += "    return sum(map(int, ahead[1].split(b','))) if ahead else 0\n"
-    test = "def check(f):\n    assert f(2) == 3\n    assert f([1, 2]) == 0"
-    assert not judge(sandbox, program, test, "f").passed
+    assert not judge(sandbox, program, check_of("assert f(2) == 3\nassert f([1, 2]) == 0")).passed
 
 
 def test_an_answer_that_is_sent_twice_answers_nothing_later(sandbox):
     """A program may write answers ahead, but it cannot know what they answer."""
-    frame = "b''.join(len(t).to_bytes(4, 'little') + t for t in [b'ok\\n[3, null]'] * 3)"
+    frame = "b''.join(len(t).to_bytes(4, 'little') + t for t in [b'ok\\n\\n[3, null]'] * 3)"
     program = f"import os\ndef f(x):\n    os.write(3, {frame})\n    return 3\n"
-    test = "def check(f):\n    assert f(2) == 3\n    assert f(3) == 5\n    assert f(5) == 7"
+    test = check_of("assert f(2) == 3\nassert f(3) == 5\nassert f(5) == 7")
     assert not judge(sandbox, program, test, "f", RIGHT_NEXT).passed
+    assert judge(
+        sandbox, program, check_of("assert f(2) == f(3) == 3")
+    ).passed  # it does write them
 
 
 # A test's verdict is that of the same test in one process, whatever it does with its arguments.
 TESTS = {
-    "an argument used again after the program may have changed it": (
-        "def check(f):\n    xs = [2, 1]\n    assert f(xs) == 3\n    assert f(xs + [1]) == 4\n"
-        "    xs.append(f(xs))\n    assert f(xs) == 6"
-    ),
-    "an expected exception": (
-        "def check(f):\n    assert f([1]) == 1\n    try:\n        f(None)\n"
-        "    except TypeError:\n        pass\n    else:\n        assert False\n"
-        "    assert f([2]) == 2"
-    ),
-    "random inputs": (
-        "import random\nlast = [random.random() for _ in range(3)]\ndef check(f):\n"
-        "    for _ in range(100):\n        xs = [random.randint(0, 9) for _ in range(4)]\n"
-        "        assert f(xs) == sum(xs)"
-    ),
-    "state of the test's own": (
-        "seen = []\ndef check(f):\n    seen.append(1)\n    assert f(seen) == 1\n"
-        "    seen.append(1)\n    assert f(seen) == 2\n    assert len(seen) == 2"
-    ),
-    "large arguments": (
-        "def check(f):\n    for n in (10, 20_000, 10, 100_000, 20_000, 7):\n"
-        "        assert f([1] * n) == n"
-    ),
-    "many calls": "def check(f):\n    for i in range(1000):\n        assert f([i, 1]) == i + 1",
-}
+    "an argument used again after the program may have changed it":
+        "xs = [2, 1]\nassert f(xs) == 3 and f(xs + [1]) == 4\nxs.append(f(xs))\nassert f(xs) == 6",
+    "an expected exception":
+        "assert f([1]) == 1\ntry: f(None)\nexcept TypeError: pass\nelse: assert False\n"
+        "assert f([2]) == 2",
+    "random inputs":
+        "import random\nfor _ in range(100):\n"
+        "    xs = [random.randint(0, 9) for _ in range(4)]\n    assert f(xs) == sum(xs)",
+    "state of the test's own":
+        "seen = [1]\nassert f(seen) == 1\nseen.append(1)\nassert f(seen) == 2 == len(seen)",
+    "large arguments":
+        "for n in (10, 20_000, 10, 100_000, 20_000, 7): assert f([1] * n) == n",
+    "many calls": "for i in range(1000): assert f([i, 1]) == i + 1",
+}  # fmt: skip
 SUMS = "def f(xs):\n    return sum(xs)\n"
-PROGRAMS = {  # wrong ones first: nothing of them is left for the right ones
-    "wrong": "def f(xs):\n    return sum(xs) if len(xs) != 1 else 0\n",
-    "late": "def f(xs, calls=[]):\n    calls.append(1)\n    return sum(xs) + (len(calls) > 2)\n",
-    "clears": "def f(xs):\n    total = sum(xs)\n    xs.clear()\n    return total\n",
-    "sorts": "def f(xs):\n    xs.sort()\n    return sum(xs)\n",
-    "right": SUMS,
-}
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_verdicts_are_those_of_the_test_in_one_process(sandbox, name):
-    found = sandbox.run([Check(program, TESTS[name], "f", SUMS) for program in PROGRAMS.values()])
-    expected = [directly(program, TESTS[name]) for program in PROGRAMS.values()]
-    assert [verdict.passed for verdict in found] == expected and expected[-1]
+PROGRAMS = (  # wrong ones first: nothing of them is left for the right one
+    "def f(xs):\n    return sum(xs) if len(xs) != 1 else 0\n",
+    "def f(xs, calls=[]):\n    calls.append(1)\n    return sum(xs) + (len(calls) > 2)\n",
+    "def f(xs):\n    total = sum(xs)\n    xs.clear()\n    return total\n",
+    "def f(xs):\n    xs.sort()\n    return sum(xs)\n",
+    SUMS,
+)
 
 
 def directly(program, test):
     """What the test says in this process."""
     space = {}
-    random.seed(0)
     exec(program, space)
     exec(test, space)
-    random.seed(0)
     try:
         space["check"](space["f"])
         return True
@@ -645,29 +750,81 @@ def directly(program, test):
         return False
 
 
-# ---- what it does not do -------------------------------------------------------------------------
+@pytest.mark.parametrize("name", TESTS)
+def test_verdicts_are_those_of_the_test_in_one_process(sandbox, name):
+    test = check_of(TESTS[name])
+    found = [v.passed for v in sandbox.run([Check(p, test, "f", SUMS) for p in PROGRAMS])]
+    assert found == [directly(program, test) for program in PROGRAMS] and found[-1]
 
 
-@pytest.mark.xfail(strict=True, reason="a candidate may start no process")
-def test_honest_subprocess(sandbox):
-    program = "import subprocess\ndef add(x, y):\n    return int(subprocess.run(['/bin/echo', "
-    assert judge(sandbox, program + "str(x + y)], capture_output=True).stdout)").passed
+# ---- what the docstring says of its limits -------------------------------------------------------
+
+NOT_CONTAINED = {  # what passes, and is no right program: (program, test)
+    "hard-coded": ("def f(x): return {1: 2, 5: 6}[x]", "assert f(1) == 2 and f(5) == 6"),
+    "methods of its own classes": (
+        "class Y:\n    startswith = lambda self, text: True\ndef f(): return Y()",
+        "assert f().startswith('abc')"),
+    "a test that executes the answer": (
+        "def f(): return 'type(\"E\", (), {\"__eq__\": lambda s, o: True})()'",
+        "assert eval(f()) == 5"),
+    "a function that executes": (
+        "def f(g): g('setattr(__import__(\"math\"), \"isclose\", lambda *a: 1)')",
+        "import math\nf(eval)\nassert math.isclose(1, 2)"),
+    "an assert that the program may catch": (
+        "def f(g):\n    try: g(1)\n    except AssertionError: pass",
+        "def g(x): assert x == 2\nf(g)"),
+}  # fmt: skip
+FAILS = {  # though it is right: (program, test)
+    "processes": ("import subprocess as s\ndef f(): return s.check_output(['/bin/echo', 'a'])",
+                  "assert f() == b'a\\n'"),
+    "standard input": ("def f(): return input()",
+                       "import io, sys\nsys.stdin = io.StringIO('a')\nassert f() == 'a'"),
+    "files": ("def f(): return open('a').read()", "open('a', 'w').write('a')\nassert f() == 'a'"),
+    "environment": ("import os\ndef f(): return os.environ['A']",
+                    "import os\nos.environ['A'] = 'a'\nassert f() == 'a'"),
+    "output": ("def f(): print('a')",
+               "import contextlib, io\nb = io.StringIO()\nwith contextlib.redirect_stdout(b): f()\n"
+               "assert b.getvalue()"),
+    "what stands in a function": ("def f(a: int): pass",
+        "import inspect\nassert list(inspect.signature(f).parameters) == ['a']"),
+    "methods of what is a list": (
+        "class S(list):\n    top = lambda self: self[-1]\ndef f(): return S([1])",
+        "assert f().top() == 1"),
+    "equality of the library's": ("import pathlib\ndef f(): return pathlib.Path('a')",
+                                  "import pathlib\nassert f() == pathlib.Path('a')"),
+    "objects of the library's": ("def f(p): return p.match('a').group()",
+                                 "import re\nassert f(re.compile('a')) == 'a'"),
+    "objects of the test's": ("def f(x): return x.a", "class A: a = 1\nassert f(A()) == 1"),
+    "copies": ("class P: a = 1\ndef f(): return P()", "import copy\nassert copy.copy(f()).a == 1"),
+    "operators": ("class P:\n    def __add__(self, o): return 5\ndef f(): return P()",
+                  "assert f() + 1 == 5"),
+    "equality": ("class P:\n    def __eq__(self, other): return True\ndef f(): return P()",
+                 "assert f() == f()"),
+    "isinstance": ("class P: pass\ndef f(): return P()", "assert isinstance(f(), P)"),
+    "one list twice": ("def f(): return [[]] * 2", "r = f()\nr[0].append(1)\nassert r[1] == [1]"),
+    "the list that it passed": ("def f(x): return x", "a = []\nassert f(a) is a"),
+    "a global that is set": ("n = 0\ndef f():\n    global n\n    n = 1", "f()\nassert n == 1"),
+    "asynchronous iteration": ("async def f(): yield 1", "import asyncio\n"
+        "async def g(): return [x async for x in f()]\nassert asyncio.run(g()) == [1]"),
+    "suppressed errors": ("import contextlib\nf = contextlib.suppress",
+                          "with f(ValueError): int('x')"),
+}  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="objects of the program's own classes compare by identity")
-def test_equality_of_own_classes(sandbox):
-    program = "class P:\n    def __eq__(self, other): return True\ndef f():\n    return P()"
-    assert judge(sandbox, program, "def check(candidate):\n    assert candidate() == P()").passed
+def test_the_limits_are_those_that_the_docstring_tells(sandbox):
+    cases = NOT_CONTAINED | FAILS
+    verdicts = sandbox.run([Check(program, test, "f") for program, test in cases.values()])
+    passed = {name for name, verdict in zip(cases, verdicts, strict=True) if verdict.passed}
+    assert passed == NOT_CONTAINED.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="without a reference any method may be what is tested")
-def test_lying_methods_without_a_reference(sandbox):
-    program = "class Y:\n    startswith = lambda self, text: True\ndef f():\n    return Y()"
-    test = "def check(candidate):\n    assert candidate().startswith('abc')"
-    assert not judge(sandbox, program, test).passed
-
-
-@pytest.mark.xfail(strict=True, reason="answers for the tests' arguments alone are right answers")
-def test_hard_coded_answers(sandbox):
-    program = "def add(x, y):\n    return {(0, 1): 1, (2, 3): 5}[x, y]"
-    assert not judge(sandbox, program).passed
+def test_a_program_may_leave_a_message_in_the_kernel_s_numbers():
+    program = "import os\ndef f():\n    for i in range({}): open(str(i), 'w').close()\n"
+    program += "    return os.stat('0').st_ino\n#{}"
+    with Sandbox(workers=1) as one:
+        runs = [
+            judge(one, program.format(n, i), "raise ValueError(f())")
+            for i, n in enumerate((1, 99, 1))
+        ]
+    first, _, third = (int(verdict.detail.split()[-1]) for verdict in runs)
+    assert third - first > 50

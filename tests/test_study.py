@@ -206,11 +206,11 @@ def test_several_rewards_are_a_study_each(args, asked, tmp_path):
 
 
 def test_r2_is_measured_with_what_the_cells_are_given_and_single_has_that_of_none(args, asked):
-    given = {"policy": "mine", "prompts": "p.jsonl", "kl_coef": "0.1", "require_isolation": None}
+    given = {"policy": "mine", "prompts": "p.jsonl", "kl_coef": "0.1", "allow_weak_isolation": None}
     assert measure(args, ["single"], given) == {"none": R2}
     _, options = asked[0]
     assert options["policy"] == "mine" and options["problems"] == "p.jsonl"
-    assert "kl_coef" not in options and options["require_isolation"] is None
+    assert "kl_coef" not in options and options["allow_weak_isolation"] is None
     assert options["filters"] == "none" and options["reward_model"] == "lab"
     args.filters = "single"
     main(args)
@@ -271,8 +271,8 @@ def test_unequal_updates_are_not_called_equal(args, asked, tmp_path):
 
 
 def test_words_are_options_and_flags():
-    words = ["--kl-coef=0.1", "--policy", "DIR", "--require_isolation", "--lam", "0.9"]
-    expected = {"kl_coef": "0.1", "policy": "DIR", "require_isolation": None, "lam": "0.9"}
+    words = ["--kl-coef=0.1", "--policy", "DIR", "--allow_weak_isolation", "--lam", "0.9"]
+    expected = {"kl_coef": "0.1", "policy": "DIR", "allow_weak_isolation": None, "lam": "0.9"}
     assert study.parse_words(words) == expected
 
 

@@ -19,7 +19,7 @@ class Machine:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     sampling_batch: Count = 256  # rows that decode together
     workers: Count = 2  # sandbox processes per rank
-    require_isolation: bool = False  # refuse a sandbox without namespaces and seccomp
+    allow_weak_isolation: bool = False  # run tests without namespaces or landlock, too
     collective_timeout: Positive = 10.0  # minutes that ranks wait for one that hangs or is gone
 
 

