@@ -72,7 +72,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     critic_lr: Positive = 5e-4  # AdamW (.9, .95); the paper: 9e-6 at 6.7B
     grad_norm: Positive = 1.0  # global norm that gradients are clipped to
     warmup: Share = 0.03  # share of the steps, and one, in which learning rates rise
-    FREE = ("steps", "eval_every")  # may differ on --resume, as what is inherited
+    FREE = ("steps", "eval_every", "microbatch")  # may differ on --resume, as what is inherited
 
 
 def log_probs(policy, rows, args):
@@ -186,7 +186,7 @@ def main(args, ranks=None):
                 break
             answers = more if answers is None else answers + more
 
-            # 3. FILTER. Rank 0 sees all rewards [P, N], and all ranks get the same weights [P, N].
+            # 3. FILTER. Rank 0 weighs all rewards [P, N] (with --refill [rounds P, N]).
             rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
             generator = rollout.seeded("filter", args.seed, step)
             weights = fsdp.on_main(ranks, weigh, rewards, generator)

@@ -7,6 +7,7 @@ Operating a run
 SIGTERM     The step is given up, or ended if it is in its update; the run saves and exits with 0
             within `--grace_seconds`. torchrun passes SIGTERM on, sends SIGKILL after 30 s (torch
             2.13: `--shutdown-timeout`) and ends with status 1 itself, whatever its workers did.
+            Where it is looked for, and what is not interrupted: stopping.py.
 kill        At any instant: `--resume` goes on from the last whole checkpoint to the same numbers.
 restarts    `torchrun --max-restarts 3` starts the workers of a node again when one has failed, and
             they go on from the last checkpoint; give `--run_dir`. Use it with `--node_rank` and
@@ -14,7 +15,7 @@ restarts    `torchrun --max-restarts 3` starts the workers of a node again when 
 nodes       need one file system at one path for `--run_dir`, and for the working folder where the
             lab is used; where a node sees another one, the run ends in one line before any work.
             Where a node dies, its workers die with their torchrun; the other nodes end with an
-            error when a collective has waited for `--collective_timeout` seconds.
+            error when a collective has waited for `--collective_timeout` minutes.
 Slurm       One torchrun per node (not tried on a cluster):
 
     #!/bin/bash

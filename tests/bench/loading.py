@@ -27,10 +27,10 @@ def peak():
 
 def worker(folder, how):
     from pfppo.fsdp import init_ranks, shard
+    from pfppo.loading import Whole, source_of
     from pfppo.model import Policy, empty_causal_lm, read_causal_lm, read_config
 
     import torch
-    from pfppo.weights import Whole, source_of
     from transformers import AutoModelForCausalLM
 
     ranks = init_ranks("cpu")
