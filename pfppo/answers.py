@@ -81,9 +81,7 @@ class Examiner(contextlib.AbstractContextManager):
 
     def answers(self, model, asked, tag, temperature, samples=1, bars=False):
         """`samples` answers to each problem of a ProblemSet, on all ranks: [[Answer] * samples].
-
-        bars: show progress on rank 0; the rest as in `draw`.
-        """
+        bars: show progress on rank 0; the rest as in `draw`."""
         mine = range(self.ranks.rank, len(asked), self.ranks.world)
         hidden = not (bars and self.ranks.is_main)
         bar = {"total": len(mine) * samples, "mininterval": 1, "disable": hidden}

@@ -77,7 +77,6 @@ def reason(error):
 
 def described(cls):
     """{field name: (group, comment)} in the order of the source, own fields before inherited ones.
-
     A class's group is its docstring's first line, until a comment on a line of its own heads one.
     """
     found = {}

@@ -129,10 +129,11 @@ class Tokens:
 
     def _known(self, ids, where):
         """The ids, if the models' tables have rows for all of them."""
-        for i in (i for i in ids if i >= self.rows):
-            token, rows = self.tokenizer.convert_ids_to_tokens(i), f"the {self.rows} rows"
-            what = f"token {token!r} has id {i}, beyond {rows} of the models' tables"
-            raise UserError(f"{where}: {what}")
+        for i in ids:
+            if i >= self.rows:
+                token = self.tokenizer.convert_ids_to_tokens(i)
+                rows = f"the {self.rows} rows of the models' tables"
+                raise UserError(f"{where}: token {token!r} has id {i}, beyond {rows}")
         return ids
 
     def prompts(self, problems, source, texts=None):

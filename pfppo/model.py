@@ -266,10 +266,8 @@ def read_causal_lm(path, option="policy", dtype=torch.float32):
 
 
 def classifier_config(path, option="reward_model"):
-    """The configuration of a sequence classifier with one label. Raises UserError.
-
-    A causal LM is refused: its scalar head would be made of random numbers.
-    """
+    """The configuration of a sequence classifier with one label. Raises UserError: a causal LM is
+    refused, its scalar head would be made of random numbers."""
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or ["no architecture"])
     what = f"--{option} {path}: not a reward model but a causal LM ({kinds}), expected a sequence "

@@ -136,9 +136,7 @@ def resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts
 
 def bootstrap_r2(rewards, scores, weights, bins, resamples, rng, kind="equal_count", prompts=None):
     """(low, high): 95 % percentile interval of R^2 over prompts; rewards, scores, weights [P, N].
-
-    Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt.
-    """
+    Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt."""
     drawn = resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts)
     r2 = np.array([binned.r2 for binned in drawn])
     r2 = r2[~np.isnan(r2)]

@@ -177,21 +177,6 @@ class Answers:
         return model_rewards(self.reward_model, self.rows, self.microbatch)
 
 
-def by_model(answers):
-    """The reward model."""
-    return answers.by_model
-
-
-def by_tests(answers):
-    """The execution oracle: +1 passed, -1 failed."""
-    return 2 * answers.scores - 1
-
-
-def combined(answers):
-    """Reward model plus oracle, which have about the same spread."""
-    return answers.by_model + 2 * answers.scores - 1
-
-
 def noisy(answers, place):
     """The actual score with errors where `place` says."""
     asked = zip(answers.problems, answers.texts, strict=True)
@@ -208,9 +193,9 @@ def _draw(seed, prompt, response):
 
 
 REWARDS = {
-    "model": by_model,
-    "tests": by_tests,
-    "combined": combined,
+    "model": lambda answers: answers.by_model,
+    "tests": lambda answers: 2 * answers.scores - 1,  # the oracle: +1 passed, -1 failed
+    "combined": lambda answers: answers.by_model + 2 * answers.scores - 1,  # about equal spreads
     "noisy:middle": partial(noisy, place="middle"),
     "noisy:tails": partial(noisy, place="tails"),
     "noisy:uniform": partial(noisy, place="uniform"),
