@@ -183,18 +183,15 @@ def load_function(spec, option, table=()):
 def launch(main, cls):
     """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2."""
     try:
-        main(parse(cls))
+        return main(parse(cls))
     except UserError as error:
-        _fail(str(error))
+        message = str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        _fail(f"{error.filename or 'file system'}: {error.strerror}")
+        message = f"{error.filename or 'file system'}: {error.strerror}"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _fail(message):
     message = " ".join(message.split())
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)

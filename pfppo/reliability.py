@@ -218,11 +218,10 @@ def format_table(rows):
     head = "filter,kept,pass kept,pass dropped,R^2,95 %,Spearman,AUC,note"
     lines = [head.split(",")]
     for row in rows:
-        shown = {n: "-" if v is None else f"{v:.3f}" for n, v in row.items() if n[0] not in "fn"}
-        interval = "{r2_low} .. {r2_high}".format(**shown)
-        shown["interval"] = "-" if row["r2_low"] is None else interval
-        names = ("kept", "pass_kept", "pass_dropped", "r2", "interval", "spearman", "auc")
-        lines.append([row["filter"], *(shown[name] for name in names), row["note"]])
+        name, *numbers, note = row.values()
+        *shares, r2, low, high, rank, area = ("-" if x is None else f"{x:.3f}" for x in numbers)
+        interval = low if low == "-" else f"{low} .. {high}"
+        lines.append([name, *shares, r2, interval, rank, area, note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for first, *cells, note in lines:
