@@ -43,7 +43,7 @@ class Answer:
         return self.verdict is not None and self.verdict.passed
 
 
-class Examiner:
+class Examiner(contextlib.AbstractContextManager):
     """Asks models and runs tests, with what stays the same in a script. A context.
 
     args: seed, max_new_tokens, temperature, sampling_batch; workers, timeout, allow_weak_isolation.
@@ -52,9 +52,6 @@ class Examiner:
     def __init__(self, tokens, args, ranks):
         self.tokens, self.args, self.ranks = tokens, args, ranks
         self.sandbox = open_sandbox(args, ranks)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.sandbox.close()
@@ -84,9 +81,7 @@ class Examiner:
 
     def answers(self, model, asked, tag, temperature, samples=1, bars=False):
         """`samples` answers to each problem of a ProblemSet, on all ranks: [[Answer] * samples].
-
-        bars: show progress on rank 0; the rest as in `draw`.
-        """
+        bars: show progress on rank 0; the rest as in `draw`."""
         mine = range(self.ranks.rank, len(asked), self.ranks.world)
         hidden = not (bars and self.ranks.is_main)
         bar = {"total": len(mine) * samples, "mininterval": 1, "disable": hidden}
@@ -97,8 +92,8 @@ class Examiner:
         with tqdm(desc="tests", **bar) as shown:
             problems = [asked.problems[i] for i, _ in keys]
             verdicts = execute(problems, texts, self.sandbox, shown.update)
-        found = list(map(Answer, drawn.ids, texts, verdicts))
-        groups = [found[i : i + samples] for i in range(0, len(found), samples)]
+        answers = list(map(Answer, drawn.ids, texts, verdicts))
+        groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
         return gather_lists(groups, self.ranks)
 
     def run_tests(self, problems, texts):
@@ -122,8 +117,7 @@ class Examiner:
         all ranks: what rewards are normalised by. A collective."""
         asked = type(asked)(asked.problems[:PROBE], asked.prompts[:PROBE])
         with models.gathered(models.reference) as model:
-            answers = self.answers(model, asked, "rows", self.args.temperature)
-        answers = [answer for (answer,) in answers]
+            answers = sum(self.answers(model, asked, "rows", self.args.temperature), [])
         scores = torch.tensor([score_of(answer.verdict) for answer in answers])
         ids = [answer.ids for answer in answers]
         rows = collate(asked.prompts, ids, self.tokens.pad, self.ranks.device)
@@ -208,10 +202,8 @@ def left(path, group, ranks):
 
 
 def samples_of(examiner, model, reward_model, asked, first, last):
-    """Rows of samples.jsonl for the problems first to last of a ProblemSet, on all ranks.
-
-    With a reward model they have its rewards, normalised if it has a card. A collective.
-    """
+    """Rows of samples.jsonl for the problems first to last of a ProblemSet, on all ranks; with a
+    reward model they have its rewards, normalised if it has a card. A collective."""
     args, ranks, tokens = examiner.args, examiner.ranks, examiner.tokens
     prompts, N = asked.prompts[first:last], args.samples_per_problem
     how = {"samples": N, "top_k": args.top_k, "top_p": args.top_p}
@@ -292,19 +284,17 @@ def results_of(out, problems, rows, answer, group, args, sandbox, ranks):
 
 
 def judge(args, reward_of, problems, rows, results):
-    """Put rewards and actual scores into the rows of all samples.
-
-    Rewards but those of an RM with a normaliser of its own are normalised over these samples.
-    """
+    """Put rewards and actual scores into the rows of all samples. Rewards but those of an RM with a
+    normaliser of its own are normalised over these samples."""
     known = {problem.task_id: problem for problem in problems}
     asked = [known[row["task_id"]] for row in rows]
     scores = torch.tensor([float(row["passed"]) for row in results])
     answers = Answers(asked, [row["response"] for row in rows], scores, seed=args.seed)
-    known = args.reward_model and load_card(args.reward_model) is not None
     if args.reward_model:
-        raw = torch.tensor([row.get("raw_reward", row["reward"]) for row in rows])
-        mean, std = (0.0, 1.0) if known else spread_of(raw, f"--reward_model {args.reward_model}")
-        answers.by_model = (raw - mean) / std
+        answers.by_model = torch.tensor([row.get("raw_reward", row["reward"]) for row in rows])
+        if load_card(args.reward_model) is None:
+            mean, std = spread_of(answers.by_model, f"--reward_model {args.reward_model}")
+            answers.by_model = (answers.by_model - mean) / std
     if args.reward != "model":
         reward_of.measure(answers)
     rewards = reward_of(answers)

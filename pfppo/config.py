@@ -20,7 +20,6 @@ Not covered: configuration files, sub-commands.
 import argparse
 import dataclasses
 import errno
-import importlib
 import importlib.util
 import inspect
 import os
@@ -78,7 +77,6 @@ def reason(error):
 
 def described(cls):
     """{field name: (group, comment)} in the order of the source, own fields before inherited ones.
-
     A class's group is its docstring's first line, until a comment on a line of its own heads one.
     """
     found = {}
@@ -125,9 +123,9 @@ def parse(cls, argv=None):
     for name, (title, comment) in described(cls).items():
         if name not in fields:  # a line of a docstring
             continue
-        field, group = fields[name], groups.get(title)
-        if group is None:
-            group = groups[title] = parser.add_argument_group(title)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        field = fields[name]
         default = "" if field.default in ("", None) else f" [{field.default}]"
         option = {"default": field.default, "help": (comment + default).replace("%", "%%")}
         if field.type is bool:
@@ -138,7 +136,7 @@ def parse(cls, argv=None):
             kind, *limits = typing.get_args(field.type) or [field.type]
             option["type"] = kind if kind is str else _number(kind, name, limits)
             option["metavar"] = kind.__name__
-        group.add_argument(f"--{name}", **option)
+        groups[title].add_argument(f"--{name}", **option)
     argv = sys.argv[1:] if argv is None else argv
     return cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
 
@@ -151,12 +149,16 @@ def _underscored(word):
     return name.replace("--no_", "--no-", 1) + equals + value
 
 
-def load_function(spec, option):
-    """The function named by `package.module:function` or `path/to/file.py:function`.
+def load_function(spec, option, table=()):
+    """That of `table` {name: function}, of `package.module:function` or `path/to/file.py:function`.
 
     Modules are looked for in the working folder too, not only beside the script. Raises UserError
-    naming `option` where there is no such file, module or function.
+    naming `option` where there is no such name, file, module or function.
     """
+    if spec in table:
+        return table[spec]
+    known = ", ".join([*table, "module:function or file.py:function"])
+    require(":" in spec, f"--{option} {spec}: unknown, expected one of {known}")
     place, _, name = spec.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -181,18 +183,15 @@ def load_function(spec, option):
 def launch(main, cls):
     """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2."""
     try:
-        main(parse(cls))
+        return main(parse(cls))
     except UserError as error:
-        _fail(str(error))
+        message = str(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        _fail(f"{error.filename or 'file system'}: {error.strerror}")
+        message = f"{error.filename or 'file system'}: {error.strerror}"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _fail(message):
     message = " ".join(message.split())
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 
 from pfppo.config import UserError, reason, require, require_folder
-from pfppo.model import check_cache, check_positions, rows_of, stop_ids
+from pfppo.model import check_cache, check_positions, read_config, stop_ids
 from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
 from pfppo.reward import BY_TESTS
 from pfppo.rollout import seeded
@@ -54,8 +54,8 @@ def load_tokenizer(path, option="policy"):
             if _rules(tokenizer.backend_tokenizer) != _rules(Tokenizer.from_file(file)):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
-        why = reason(error)
-        raise UserError(f"--{option} {path}: cannot read the tokenizer: {why}") from error
+        what = "cannot read the tokenizer"
+        raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
     require(tokenizer.eos_token_id is not None, f"--{option} {path}: the tokenizer has no EOS")
     return tokenizer
 
@@ -90,7 +90,8 @@ class Tokens:
         require(style != "chat" or tokenizer.chat_template, bare)
         check_cache(path)
         folders = {name: getattr(args, name, "") for name in ("policy", "reward_model")}
-        sizes = [rows_of(folder, name) for name, folder in folders.items() if folder]
+        configs = [read_config(folder, name) for name, folder in folders.items() if folder]
+        sizes = [config.get_text_config().vocab_size for config in configs]  # of the embeddings
         ends, rows = stop_ids(path, tokenizer), min(sizes)
         stop = [i for i in ends if i < rows]
         none = f"--policy {path}: no end-of-sequence id is below the {rows} rows of its table"
@@ -121,19 +122,18 @@ class Tokens:
             ids = render(prompt, self.tokenizer, self.style)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
-        require(
-            0 < len(ids) <= self.limit,
-            f"{where}: prompt of {len(ids)} tokens, expected 1 to {self.limit} "
-            "(--max_prompt_tokens)",
-        )
+        expected = f"expected 1 to {self.limit} (--max_prompt_tokens)"
+        fits = 0 < len(ids) <= self.limit
+        require(fits, f"{where}: prompt of {len(ids)} tokens, {expected}")
         return self._known(ids, where)
 
     def _known(self, ids, where):
         """The ids, if the models' tables have rows for all of them."""
-        beyond = [i for i in ids if i >= self.rows]
-        token = beyond and self.tokenizer.convert_ids_to_tokens(beyond[0])
-        what = f"token {token!r} has id {beyond and beyond[0]}, beyond the {self.rows} rows of the"
-        require(not beyond, f"{where}: {what} models' tables")
+        for i in ids:
+            if i >= self.rows:
+                token = self.tokenizer.convert_ids_to_tokens(i)
+                rows = f"the {self.rows} rows of the models' tables"
+                raise UserError(f"{where}: token {token!r} has id {i}, beyond {rows}")
         return ids
 
     def prompts(self, problems, source, texts=None):
@@ -258,10 +258,9 @@ def read_pairs(path, tokens):
     """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
     pairs, said = [], load_pairs(path)
     for line, (prompt, *responses) in said:
-        ids = tokens.prompt(prompt, f"{path}, line {line}")
-        pairs.append(
-            (ids, *(tokens.response(ids, text, f"{path}, line {line}") for text in responses))
-        )
+        where = f"{path}, line {line}"
+        ids = tokens.prompt(prompt, where)
+        pairs.append((ids, *(tokens.response(ids, text, where) for text in responses)))
     longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
     check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
     return pairs, [triple for _, triple in said]
@@ -300,10 +299,8 @@ def read_inputs(args, say=print):
 
 
 def step_prompts(count, prompts_per_step, step, seed, round=0):
-    """Indices [P] of the prompts of a step (0, 1, ...), all different.
-
-    Further rounds of a step (0, 1, ... below the steps of an epoch) have other prompts.
-    """
+    """Indices [P] of the prompts of a step (0, 1, ...), all different; further rounds of it (0, 1,
+    ... below the steps of an epoch) have other prompts."""
     per_epoch = count // prompts_per_step
     epoch, part = divmod(step, per_epoch)
     part = (part + round) % per_epoch

@@ -112,12 +112,7 @@ def load_filter(spec, samples, option="filter"):
     It is tried on random rewards and on equal ones. Raises UserError, now and whenever it is
     applied, where it is unknown, fails, or gives nonsense.
     """
-    known = f"{', '.join(FILTERS)}, or module:function or file.py:function"
-    require(
-        spec in FILTERS or ":" in spec,
-        f"--{option} {spec}: unknown, expected one of {known}",
-    )
-    chosen = FILTERS[spec] if spec in FILTERS else load_function(spec, option)
+    chosen = load_function(spec, option, FILTERS)
 
     def checked(rewards, generator):
         sizes = " --samples_per_prompt" if option == "filter" else ", N ="

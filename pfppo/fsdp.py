@@ -1,10 +1,9 @@
 """Ranks and sharding: process group, `fully_shard` by plan, whole-phase gathering, reductions.
 
 One to many ranks run the same lines, started by torchrun or, as a single rank, by plain python.
-Models start without weights (structure without memory), are sharded block by block, and are filled
-slice by slice (loading.py). Parameters and optimizer states stay fp32 (master weights); on GPU
-forward and backward run in bf16 with fp32 reductions. Sampling would gather every block at every
-token, so the policy is gathered once for the whole phase into a plain copy without hooks.
+Models without weights are sharded by blocks, then filled (loading.py). Parameters and optimizer
+states stay fp32 (master weights); on GPU forward and backward run in bf16 with fp32 reductions.
+Sampling would gather every block at every token: the policy is gathered once for a whole phase.
 
 FSDP averages gradients over ranks. Our losses are sums over a global denominator, so each rank's
 loss is multiplied by the number of ranks before backward (`train_ppo.py`, `train_rm.py`).
@@ -119,21 +118,21 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
 
     The plan has two kinds of units: every transformer block, and the root with what is used once,
     before and after them: embedding, last norm, head (tied weights stay tied there); a scalar head
-    is a unit of its own, whose forward pass is fp32. offload: the
-    slices (and so gradients and optimizer states) live in host memory, and a unit comes to the
-    device when it is used. Returns the sharded model.
+    is a unit of its own, whose forward pass is fp32. offload: the slices (and so gradients and
+    optimizer states) live in host memory, and a unit comes to the device when it is used. Returns
+    the sharded model.
     """
     dtype = compute_dtype(param_dtype, ranks)
-    dtypes = {"param_dtype": None if dtype == torch.float32 else dtype}
-    dtypes |= {"reduce_dtype": torch.float32, "cast_forward_inputs": False}  # they are token ids
-    how = {"mesh": ranks.mesh, "mp_policy": MixedPrecisionPolicy(**dtypes)}
+    dtype = None if dtype == torch.float32 else dtype
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # token ids
+    how = {"mesh": ranks.mesh, "mp_policy": precision}
     if offload:
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
     empty.requires_grad_(trainable)
     for block in find_blocks(empty):
         fully_shard(block, **how)
     for module in getattr(empty, "exact", []):
-        fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)})
+        fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy(None, torch.float32)})
     fully_shard(empty, reshard_after_forward=True, **how)
     buffers = {name: buffer.to(ranks.device) for name, buffer in empty.named_buffers()}
     empty.to_empty(device="cpu" if offload else ranks.device)
@@ -190,11 +189,8 @@ def gathered(sharded, unsharded):
 def full_state(sharded):
     """{name: whole tensor on the CPU} on rank 0; {} elsewhere, where no more than one parameter at
     a time is whole. A collective."""
-    state = {}
-    for name, tensor in whole_parameters(sharded):
-        if dist.get_rank() == 0:
-            state[name] = tensor.cpu()
-    return state
+    main = dist.get_rank() == 0
+    return {name: tensor.cpu() for name, tensor in whole_parameters(sharded) if main}
 
 
 def sum_over_ranks(tensor):
@@ -228,8 +224,8 @@ def agreed(ranks):
         yield
     except UserError as error:
         failure = str(error)
-    failures = [f for f in gather_lists([failure], ranks) if f is not None]
-    require(not failures, failures[:1] and failures[0])
+    for message in gather_lists([failure], ranks):
+        require(message is None, message)
 
 
 def from_main(value, ranks):

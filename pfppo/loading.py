@@ -18,6 +18,7 @@ Not covered: pickled checkpoints, quantised ones.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from pfppo import fsdp
 from pfppo.config import UserError, is_hub_id, reason
@@ -53,9 +54,7 @@ UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "or
 
 def fetch(args, names, ranks):
     """Replace Hub ids (owner/name) among the arguments `names` by folders of the local cache.
-
-    On each node its first rank downloads what the cache lacks. Raises UserError where it cannot.
-    """
+    On each node its first rank downloads what the cache lacks. Raises UserError where it cannot."""
     for name in names:
         path = getattr(args, name, "")
         if not is_hub_id(path):
@@ -71,10 +70,8 @@ def fetch(args, names, ranks):
 
 
 def _stored_names(model, tensors, new):
-    """{parameter: its name in the files}, or None where some are not there as they are.
-
-    model: Policy or ScalarModel, around one model of transformers.
-    """
+    """{parameter: its name in the files}, or None where some are not there as they are. model:
+    Policy or ScalarModel, around one model of transformers."""
     ((wrapper, inner),) = model.named_children()
     if any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(inner)):
         return None
@@ -119,21 +116,20 @@ class Whole:
     """A model that rank 0 has and the others wait for (model None)."""
 
     def __init__(self, model):
-        self.parameters = dict(model.named_parameters()) if model is not None else {}
+        self.parameters = dict(model.named_parameters()) if model else {}
 
     def local(self, name, parameter):
         """This rank's part of a DTensor parameter, on its device. A collective."""
-        value = self.parameters.get(name)
-        value = torch.empty(parameter.shape) if value is None else value.detach().float()
-        value = value.to(parameter.device_mesh.device_type)
         mesh, placements = parameter.device_mesh, parameter.placements
+        value = self.parameters.get(name, torch.empty(parameter.shape))
+        value = value.detach().float().to(mesh.device_type)
         return distribute_tensor(value, mesh, placements, src_data_rank=0).to_local()
 
 
-def source_of(model, path, option, read_whole, ranks, new=None):
+def source_of(model, path, option, read, ranks, new=None):
     """Where the weights of an empty Policy or ScalarModel come from: Slices, or Whole.
 
-    read_whole() -> the same with its weights, called on rank 0; new: {parameter: whole tensor} that
+    read(path) -> what it wraps, with weights, called on rank 0; new: {parameter: whole tensor} that
     is not looked for in the files. Raises UserError on files that are cut short. A collective.
     """
     new = new or {}
@@ -142,7 +138,7 @@ def source_of(model, path, option, read_whole, ranks, new=None):
         names = _stored_names(model, tensors, new) if tensors else None
         if names is not None:
             return Slices(tensors, names, new)
-        return Whole(read_whole() if ranks.is_main else None)
+        return Whole(type(model)(read(path)) if ranks.is_main else None)
 
 
 @dataclass
@@ -166,35 +162,44 @@ class Models:
         of the SFT policy. The slot's is 0, 1 for a reward model, which has been normalised by then.
         """
         args, ranks = examiner.args, examiner.ranks
-        measured = not self.normalised, reward_of.spec != "model" and args.reward_scale == "sft"
-        if any(measured) and not state.scale:
+        measure_model = not self.normalised
+        measure_slot = reward_of.spec != "model" and args.reward_scale == "sft"
+        if (measure_model or measure_slot) and not state.scale:
             probe = examiner.probe(self, train)
-            if measured[0]:
+            if measure_model:
                 state.normaliser = spread_of(probe.by_model, f"--reward_model {args.reward_model}")
-        for scalar in (self.reward_model, self.critic) if measured[0] else ():
-            if scalar is not None:
+        for scalar in (self.reward_model, self.critic):
+            if measure_model and scalar is not None:
                 scalar.mean, scalar.std = state.normaliser
-        if not state.scale:
-            state.scale = [0.0, 1.0]
-            if measured[1]:
-                probe = replace(probe)  # a reward model's rewards are in other units now
-                with fsdp.agreed(ranks):
-                    reward_of.measure(probe)
-                state.scale = [reward_of.mean, reward_of.std]
-                what = "mean {:.3g}, standard deviation {:.3g}".format(*state.scale)
-                what = what if state.scale != [0.0, 1.0] else "no spread, so they stay as they are"
-                said = f"rewards of {len(probe.texts)} samples of the SFT policy: {what}"
-                ranks.say(f"--reward {reward_of.spec}: {said}")
+        if measure_slot and not state.scale:
+            probe = replace(probe)  # a reward model's rewards are in other units now
+            with fsdp.agreed(ranks):
+                reward_of.measure(probe)
+            state.scale = [reward_of.mean, reward_of.std]
+            what = "mean {:.3g}, standard deviation {:.3g}".format(*state.scale)
+            what = what if state.scale != [0.0, 1.0] else "no spread, so they stay as they are"
+            said = f"rewards of {len(probe.texts)} samples of the SFT policy: {what}"
+            ranks.say(f"--reward {reward_of.spec}: {said}")
+        state.scale = state.scale or [0.0, 1.0]
         reward_of.mean, reward_of.std = state.scale
+
+
+def sharded(empty, source, args, ranks, offload):
+    """A model, filled and sharded. offload: which --offload_* it obeys, "optimizer" if trained."""
+    trained, offloads = offload == "optimizer", getattr(args, f"offload_{offload}", False)
+    fsdp.shard(empty, source, ranks, args.param_dtype, trained, offloads)
+    if trained and args.gradient_checkpointing:
+        fsdp.recompute_blocks(empty)
+    return empty
 
 
 def load_models(args, tokens, ranks):
     """Models of --policy and --reward_model. Raises UserError if they do not fit."""
     path, config = args.policy, causal_lm_config(args.policy)
     empty = [Policy(empty_causal_lm(config), tokens.never) for _ in range(2)]
-    source = source_of(empty[0], path, "policy", lambda: Policy(read_causal_lm(path)), ranks)
-    policy = fsdp.shard(empty[0], source, ranks, args.param_dtype, True, args.offload_optimizer)
-    reference = fsdp.shard(empty[1], source, ranks, args.param_dtype, False, args.offload_ref)
+    source = source_of(empty[0], path, "policy", read_causal_lm, ranks)
+    policy = sharded(empty[0], source, args, ranks, "optimizer")
+    reference = sharded(empty[1], source, args, ranks, "ref")
     unsharded = empty_causal_lm(config, fsdp.compute_dtype(args.param_dtype, ranks))
     # What is exported stops where the SFT policy stops.
     unsharded.generation_config = read_generation_config(path) or unsharded.generation_config
@@ -203,8 +208,6 @@ def load_models(args, tokens, ranks):
         reward_model, critic = load_scalars(args, tokens, ranks, (False, True))
     else:
         known, reward_model, critic = True, None, new_scalar(args, ranks)
-    if args.gradient_checkpointing:
-        fsdp.recompute_blocks(policy)
     return Models(policy, reference, critic, reward_model, unsharded, known)
 
 
@@ -226,16 +229,9 @@ def load_scalars(args, tokens, ranks, trainable):
             )
     check_agreement(card, *tokens.hashes(), path, args.policy)
     scalars = [ScalarModel(empty_classifier(config), card.mean, card.std) for _ in trainable]
-
-    def read():
-        return ScalarModel(read_classifier(path))
-
-    source = source_of(scalars[0], path, "reward_model", read, ranks)
+    source = source_of(scalars[0], path, "reward_model", read_classifier, ranks)
     for scalar, trained in zip(scalars, trainable, strict=True):
-        offload = getattr(args, "offload_optimizer" if trained else "offload_reward", False)
-        fsdp.shard(scalar, source, ranks, args.param_dtype, trained, offload)
-        if trained and args.gradient_checkpointing:
-            fsdp.recompute_blocks(scalar)
+        sharded(scalar, source, args, ranks, "optimizer" if trained else "reward")
     return scalars
 
 
@@ -244,13 +240,6 @@ def new_scalar(args, ranks):
     path, seed = args.policy, args.seed
     empty = ScalarModel(empty_classifier(read_config(path, "policy")))
     new = {f"classifier.{name}": value for name, value in new_head(empty.classifier, seed).items()}
-
-    def read():
-        return ScalarModel(classifier_from_causal_lm(path, seed))
-
+    read = partial(classifier_from_causal_lm, seed=seed)
     source = source_of(empty, path, "policy", read, ranks, new)
-    offload = getattr(args, "offload_optimizer", False)
-    fsdp.shard(empty, source, ranks, args.param_dtype, True, offload)
-    if args.gradient_checkpointing:
-        fsdp.recompute_blocks(empty)
-    return empty
+    return sharded(empty, source, args, ranks, "optimizer")

@@ -168,8 +168,7 @@ def complete(metrics):
     """All of NAMES in their order; None where a value is missing or not finite."""
     unknown = set(metrics) - set(NAMES)
     assert not unknown, f"metrics without a definition: {unknown}"
-    values = {name: metrics.get(name) for name in NAMES}
-    known = {n: v for n, v in values.items() if v is not None and math.isfinite(v)}
+    known = {n: v for n, v in metrics.items() if v is not None and math.isfinite(v)}
     return dict.fromkeys(NAMES) | known
 
 

@@ -25,13 +25,7 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LEAST = torch.finfo(torch.float32).min  # logit of an id that is never sampled
@@ -107,19 +101,14 @@ class ScalarModel(nn.Module):
 
     def __init__(self, classifier, mean=0.0, std=1.0):
         super().__init__()
-        self.classifier = classifier
-        self.mean, self.std = mean, std
+        self.classifier, self.mean, self.std = classifier, mean, std
+        self.exact = [scalar_head(classifier)]  # modules whose weights stay fp32 in forward passes
 
     def forward(self, ids, positions):
         """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32."""
         hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
         raw = scalar_head(self.classifier)(positions_of(hidden, positions).float())
         return (raw.float() - self.mean) / self.std
-
-    @property
-    def exact(self):
-        """Modules whose weights stay fp32 in forward passes."""
-        return [scalar_head(self.classifier)]
 
 
 def scalar_head(classifier):
@@ -134,16 +123,16 @@ def read_config(path, option):
     """The transformers configuration in a directory. Raises UserError naming the option."""
     require_folder(path, option)
     try:
-        return AutoConfig.from_pretrained(path)
+        return transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
-        why = f"--{option} {path}: not a model of transformers: {reason(error)}"
-        raise UserError(why) from error
+        what = "not a model of transformers"
+        raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
 
 
 def read_generation_config(path, option="policy"):
     """`generation_config.json` of a directory; None where there is none. Raises UserError."""
     try:
-        return GenerationConfig.from_pretrained(path)
+        return transformers.GenerationConfig.from_pretrained(path)
     except Exception as error:
         file = Path(path) / "generation_config.json"
         require(not file.exists(), f"--{option} {path}: damaged {file.name}: {reason(error)}")
@@ -192,7 +181,7 @@ def check_cache(path, option="policy"):
     config = read_config(path, option)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or [])
     odd = layers - {"full_attention", "sliding_attention", "chunked_attention"}
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     stateful = odd or getattr(kind, "_is_stateful", False)
     what = "an encoder-decoder" if config.is_encoder_decoder else "a recurrent or hybrid model"
     expected = "expected a decoder whose cache is plain keys and values, as sampling needs them"
@@ -200,17 +189,11 @@ def check_cache(path, option="policy"):
     require(fits, f"--{option} {path}: {config.model_type} is {what}, {expected}")
 
 
-def rows_of(path, option):
-    """Rows of a folder's embedding: it knows the ids below."""
-    return read_config(path, option).get_text_config().vocab_size
-
-
 def stop_ids(path, tokenizer):
     """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
-    config = read_generation_config(path) or read_config(path, "policy")
-    found = config.eos_token_id
-    found = found if isinstance(found, list) else [found]
-    return sorted({i for i in [*found, tokenizer.eos_token_id] if i is not None})
+    ends = (read_generation_config(path) or read_config(path, "policy")).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({*ends, tokenizer.eos_token_id} - {None})
 
 
 @contextlib.contextmanager
@@ -251,8 +234,8 @@ def causal_lm_config(path, option="policy"):
     """
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or [])
-    what = f"--{option} {path}: not a causal LM but a {kinds}"
-    require("SequenceClassification" not in kinds, what)
+    classifies = "SequenceClassification" in kinds
+    require(not classifies, f"--{option} {path}: not a causal LM but a {kinds}")
     if config.get_text_config().tie_word_embeddings:
         tied = empty_causal_lm(config).get_expanded_tied_weights_keys(all_submodels=True)
         for pair in tied.items():
@@ -283,10 +266,8 @@ def read_causal_lm(path, option="policy", dtype=torch.float32):
 
 
 def classifier_config(path, option="reward_model"):
-    """The configuration of a sequence classifier with one label. Raises UserError.
-
-    A causal LM is refused: its scalar head would be made of random numbers.
-    """
+    """The configuration of a sequence classifier with one label. Raises UserError: a causal LM is
+    refused, its scalar head would be made of random numbers."""
     config = read_config(path, option)
     kinds = ", ".join(config.architectures or ["no architecture"])
     what = f"--{option} {path}: not a reward model but a causal LM ({kinds}), expected a sequence "
@@ -307,10 +288,8 @@ def read_classifier(path, option="reward_model"):
 
 
 def classifier_from_causal_lm(path, seed, option="policy"):
-    """A classifier whose backbone is a causal LM's and whose head is new (`new_head`).
-
-    Raises UserError where weights of the backbone are missing.
-    """
+    """A classifier whose backbone is a causal LM's and whose head is new (`new_head`). Raises
+    UserError where weights of the backbone are missing."""
     model, missing = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
     new = new_head(model, seed)
     _require_weights(set(missing) - set(new), path, option)
@@ -337,7 +316,6 @@ def _require_weights(missing, path, option):
 
 def _read(auto, path, option, dtype=torch.float32, **kwargs):
     """(model, names of weights that the folder lacks); weights of another shape are an error."""
-    read_config(path, option)
     loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = auto.from_pretrained(path, dtype=dtype, **loading, **kwargs)

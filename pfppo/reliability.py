@@ -97,7 +97,7 @@ def _fit(values, group, scores, weights, bins, kind):
     score = binned(np.bincount(group, weights * scores, len(values))) / weight
     bins = len(weight)
     x, y = reward - reward.mean(), score - score.mean()
-    note = ""
+    r2 = np.nan
     if np.count_nonzero(mass) == 1:
         note = "all rewards are equal"
     elif np.ptp(scores[kept]) == 0:
@@ -108,11 +108,10 @@ def _fit(values, group, scores, weights, bins, kind):
         note = "all bins have the same mean score"
     elif x @ x == 0:
         note = "all bins have the same mean reward"
-    if note:
-        return Binned(np.nan, reward, score, weight, note)
-    residual = y - x * (x @ y) / (x @ x)
-    note = "two bins: a line always fits" if bins == 2 else ""
-    r2 = float(1 - (residual @ residual) / (y @ y))
+    else:
+        residual = y - x * (x @ y) / (x @ x)
+        r2 = float(1 - (residual @ residual) / (y @ y))
+        note = "two bins: a line always fits" if bins == 2 else ""
     return Binned(r2, reward, score, weight, note)
 
 
@@ -137,16 +136,13 @@ def resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts
 
 def bootstrap_r2(rewards, scores, weights, bins, resamples, rng, kind="equal_count", prompts=None):
     """(low, high): 95 % percentile interval of R^2 over prompts; rewards, scores, weights [P, N].
-
-    Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt.
-    """
+    Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt."""
     drawn = resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts)
-    found = np.array([binned.r2 for binned in drawn])
-    found = found[~np.isnan(found)]
-    if len(rewards) < 2 or not len(found):
+    r2 = np.array([binned.r2 for binned in drawn])
+    r2 = r2[~np.isnan(r2)]
+    if len(rewards) < 2 or not len(r2):
         return np.nan, np.nan
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    return tuple(np.quantile(r2, [0.025, 0.975]).tolist())
 
 
 def spearman(rewards, scores, weights=None):
@@ -170,14 +166,11 @@ def _midranks(values, weights):
 
 def auc(rewards, scores, weights=None):
     """Chance that a passing sample (score >= 1) has a higher reward than a failing one; ties half.
-
-    NaN if no sample passes or none fails.
-    """
+    NaN if no sample passes or none fails."""
     rewards, scores, weights = _samples(rewards, scores, weights)
     passed, failed = weights * (scores >= 1), weights * (scores < 1)
-    if not (np.isfinite(rewards).all() and np.isfinite(scores).all()):
-        return np.nan
-    if not (passed.any() and failed.any()):
+    finite = np.isfinite(rewards).all() and np.isfinite(scores).all()
+    if not (finite and passed.any() and failed.any()):
         return np.nan
     return float(_midranks(rewards, failed) @ passed / passed.sum())
 
@@ -222,16 +215,13 @@ def _mean(values, weights):
 
 def format_table(rows):
     """`reliability_table`'s rows as aligned text, best R^2 not singled out; "-" where undefined."""
-
     head = "filter,kept,pass kept,pass dropped,R^2,95 %,Spearman,AUC,note"
     lines = [head.split(",")]
     for row in rows:
-        shown = {n: "-" if v is None else f"{v:.3f}" for n, v in row.items() if n[0] not in "fn"}
-        shown["interval"] = (
-            "-" if row["r2_low"] is None else "{r2_low} .. {r2_high}".format(**shown)
-        )
-        names = ("kept", "pass_kept", "pass_dropped", "r2", "interval", "spearman", "auc")
-        lines.append([row["filter"], *(shown[name] for name in names), row["note"]])
+        name, *numbers, note = row.values()
+        *shares, r2, low, high, rank, area = ("-" if x is None else f"{x:.3f}" for x in numbers)
+        interval = low if low == "-" else f"{low} .. {high}"
+        lines.append([name, *shares, r2, interval, rank, area, note])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for first, *cells, note in lines:

@@ -27,12 +27,11 @@ Equal responses to a prompt have equal rewards, and another seed is another rewa
 that is *added* to z would carry lukewarm cases into the extremes of what is seen.)
 """
 
-import functools
 import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from pfppo.config import UserError, load_function, reason, require
@@ -83,15 +82,11 @@ def load_card(folder):
 
 def check_agreement(card, template, vocabulary, reward_model, policy):
     """Raise UserError unless the RM was trained with the policy's vocabulary and template."""
-    for what, ours, theirs in (
-        ("vocabulary", vocabulary, card.vocabulary),
-        ("prompt template", template, card.template),
-    ):
-        require(
-            ours == theirs,
-            f"--reward_model {reward_model}: its {what} differs from that of --policy {policy} "
-            f"(hash {theirs} there, {ours} here)",
-        )
+    hashes = [(vocabulary, card.vocabulary), (template, card.template)]
+    for what, (ours, theirs) in zip(("vocabulary", "prompt template"), hashes, strict=True):
+        differs = f"its {what} differs from that of --policy {policy}"
+        numbers = f"(hash {theirs} there, {ours} here)"
+        require(ours == theirs, f"--reward_model {reward_model}: {differs} {numbers}")
 
 
 def bradley_terry_loss(chosen, rejected):
@@ -176,25 +171,10 @@ class Answers:
             both[name] = torch.cat([getattr(self, name), getattr(other, name)])
         return replace(self, **both)
 
-    @functools.cached_property
+    @cached_property
     def by_model(self):
         """[B] the RM's normalised rewards, when first asked for. A collective."""
         return model_rewards(self.reward_model, self.rows, self.microbatch)
-
-
-def by_model(answers):
-    """The reward model."""
-    return answers.by_model
-
-
-def by_tests(answers):
-    """The execution oracle: +1 passed, -1 failed."""
-    return 2 * answers.scores - 1
-
-
-def combined(answers):
-    """Reward model plus oracle, which have about the same spread."""
-    return answers.by_model + 2 * answers.scores - 1
 
 
 def noisy(answers, place):
@@ -213,9 +193,9 @@ def _draw(seed, prompt, response):
 
 
 REWARDS = {
-    "model": by_model,
-    "tests": by_tests,
-    "combined": combined,
+    "model": lambda answers: answers.by_model,
+    "tests": lambda answers: 2 * answers.scores - 1,  # the oracle: +1 passed, -1 failed
+    "combined": lambda answers: answers.by_model + 2 * answers.scores - 1,  # about equal spreads
     "noisy:middle": partial(noisy, place="middle"),
     "noisy:tails": partial(noisy, place="tails"),
     "noisy:uniform": partial(noisy, place="uniform"),
@@ -261,13 +241,10 @@ class Slot:
 def load_reward(spec, reward_model="somewhere", clip=math.inf):
     """The Slot of a name in REWARDS, or of a user's own function. Raises UserError where it is
     unknown, or needs a reward model and there is none ("")."""
-    if spec in REWARDS:
-        needs = spec in BY_MODEL and not reward_model
-        require(not needs, f"--reward {spec}: needs a --reward_model, found none")
-        return Slot(spec, REWARDS[spec], clip)
-    expected = f"{', '.join(REWARDS)}, or module:function or file.py:function"
-    require(":" in spec, f"--reward {spec}: unknown, expected one of {expected}")
-    return Slot(spec, partial(_own, load_function(spec, "reward")), clip)
+    needs = spec in BY_MODEL and not reward_model
+    require(not needs, f"--reward {spec}: needs a --reward_model, found none")
+    score = load_function(spec, "reward", REWARDS)
+    return Slot(spec, score if spec in REWARDS else partial(_own, score), clip)
 
 
 def _own(score, answers):

@@ -35,7 +35,7 @@ number: whatever is summed over rows is multiplied by their weights.
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from pfppo.config import require
 
@@ -76,13 +76,16 @@ class Rollout:
     def __len__(self):
         return len(self.ids)
 
+    @property
+    def tensors(self):
+        """{name: tensor} of those that are there."""
+        return {n: x for n, x in vars(self).items() if isinstance(x, torch.Tensor)}
+
     def __add__(self, other):
-        """The rows of both, with the fields that both have."""
+        """The rows of both, with the tensors that both have."""
         both = {}
-        for name in (field.name for field in fields(self) if field.name != "parts"):
+        for name in self.tensors.keys() & other.tensors.keys():
             pair = [getattr(self, name), getattr(other, name)]
-            if None in [x if x is None else 0 for x in pair]:
-                continue
             if pair[0].ndim == 2:
                 longest = max(x.shape[1] for x in pair)
                 pair = [pad(x, (0, longest - x.shape[1])) for x in pair]
@@ -123,31 +126,23 @@ class Rollout:
         return (self.prompt_lengths + self.lengths - 1)[:, None]
 
     def select(self, rows):
-        """The given rows, cut to their own longest row and longest response.
-
-        rows: int64 indices [K]; a row may stand there twice.
-        """
+        """The rows of these indices [K] int64, which may repeat, cut to their own longest row and
+        longest response."""
         rows = rows.to(self.ids.device)
-        lengths = self.lengths[rows]
-        ends = int((self.prompt_lengths[rows] + lengths).max()) if len(rows) else 0
-        width = int(lengths.max()) if len(rows) else 0
-        chosen = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                value = value[rows]
-                if value.ndim == 2:
-                    value = value[:, : ends if field.name == "ids" else width]
-                chosen[field.name] = value
-        return Rollout(**chosen)
+        chosen = Rollout(**{name: x[rows] for name, x in self.tensors.items()})
+        length, width = int(chosen.ends.max()) + 1 if len(rows) else 0, chosen.width
+        for name, x in chosen.tensors.items():
+            if x.ndim == 2:
+                setattr(chosen, name, x[:, : length if name == "ids" else width])
+        return chosen
 
     def kept(self, weights, minibatch, ranks):
         """This rank's survivors of the filter, one minibatch behind the other: see the picture.
 
-        weights [P, N], the filter's for all ranks. The kept samples of all ranks, in the order of
-        the prompts, are cut into as few runs of at most `minibatch` as there can be, of lengths as
-        equal as possible: so minibatches do not depend on the number of ranks. The prompts were
-        shuffled when they were drawn. Nothing kept on any rank: no rows, no minibatch.
+        weights [P, N], the filter's for all ranks. What all keep is cut into as few runs of at most
+        `minibatch` as there can be, of lengths as equal as possible: so minibatches do not depend
+        on the number of ranks. The prompts were shuffled when they were drawn. Nothing kept on any
+        rank: no rows, no minibatch.
         """
         W, N = ranks.world, weights.shape[1]
         groups, samples = weights.nonzero(as_tuple=True)  # [K] whose prompt, and which sample
@@ -186,9 +181,9 @@ class Rollout:
         ratio is exactly 1. Returns [B, T] (or several).
         """
         with torch.no_grad():
-            found = [forward(model, mb, args) for mb in self.microbatches(args.microbatch)]
-        one = isinstance(found[0], torch.Tensor)
-        columns = [found] if one else zip(*found, strict=True)
+            outputs = [forward(model, mb, args) for mb in self.microbatches(args.microbatch)]
+        one = isinstance(outputs[0], torch.Tensor)
+        columns = [outputs] if one else zip(*outputs, strict=True)
         whole = [
             torch.cat([pad(part, (0, self.width - part.shape[1])) for part in column])
             for column in columns
@@ -202,10 +197,8 @@ def collate(prompts, responses, pad_id, device="cpu", logp=None):
     ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
     for row, prompt, response in zip(ids, prompts, responses, strict=True):
         row[: len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-    prompt_lengths, lengths = (
-        torch.tensor([len(tokens) for tokens in part]).to(device) for part in (prompts, responses)
-    )
-    rows = Rollout(ids=ids.to(device), prompt_lengths=prompt_lengths, lengths=lengths)
+    lengths = torch.tensor([[*map(len, part)] for part in (prompts, responses)], device=device)
+    rows = Rollout(ids.to(device), *lengths)
     if logp is not None:
         known = torch.tensor([x for row in logp for x in row], device=device)
         rows.sampled_logp = torch.zeros_like(rows.mask).masked_scatter(rows.mask > 0, known)
@@ -213,10 +206,8 @@ def collate(prompts, responses, pad_id, device="cpu", logp=None):
 
 
 def rows_per_rank(rows, option, microbatch, world):
-    """(rows of a minibatch per rank, of a microbatch). Raises UserError where they do not divide.
-
-    option: what the minibatch is called on the command line.
-    """
+    """(rows of a minibatch per rank, of a microbatch). option: the minibatch's on the command line.
+    Raises UserError where they do not divide."""
     share, left = divmod(rows, world)
     require(left == 0, f"--{option} {rows}: does not divide over {world} ranks")
     size = min(share, microbatch)
@@ -238,11 +229,9 @@ def check_sizes(args, kept_per_prompt, world):
     updates = "optimizer steps of about"
     if kept_per_prompt is not None:
         total = P * kept_per_prompt
-        require(
-            total % args.minibatch == 0,
-            f"--minibatch {args.minibatch}: does not divide the {total} samples that "
-            f"--filter {args.filter} keeps of {P} prompts x {N} samples",
-        )
+        what = f"the {total} samples that --filter {args.filter} keeps of {P} prompts x {N} samples"
+        divides = total % args.minibatch == 0
+        require(divides, f"--minibatch {args.minibatch}: does not divide {what}")
         kept = f"{total} kept by {args.filter}"
         updates = f"{total // args.minibatch * args.ppo_epochs} optimizer steps of"
     return (

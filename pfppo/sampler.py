@@ -60,8 +60,7 @@ class RoomLayer(DynamicLayer):
         self.length = new.stop
         self.keys[: self.rows, :, new] = key_states
         self.values[: self.rows, :, new] = value_states
-        seen = slice(self.rows), slice(None), slice(new.stop)
-        return self.keys[seen], self.values[seen]
+        return tuple(x[: self.rows, :, : self.length] for x in (self.keys, self.values))
 
     def get_mask_sizes(self, query_length):
         return self.length + query_length, 0
@@ -71,9 +70,8 @@ class RoomLayer(DynamicLayer):
 
     def move(self, sources, targets, rows):
         """Copy live rows over dead ones and keep the first `rows`."""
-        seen = slice(None), slice(self.length)
-        self.keys[(targets, *seen)] = self.keys[(sources, *seen)]
-        self.values[(targets, *seen)] = self.values[(sources, *seen)]
+        for x in (self.keys, self.values):
+            x[targets, :, : self.length] = x[sources, :, : self.length]
         self.rows = rows
 
 
@@ -105,19 +103,15 @@ def sample(
     `never` ids of probability 0; `batch` rows decode together; `progress(rows)` is called at every
     token with the rows that are done since, and may raise to give the sampling up.
     """
-    if len(uniforms) != len(prompts) * samples_per_prompt:
-        raise ValueError(
-            f"expected uniforms for {len(prompts)} x {samples_per_prompt} rows, "
-            f"found {len(uniforms)}"
-        )
+    P, N = len(prompts), samples_per_prompt
+    if len(uniforms) != P * N:
+        raise ValueError(f"expected uniforms for {P} x {N} rows, found {len(uniforms)}")
+    how = temperature, top_k, top_p, torch.tensor(list(never), dtype=torch.long)
     done = Samples([], [], [])
-    size = max(1, batch // samples_per_prompt)  # prompts in a batch
-    for start in range(0, len(prompts), size):
-        part = prompts[start : start + size]
-        first = start * samples_per_prompt
-        rows = uniforms[first : first + len(part) * samples_per_prompt]
-        how = (temperature, top_k, top_p, torch.tensor(list(never), dtype=torch.long))
-        _sample_batch(model, part, rows, samples_per_prompt, stop, how, done, progress)
+    size = max(1, batch // N)  # prompts in a batch
+    for start in range(0, P, size):
+        part, rows = prompts[start : start + size], uniforms[start * N : (start + size) * N]
+        _sample_batch(model, part, rows, N, stop, how, done, progress)
     return done
 
 
