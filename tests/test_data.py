@@ -167,16 +167,14 @@ def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, t
 
 
 @pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
-def test_a_plain_prompt_is_tokenized_as_it_stands(closing):
-    tokenizer, text = make_tokenizer(closing=closing), "def f(x):\n  # é\n"
-    ids = render(text, tokenizer, "plain")
-    assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
-
-
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_chat_prompt_is_a_users_turn_that_asks_for_an_answer_and_no_more(closing):
-    tokenizer = make_tokenizer(CHAT, closing)
-    assert tokenizer.decode(render("hello", tokenizer, "chat")) == "[user]hello[assistant]"
+@pytest.mark.parametrize(
+    "style, begin, end", [("plain", "", ""), ("chat", "[user]", "[assistant]")]
+)
+def test_a_prompt_is_tokenized_as_it_stands_or_as_a_users_turn_and_no_more(
+    closing, style, begin, end
+):
+    tokenizer, text = make_tokenizer(CHAT, closing), "def f(x):\n  # é\n"
+    assert tokenizer.decode(render(text, tokenizer, style)) == begin + text + end
 
 
 @pytest.mark.parametrize("closing", [False, True])
@@ -194,10 +192,8 @@ def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
     assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
     assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
     assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
-    lacking, args = (
-        f"--validation {path}: ['line 1'] has no 'test'",
-        SimpleNamespace(validation=path),
-    )
+    args = SimpleNamespace(validation=path)
+    lacking = f"--validation {path}: ['line 1'] has no 'test'"
     assert refused(read_problems, args, "validation", tokens) == lacking
     assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
 
@@ -314,23 +310,13 @@ def epoch_of(count, size, epoch, seed):
     return sum((step_prompts(count, size, step, seed) for step in steps), [])
 
 
-def test_an_epoch_is_a_permutation_of_the_prompts_and_the_next_one_another():
-    epochs = [epoch_of(12, 4, epoch, seed=1) for epoch in range(6)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 6
-
-
-def test_where_the_size_does_not_divide_a_step_never_holds_a_prompt_twice():
-    for step in range(9):
-        chosen = step_prompts(11, 4, step, seed=3)
-        assert len(set(chosen)) == 4 and set(chosen) <= set(range(11))
-
-
-def test_the_part_of_an_epoch_that_fills_no_step_is_left_out():
-    assert len(set(epoch_of(11, 4, 0, seed=3))) == 8
-    assert step_prompts(11, 4, 2, seed=3) == epoch_of(11, 4, 1, seed=3)[:4]
-    # Every prompt is seen sooner or later.
-    assert {i for step in range(40) for i in step_prompts(11, 4, step, 3)} == set(range(11))
+@pytest.mark.parametrize("count, size", [(12, 4), (11, 4)])
+def test_an_epoch_is_a_permutation_of_the_prompts_but_for_a_part_that_fills_no_step(count, size):
+    epochs = [epoch_of(count, size, epoch, seed=1) for epoch in range(20)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == count // size * size
+    assert len(set(map(tuple, epochs))) == 20  # each another one
+    assert set(sum(epochs, [])) == set(range(count))  # every prompt is seen sooner or later
 
 
 def test_a_step_is_a_function_of_seed_and_step_alone():
@@ -387,9 +373,8 @@ def test_what_does_not_fit_is_one_line(args, changed, parts):
 def test_the_chat_style_needs_a_chat_template(args):
     args.prompt_style, args.max_prompt_tokens, tokenizer = "chat", 99, tiny_tokenizer()
     message = refused(read_inputs, args)
-    assert message.startswith(
-        f"--prompt_style chat: the tokenizer of --policy {args.policy} has no"
-    )
+    lacks = f"--prompt_style chat: the tokenizer of --policy {args.policy} has no chat template"
+    assert message.startswith(lacks)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(args.policy)
     assert read_inputs(args).tokens.style == "chat"
