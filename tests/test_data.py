@@ -286,6 +286,7 @@ def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else(tokens_of
         ({"pad_token": "<pad>", "bos_token": "<bos>"}, 0, 0),
         ({"pad_token": "<eos>", "bos_token": "<bos>"}, 1, 2),  # EOS must stay visible at the end
         ({"bos_token": "<bos>"}, 1, 2),
+        ({"pad_token": "beyond the rows", "bos_token": "<bos>"}, 1, 2),
         ({"pad_token": "w0", "bos_token": "<bos>"}, 3, 2),  # w0 ends responses too
         ({}, 1, None),
     ],

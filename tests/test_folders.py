@@ -8,17 +8,18 @@ from types import SimpleNamespace
 
 import eval_code
 import train_ppo
-import train_rm
 from pfppo.config import UserError
 from pfppo.data import Tokens
+from pfppo.model import check_positions
 from pfppo.problems import assemble, load_problems
 from pfppo.sandbox import Sandbox
 
 import families
 import pytest
 import torch
-from conftest import tokens_of, words_of
-from running import numbers, options, read, run, write_rows
+from conftest import tokens_of
+from ranks import refused
+from running import numbers, options, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import (
@@ -35,6 +36,12 @@ BARE = {"validation": "", "test": "", "steps": 1, "actor_lr": 1e-30}
 @pytest.fixture
 def folder(tiny, tmp_path):
     return shutil.copytree(tiny / "policy", tmp_path / "policy")
+
+
+def reading(policy, **changed):
+    """What ids mean to the policy in a folder."""
+    options = {"policy": policy, "prompt_style": "plain", "max_prompt_tokens": 99} | changed
+    return Tokens.of(SimpleNamespace(**options))
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -123,51 +130,27 @@ def test_rows_without_a_token_or_without_a_row_in_the_reward_model_are_never_sam
     assert f"200 of {size + 200} ids are never sampled" in capsys.readouterr().out
     assert abs(numbers(tmp_path / "run")[0]["sampler_kl"]) < 1e-6
     assert run(train_ppo, *argv, "--run_dir", tmp_path / "no", "--selfcheck") == 0
-    args = SimpleNamespace(policy=folder, reward_model=rm)
-    args.prompt_style, args.max_prompt_tokens = "plain", 99
-    tokens = Tokens.of(args)
+    tokens = reading(folder, reward_model=rm)
     assert tokens.rows == size + 100 and tokens.never == list(range(size, size + 200))
 
 
-def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(tiny, folder, tmp_path):
+def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
-    rows = [row | {"prompt": "<extra>" + row["prompt"]} for row in read(tiny / "held_out.jsonl")]
-    asked = write_rows(tmp_path / "asked.jsonl", rows)
-    pair = {"prompt": "a", "chosen": "b<extra>", "rejected": "c"}
-    pairs = write_rows(tmp_path / "pairs.jsonl", [pair] * 9)
-    out, policy = tmp_path / "run", {"policy": folder}
-    for script, argv in (
-        (train_ppo, options(tiny, out, **BARE, **policy, prompts=asked)),
-        (train_rm, words_of(**policy, pairs=pairs, run_dir=out)),
-        (eval_code, words_of(**policy, problems=asked, prompt_style="plain", out=out)),
-    ):
-        with pytest.raises(UserError, match="token '<extra>' has id 512, beyond the 512 rows"):
-            run(script, *argv)
-        assert not out.exists()
+    tokens, line = reading(folder), "here: token '<extra>' has id 512, beyond the 512 rows"
+    assert refused(tokens.prompt, "<extra> a", "here").startswith(line)
+    assert refused(tokens.response, [5], "b<extra>", "here").startswith(line)
 
 
-def test_a_pad_token_beyond_the_rows_is_any_other_id(tiny, folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(folder)
-    files = {"policy": folder, "pairs": tiny / "pairs.jsonl", "run_dir": tmp_path / "rm"}
-    run(train_rm, *words_of(**files, batch=8))
-    argv = options(tiny, tmp_path / "run", **BARE, policy=folder, reward_model=tmp_path / "rm")
-    run(train_ppo, *argv)
-    assert len(read(tmp_path / "run/samples.jsonl")) == 12
-
-
-def test_a_policy_that_could_never_end_is_refused(tiny, folder, tmp_path):
+def test_a_policy_that_could_never_end_is_refused(folder):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 600}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="no end-of-sequence id is below the 512 rows"):
-        run(train_ppo, *options(tiny, tmp_path / "run", policy=folder))
+    assert "no end-of-sequence id is below the 512 rows" in refused(reading, folder)
 
 
 # ---- architectures -------------------------------------------------------------------------------
@@ -207,13 +190,14 @@ def test_a_reward_model_that_looks_ahead_is_one_line(tiny, tmp_path, family):
     assert not (tmp_path / "run").exists()
 
 
-def test_longrope_beyond_its_first_length_is_refused(tiny, folder, tmp_path):
+def test_longrope_beyond_its_first_length_is_refused(folder):
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
     long = {"original_max_position_embeddings": 40}
     other_model(folder, "phi3", rope_parameters=rope | factors, **long)
-    with pytest.raises(UserError, match="at most 40, the original_max_position_embeddings"):
-        run(train_ppo, *options(tiny, tmp_path / "run", policy=folder))
+    check_positions(folder, "policy", 40)
+    message = refused(check_positions, folder, "policy", 41)
+    assert "expected at most 40, the original_max_position_embeddings" in message
 
 
 def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, monkeypatch):
@@ -300,7 +284,7 @@ TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a res
 
 
 @pytest.mark.parametrize("end", TEMPLATES)
-def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tiny, folder, tmp_path, end):
+def test_a_pair_s_response_ends_as_the_template_ends_a_turn(folder, end):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer.convert_tokens_to_ids("<eos>")]
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -312,8 +296,7 @@ def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tiny, folder, tmp_pa
     tokenizer.save_pretrained(folder)
     model.generation_config.eos_token_id = ids
     model.save_pretrained(folder)
-    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
-    tokens = Tokens.of(args)
+    tokens = reading(folder, prompt_style="chat")
     assert tokens.end == tokenizer.convert_tokens_to_ids(end)
     prompt = tokens.prompt("f", "here")
     for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
