@@ -185,17 +185,10 @@ def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of,
     assert tokens.decode([[7, 9]], [ids]) == [text]
 
 
-def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
-    tokens = tokens_of(limit=4)
-    path = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"})
-    asked = read_any(path, tokens)
-    assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
-    assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
-    assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
-    args = SimpleNamespace(validation=path)
-    lacking = f"--validation {path}: ['line 1'] has no 'test'"
-    assert refused(read_problems, args, "validation", tokens) == lacking
-    assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_problems_that_choose_or_judge_the_policy_need_tests(args, name):
+    setattr(args, name, args.prompts)
+    assert refused(read_inputs, args) == f"--{name} {args.prompts}: ['line 1'] has no 'test'"
 
 
 def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp_path):
@@ -203,7 +196,9 @@ def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp
     chat = ["[user]ask[assistant]", "[user]code[assistant]"]
     for style, expected in (("plain", ["code", "code"]), ("chat", chat)):
         tokens = tokens_of(style)
-        assert tokens.decode([[]] * 2, read_any(path, tokens).prompts) == expected
+        asked = read_any(path, tokens)
+        assert tokens.decode([[]] * 2, asked.prompts) == expected
+        assert tokens.prompts(asked.problems, "", ["code"] * 2) == [asked.prompts[1]] * 2
 
 
 def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):

@@ -23,8 +23,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 PROMPTS, RESPONSES = ragged([3, 7, 1, 5]), ragged([6, 1, 9, 4], seed=1)
-WINDOWED = ("gemma2", "mistral")
-FAMILIES = [(name, {}) for name in (*ARCHITECTURES, *WINDOWED)]
+FAMILIES = [("llama", {}), ("gemma2", {}), ("mistral", {})]  # the latter look at 5 tokens only
 FAMILIES += [("gemma2", {"final_logit_softcapping": 2.0}), ("cohere", {"logit_scale": 0.3})]
 FAMILIES += [("granite", {"logits_scaling": 4.0})]
 
@@ -290,9 +289,3 @@ def test_a_model_without_a_plain_cache_is_refused_by_name(tmp_path, kind):
     AutoConfig.for_model(kind, num_hidden_layers=2, **hybrid).save_pretrained(tmp_path)
     message = refused(networks.check_cache, tmp_path)
     assert re.match(f"--policy {tmp_path}: {kind} is .*expected a decoder", message)
-
-
-def test_plain_caches_are_accepted(tmp_path):
-    for architecture in (*ARCHITECTURES, *WINDOWED, "gemma3_text"):
-        tiny_lm(architecture).config.save_pretrained(tmp_path)
-        networks.check_cache(tmp_path)

@@ -83,17 +83,6 @@ def test_a_damaged_card_is_refused_by_name(tmp_path, text):
     assert str(caught.value).startswith(str(tmp_path / reward.CARD))
 
 
-def test_a_card_that_differs_from_the_policy_is_refused_with_both_hashes():
-    own, models = {"template": "aaaa", "vocabulary": "bbbb"}, ("some/rm", "some/policy")
-    reward.check_agreement(SAVED, *own.values(), *models)
-    for name, what in (("template", "prompt template"), ("vocabulary", "vocabulary")):
-        with pytest.raises(UserError) as caught:
-            reward.check_agreement(SAVED, *(own | {name: "cccc"}).values(), *models)
-        message = str(caught.value)
-        for part in ("--reward_model some/rm", "--policy some/policy", what, own[name], "cccc"):
-            assert part in message
-
-
 def test_rewards_without_spread_have_no_normaliser():
     assert reward.spread_of(torch.tensor([1.0, 3.0]), "rm") == [2, pytest.approx(2**0.5)]
     for raw in ([1.0], [2.0, 2.0], [1.0, math.inf], [1.0, math.nan]):
@@ -158,9 +147,9 @@ def test_an_unknown_reward_or_one_without_its_model_is_one_line():
         assert "\n" not in str(error.value)
 
 
-def load_own(folder, result):
-    path, head = folder / "mine.py", "import torch\n\n\ndef own(prompts, responses, problems):"
-    path.write_text(f"{head}\n    return {result}\n")
+def load_own(folder, result, takes="prompts, responses, problems"):
+    path = folder / "mine.py"
+    path.write_text(f"import torch\n\n\ndef own({takes}):\n    return {result}\n")
     return f"{path}:own", load_reward(f"{path}:own")
 
 
@@ -179,6 +168,11 @@ def test_a_reward_of_ones_own_sees_the_answers_and_cannot_change_them(tmp_path, 
     found = score(asked)
     assert found.tolist() == expected and found.dtype == torch.float32 and not found.requires_grad
     assert asked.texts == answers().texts and asked.problems == answers().problems
+
+
+def test_a_reward_of_one_parameter_gets_all_there_is(tmp_path):
+    _, score = load_own(tmp_path, "answers.scores + answers.by_model", "answers")
+    assert score(answers()).tolist() == [9, 10, 13]
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,6 @@ def test_eos_at_the_first_step_gives_a_response_of_one_token(llama, free):
     assert shapes == [(1, LENGTHS[0])]  # the prefill alone
 
 
-def test_without_eos_every_row_reaches_the_limit_and_is_unfinished(llama):
-    with passes(llama) as shapes:
-        found = greedy(llama, PROMPTS, NEVER)
-    assert [len(row) for row in found.ids] == [WIDTH] * len(LENGTHS)
-    assert not any(found.finished)
-    assert len(shapes) == WIDTH  # the first token comes from the prefill
-
-
 def test_eos_as_the_last_token_that_fits_is_finished(llama):
     long = generate(llama, PROMPTS[2], 30)
     width = next(n for n in range(3, 30) if long[n - 1] not in long[: n - 1])
