@@ -91,7 +91,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_policy_that_learns_nothing_is_what_transformers_reads(tiny, folder, tmp_path, form):
     FORMS[form](folder)
-    run(train_ppo, *options(tiny, tmp_path / "run", **BARE, policy=folder, ppo_epochs=2))
+    sizes = {"prompts_per_step": 1, "samples_per_prompt": 4, "minibatch": 2, "max_new_tokens": 4}
+    run(train_ppo, *options(tiny, tmp_path / "run", **BARE | sizes, policy=folder))
     run(train_ppo, "--run_dir", tmp_path / "run", "--export", tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     expected, *ours = (
