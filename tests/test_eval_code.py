@@ -114,16 +114,13 @@ def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
     assert all("```python\ndef" in text for text in seen)
 
 
-def test_all_filters_are_compared_and_judged_samples_give_the_same_without_a_model(
-    tiny, tmp_path, capsys
-):
+def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path):
     """Also of a reward model without a card, whose raw rewards are normalised here."""
     rm, out = shutil.copytree(tiny / "rm", tmp_path / "rm"), tmp_path / "o"
     (rm / "reward_model.json").unlink()
-    argv = asked(tiny, out, bins=4, samples_per_problem=4, reward_model=rm)
+    compared = {"bins": 4, "filters": "none,best_worst"}
+    argv = asked(tiny, out, samples_per_problem=4, reward_model=rm, **compared)
     run(eval_code, *argv)
-    said = capsys.readouterr().out
-    assert all(name in said for name in FILTERS) and "4 bins" in said
     first, samples = comparison_of(out), (out / "samples.jsonl").read_text()
     rewards = [row["reward"] for row in read(out / "samples.jsonl")]
     assert np.mean(rewards) == pytest.approx(0, abs=1e-5)
@@ -133,7 +130,7 @@ def test_all_filters_are_compared_and_judged_samples_give_the_same_without_a_mod
     assert (out / "samples.jsonl").read_text() == samples
     (out / "samples.jsonl").rename(tmp_path / "mine.jsonl")
     alone = {"from_samples": tmp_path / "mine.jsonl", "out": tmp_path / "again"}
-    run(eval_code, *words_of(**alone, bins=4))
+    run(eval_code, *words_of(**alone, **compared))
     assert comparison_of(tmp_path / "again") == first
 
 
@@ -146,8 +143,10 @@ def test_rewards_without_a_model_are_compared_and_repeat(tiny, tmp_path, reward)
     assert comparison_of(tmp_path / "o") == first
 
 
-def test_samples_of_training_can_be_compared(finished, tmp_path):
+def test_samples_of_training_can_be_compared_under_all_filters(finished, tmp_path, capsys):
     run(eval_code, "--from_samples", finished / "samples.jsonl", "--out", tmp_path, "--bins", 3)
+    said = capsys.readouterr().out
+    assert all(name in said for name in FILTERS) and "3 bins" in said
     rows = read(finished / "metrics.jsonl")
     compared = {row["filter"]: row for row in comparison_of(tmp_path)["filters"]}
     scores = [row["score_all"] for row in rows]
