@@ -16,14 +16,23 @@ from pfppo.data import (
     render,
     step_prompts,
 )
-from pfppo.problems import assemble
+from pfppo.problems import assemble, load_problems
+from pfppo.sandbox import Sandbox
 
 import conftest
 import pytest
 import torch
 from conftest import PAD, tiny_config, tiny_tokenizer, write_model
 from ranks import refused
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
@@ -177,14 +186,6 @@ def test_a_prompt_is_tokenized_as_it_stands_or_as_a_users_turn_and_no_more(
     assert tokenizer.decode(render(text, tokenizer, style)) == begin + text + end
 
 
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of, closing):
-    tokens, text = tokens_of(closing=closing), "    return x , y\n"
-    ids = tokens.response([7, 9], text, "")
-    assert ids.count(0) == 1 and ids[-1] == 0
-    assert tokens.decode([[7, 9]], [ids]) == [text]
-
-
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_problems_that_choose_or_judge_the_policy_need_tests(args, name):
     setattr(args, name, args.prompts)
@@ -296,6 +297,106 @@ def test_rows_are_padded_with_anything_and_a_classifiers_never_with_an_end(
     ends.write_text(json.dumps({"eos_token_id": [1, 3]}))
     tokens = Tokens.of(args, print)
     assert (tokens.pad, tokens.classifier_pad) == (pad, classifier_pad)
+
+
+# ------------------------------------------------------------------------ what a response says
+
+CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a = 'é'\n"] * 9
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def sentencepiece():
+    """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
+    inner, blank = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), "\u2581"
+    written = normalizers.Prepend(blank), normalizers.Replace(" ", blank)
+    read = decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()
+    inner.normalizer = normalizers.Sequence(list(written))
+    inner.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)])
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
+    inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
+    whole = json.loads(inner.to_str())  # bytes are no special tokens
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
+    inner = Tokenizer.from_str(json.dumps(whole))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+@pytest.mark.parametrize(
+    "text", ["    return sum(xs)\n", "\treturn 1", "  x", "x = 1\n    y", "\n    return x", ""]
+)
+@pytest.mark.parametrize(
+    "make", [make_tokenizer, lambda: make_tokenizer(closing=True), sentencepiece]
+)
+def test_a_response_is_read_and_written_behind_its_prompt_with_one_end(make, text):
+    """What a response says does not depend on the blank that its tokenizer would put first."""
+    tokens = conftest.tokens_of(make())
+    for prompt in ("def f(xs):\n", "def f(xs):", "# 3"):
+        ids = tokens.prompt(prompt, "here")
+        response = tokens.response(ids, text, "here")
+        assert response[-1] == tokens.end and response.count(tokens.end) == 1
+        assert tokens.decode([ids], [response]) == [text]
+        whole, alone = (
+            tokens.tokenizer(x, add_special_tokens=False)["input_ids"]
+            for x in (prompt + text, prompt)
+        )
+        if whole[: len(alone)] == alone:  # as the policy would write it
+            assert response[:-1] == whole[len(alone) :]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
+def test_humanevals_references_pass_through_such_a_tokenizer():
+    tokens, checks = conftest.tokens_of(sentencepiece(), limit=4000), []
+    for problem in load_problems(DATA / "HumanEval.jsonl.gz", "humaneval"):
+        ids = tokens.prompt(problem.prompt, "here")
+        response = tokens.response(ids, problem.canonical_solution, "here")
+        checks.append(assemble(problem, *tokens.decode([ids], [response])))
+    with Sandbox() as sandbox:
+        assert sum(verdict.passed for verdict in sandbox.run(checks)) == 164
+
+
+def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not():
+    tokenizer = make_tokenizer()
+    word, mark = (tokenizer(text)["input_ids"] for text in "x:")
+    tokens = conftest.tokens_of(tokenizer, stop=[mark[0], tokenizer.eos_token_id])
+    assert tokens.decode([[5], [5]], [[*word, end] for end in tokens.stop]) == ["x", "x"]
+
+
+TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
+    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}",
+    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}",
+    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    EOS: "{{ messages[0].content }}",  # says nothing of an end
+}
+
+
+@pytest.mark.parametrize("end", TEMPLATES)
+def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tmp_path, end):
+    tokenizer = make_tokenizer(TEMPLATES[end])
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(tmp_path)
+    known = {"vocab_size": len(tokenizer), "eos_token_id": [0, len(tokenizer) - 1]}
+    tiny_config("llama", **known).save_pretrained(tmp_path)
+    args = SimpleNamespace(policy=tmp_path, prompt_style="chat", max_prompt_tokens=99)
+    tokens = Tokens.of(args)
+    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
+    prompt = tokens.prompt("f", "here")
+    for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
+        response = tokens.response(prompt, text, "here")
+        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
+        assert tokens.decode([prompt], [response]) == ["return 1"]
+
+
+def test_text_that_was_rendered_before_gets_no_second_beginning():
+    tokenizer = sentencepiece()
+    begins = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begins)
+    tokens = conftest.tokens_of(tokenizer)
+    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
+        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
 
 
 # ----------------------------------------------------------------------------- what a step sees

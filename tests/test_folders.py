@@ -11,22 +11,17 @@ import train_ppo
 from pfppo.config import UserError
 from pfppo.data import Tokens
 from pfppo.model import check_positions
-from pfppo.problems import assemble, load_problems
-from pfppo.sandbox import Sandbox
 
 import families
 import pytest
 import torch
-from conftest import tokens_of
 from ranks import refused
 from running import numbers, options, run
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -212,108 +207,6 @@ def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, mo
     monkeypatch.setattr(train_ppo, "sample", wrong)
     with pytest.raises(UserError, match="log-probs of sampler and training differ by 0.1 nats"):
         run(train_ppo, *options(tiny, tmp_path / "run", **BARE))
-
-
-# ---- text ----------------------------------------------------------------------------------------
-
-CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a = 'é'\n"] * 9
-
-
-def sentencepiece():
-    """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
-    inner, blank = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), "\u2581"
-    written = normalizers.Prepend(blank), normalizers.Replace(" ", blank)
-    read = decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()
-    inner.normalizer = normalizers.Sequence(list(written))
-    inner.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)])
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
-    inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
-    whole = json.loads(inner.to_str())  # bytes are no special tokens
-    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
-    inner = Tokenizer.from_str(json.dumps(whole))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-
-
-TEXTS = ["    return sum(xs)\n", "\treturn 1", "  x", "x = 1\n    y", "\n    return x", ""]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_response_is_read_and_written_behind_its_prompt(text):
-    """What a response says does not depend on the blank that its tokenizer would put first."""
-    tokens = tokens_of(sentencepiece(), limit=4000)
-    for prompt in ("def f(xs):\n", "def f(xs):", "# 3"):
-        ids = tokens.prompt(prompt, "here")
-        response = tokens.response(ids, text, "here")
-        assert response[-1] == tokens.end and response.count(tokens.end) == 1
-        assert tokens.decode([ids], [response]) == [text]
-        whole = tokens.tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-        alone = tokens.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if whole[: len(alone)] == alone:  # as the policy would write it
-            assert response[:-1] == whole[len(alone) :]
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
-def test_humanevals_references_pass_through_such_a_tokenizer():
-    tokens, checks = tokens_of(sentencepiece(), limit=4000), []
-    for problem in load_problems(DATA / "HumanEval.jsonl.gz", "humaneval"):
-        ids = tokens.prompt(problem.prompt, "here")
-        response = tokens.response(ids, problem.canonical_solution, "here")
-        checks.append(assemble(problem, *tokens.decode([ids], [response])))
-    with Sandbox() as sandbox:
-        assert sum(verdict.passed for verdict in sandbox.run(checks)) == 164
-
-
-def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    word, mark = (tokenizer(text)["input_ids"] for text in "x:")
-    stop = [mark[0], tokenizer.eos_token_id]
-    tokens = tokens_of(tokenizer, stop=stop)
-    assert tokens.decode([[5], [5]], [[*word, end] for end in stop]) == ["x", "x"]
-
-
-TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
-    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}",
-    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
-    "<end_of_turn>\n{% endfor %}",
-    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-    "<eos>": "{{ messages[0].content }}",  # says nothing of an end
-}
-
-
-@pytest.mark.parametrize("end", TEMPLATES)
-def test_a_pair_s_response_ends_as_the_template_ends_a_turn(folder, end):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [tokenizer.convert_tokens_to_ids("<eos>")]
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    if end != "<eos>":
-        tokenizer.add_special_tokens({"additional_special_tokens": [end]})
-        model.resize_token_embeddings(len(tokenizer))
-        ids.append(tokenizer.convert_tokens_to_ids(end))
-    tokenizer.chat_template = TEMPLATES[end]
-    tokenizer.save_pretrained(folder)
-    model.generation_config.eos_token_id = ids
-    model.save_pretrained(folder)
-    tokens = reading(folder, prompt_style="chat")
-    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
-    prompt = tokens.prompt("f", "here")
-    for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
-        response = tokens.response(prompt, text, "here")
-        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
-        assert tokens.decode([prompt], [response]) == ["return 1"]
-
-
-def test_text_that_was_rendered_before_gets_no_second_beginning():
-    tokenizer = sentencepiece()
-    begins = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begins)
-    tokens = tokens_of(tokenizer)
-    assert tokens.prompt("f", "here")[0] == tokenizer.bos_token_id
-    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
-        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
 
 
 # ---- rewards -------------------------------------------------------------------------------------
