@@ -134,19 +134,16 @@ def test_samples_do_not_depend_on_the_sampling_batch_or_on_compaction(
     assert (found.ids, found.finished) == (expected.ids, expected.finished)
 
 
-def test_samples_do_not_depend_on_neighbours_or_order(llama):
+def test_samples_do_not_depend_on_neighbours_their_number_or_order(llama):
     expected, uniforms = drawn(llama), uniforms_of(PROMPTS, 4)
     how = {"stop": SOMETIMES, "samples_per_prompt": 4}
     for i, prompt in enumerate(PROMPTS):
-        mine = slice(4 * i, 4 * i + 4)
+        mine, one = slice(4 * i, 4 * i + 4), slice(4 * i, 4 * i + 1)
         assert sample(llama, [prompt], uniforms[mine], **how).ids == expected.ids[mine]
+        assert sample(llama, [prompt], uniforms[one], stop=SOMETIMES).ids == expected.ids[one]
     back = [4 * i + j for i in reversed(range(len(PROMPTS))) for j in range(4)]
     found = sample(llama, PROMPTS[::-1], uniforms[back], **how)
     assert found.ids == [expected.ids[row] for row in back]
-
-
-def test_a_sample_does_not_depend_on_the_number_of_samples(llama):
-    assert drawn(llama, 1).ids == drawn(llama, 4).ids[::4]
 
 
 def test_samples_follow_the_uniforms_and_neither_use_nor_change_global_random_state(llama):
