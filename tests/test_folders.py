@@ -178,8 +178,9 @@ def test_a_family_that_cannot_be_trained_rightly_is_one_line(
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 def test_a_reward_model_that_looks_ahead_is_one_line(tiny, tmp_path, family):
     rm = shutil.copytree(tiny / "rm", tmp_path / "rm")
-    other_model(rm, family, AutoModelForSequenceClassification, id2label={0: "reward"})
-    with pytest.raises(UserError, match=f"--reward_model {rm}: "):
+    build, scalar = AutoModelForSequenceClassification, {"id2label": {0: "reward"}}
+    other_model(rm, family, build, is_decoder=False, **scalar)
+    with pytest.raises(UserError, match=f"--reward_model {rm}: .*causal decoder"):
         run(train_ppo, *options(tiny, tmp_path / "run", reward_model=rm))
     assert not (tmp_path / "run").exists()
 
