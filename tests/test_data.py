@@ -1,4 +1,4 @@
-"""Text and token ids: prompts rendered, pairs, hashes, what a step sees, what a run reads.
+"""Text and token ids: prompts, pairs, responses, hashes, what a step sees, what a run reads.
 
 Not here: the forms of the files (test_problems and beside it).
 """

@@ -1,4 +1,5 @@
-"""Model folders, tokenizers and chat templates as people have them: one reading in all scripts."""
+"""Model folders as people have them, through whole runs: forms of weights, tables of other sizes,
+families that cannot be used; and a reward of a user's own."""
 
 import json
 import re
