@@ -6,7 +6,6 @@ One thread per process: the models are too small for two, and results then do no
 import contextlib
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -162,18 +161,9 @@ def out_of_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def run_ranks(script, folder, ranks=2, timeout=240):
-    """Run a test file as a torchrun worker with one argument, a folder to write results into."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, "--nproc_per_node", str(ranks), str(script), str(folder)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+def words_of(**options):
+    """A command line: --name value of each."""
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module")

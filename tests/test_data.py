@@ -1,4 +1,4 @@
-"""Text and token ids: prompts rendered, pairs, hashes, what a step sees, what a run reads.
+"""Text and token ids: prompts, pairs, responses, hashes, what a step sees, what a run reads.
 
 Not here: the forms of the files (test_problems and beside it).
 """
@@ -16,14 +16,23 @@ from pfppo.data import (
     render,
     step_prompts,
 )
-from pfppo.problems import assemble
+from pfppo.problems import assemble, load_problems
+from pfppo.sandbox import Sandbox
 
 import conftest
 import pytest
 import torch
 from conftest import PAD, tiny_config, tiny_tokenizer, write_model
 from ranks import refused
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
@@ -167,39 +176,20 @@ def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, t
 
 
 @pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
-def test_a_plain_prompt_is_tokenized_as_it_stands(closing):
-    tokenizer, text = make_tokenizer(closing=closing), "def f(x):\n  # é\n"
-    ids = render(text, tokenizer, "plain")
-    assert tokenizer.decode(ids) == text and tokenizer.eos_token_id not in ids
+@pytest.mark.parametrize(
+    "style, begin, end", [("plain", "", ""), ("chat", "[user]", "[assistant]")]
+)
+def test_a_prompt_is_tokenized_as_it_stands_or_as_a_users_turn_and_no_more(
+    closing, style, begin, end
+):
+    tokenizer, text = make_tokenizer(CHAT, closing), "def f(x):\n  # é\n"
+    assert tokenizer.decode(render(text, tokenizer, style)) == begin + text + end
 
 
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_chat_prompt_is_a_users_turn_that_asks_for_an_answer_and_no_more(closing):
-    tokenizer = make_tokenizer(CHAT, closing)
-    assert tokenizer.decode(render("hello", tokenizer, "chat")) == "[user]hello[assistant]"
-
-
-@pytest.mark.parametrize("closing", [False, True])
-def test_a_response_ends_with_exactly_one_eos_and_decodes_to_its_text(tokens_of, closing):
-    tokens, text = tokens_of(closing=closing), "    return x , y\n"
-    ids = tokens.response([7, 9], text, "")
-    assert ids.count(0) == 1 and ids[-1] == 0
-    assert tokens.decode([[7, 9]], [ids]) == [text]
-
-
-def test_problems_are_read_and_rendered_together(tokens_of, tmp_path):
-    tokens = tokens_of(limit=4)
-    path = write(tmp_path, {"prompt": "ab"}, {"prompt": "abcd"})
-    asked = read_any(path, tokens)
-    assert [problem.prompt for problem in asked.problems] == ["ab", "abcd"] and asked.longest == 4
-    assert asked.prompts == [render(text, tokens.tokenizer, "plain") for text in ("ab", "abcd")]
-    assert len(read_any("", tokens)) == read_any("", tokens).longest == 0
-    lacking, args = (
-        f"--validation {path}: ['line 1'] has no 'test'",
-        SimpleNamespace(validation=path),
-    )
-    assert refused(read_problems, args, "validation", tokens) == lacking
-    assert tokens.prompts(asked.problems, "", ["a", "b"]) == [tokens.prompt(x, "") for x in "ab"]
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_problems_that_choose_or_judge_the_policy_need_tests(args, name):
+    setattr(args, name, args.prompts)
+    assert refused(read_inputs, args) == f"--{name} {args.prompts}: ['line 1'] has no 'test'"
 
 
 def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp_path):
@@ -207,7 +197,9 @@ def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp
     chat = ["[user]ask[assistant]", "[user]code[assistant]"]
     for style, expected in (("plain", ["code", "code"]), ("chat", chat)):
         tokens = tokens_of(style)
-        assert tokens.decode([[]] * 2, read_any(path, tokens).prompts) == expected
+        asked = read_any(path, tokens)
+        assert tokens.decode([[]] * 2, asked.prompts) == expected
+        assert tokens.prompts(asked.problems, "", ["code"] * 2) == [asked.prompts[1]] * 2
 
 
 def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):
@@ -290,6 +282,7 @@ def test_the_vocabulary_hash_changes_with_any_id_and_with_nothing_else(tokens_of
         ({"pad_token": "<pad>", "bos_token": "<bos>"}, 0, 0),
         ({"pad_token": "<eos>", "bos_token": "<bos>"}, 1, 2),  # EOS must stay visible at the end
         ({"bos_token": "<bos>"}, 1, 2),
+        ({"pad_token": "beyond the rows", "bos_token": "<bos>"}, 1, 2),
         ({"pad_token": "w0", "bos_token": "<bos>"}, 3, 2),  # w0 ends responses too
         ({}, 1, None),
     ],
@@ -306,6 +299,106 @@ def test_rows_are_padded_with_anything_and_a_classifiers_never_with_an_end(
     assert (tokens.pad, tokens.classifier_pad) == (pad, classifier_pad)
 
 
+# ------------------------------------------------------------------------ what a response says
+
+CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a = 'é'\n"] * 9
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def sentencepiece():
+    """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
+    inner, blank = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), "\u2581"
+    written = normalizers.Prepend(blank), normalizers.Replace(" ", blank)
+    read = decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()
+    inner.normalizer = normalizers.Sequence(list(written))
+    inner.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)])
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
+    inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
+    whole = json.loads(inner.to_str())  # bytes are no special tokens
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
+    inner = Tokenizer.from_str(json.dumps(whole))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+@pytest.mark.parametrize(
+    "text", ["    return sum(xs)\n", "\treturn 1", "  x", "x = 1\n    y", "\n    return x", ""]
+)
+@pytest.mark.parametrize(
+    "make", [make_tokenizer, lambda: make_tokenizer(closing=True), sentencepiece]
+)
+def test_a_response_is_read_and_written_behind_its_prompt_with_one_end(make, text):
+    """What a response says does not depend on the blank that its tokenizer would put first."""
+    tokens = conftest.tokens_of(make())
+    for prompt in ("def f(xs):\n", "def f(xs):", "# 3"):
+        ids = tokens.prompt(prompt, "here")
+        response = tokens.response(ids, text, "here")
+        assert response[-1] == tokens.end and response.count(tokens.end) == 1
+        assert tokens.decode([ids], [response]) == [text]
+        whole, alone = (
+            tokens.tokenizer(x, add_special_tokens=False)["input_ids"]
+            for x in (prompt + text, prompt)
+        )
+        if whole[: len(alone)] == alone:  # as the policy would write it
+            assert response[:-1] == whole[len(alone) :]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
+def test_humanevals_references_pass_through_such_a_tokenizer():
+    tokens, checks = conftest.tokens_of(sentencepiece(), limit=4000), []
+    for problem in load_problems(DATA / "HumanEval.jsonl.gz", "humaneval"):
+        ids = tokens.prompt(problem.prompt, "here")
+        response = tokens.response(ids, problem.canonical_solution, "here")
+        checks.append(assemble(problem, *tokens.decode([ids], [response])))
+    with Sandbox() as sandbox:
+        assert sum(verdict.passed for verdict in sandbox.run(checks)) == 164
+
+
+def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not():
+    tokenizer = make_tokenizer()
+    word, mark = (tokenizer(text)["input_ids"] for text in "x:")
+    tokens = conftest.tokens_of(tokenizer, stop=[mark[0], tokenizer.eos_token_id])
+    assert tokens.decode([[5], [5]], [[*word, end] for end in tokens.stop]) == ["x", "x"]
+
+
+TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
+    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}",
+    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
+    "<end_of_turn>\n{% endfor %}",
+    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+    EOS: "{{ messages[0].content }}",  # says nothing of an end
+}
+
+
+@pytest.mark.parametrize("end", TEMPLATES)
+def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tmp_path, end):
+    tokenizer = make_tokenizer(TEMPLATES[end])
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.save_pretrained(tmp_path)
+    known = {"vocab_size": len(tokenizer), "eos_token_id": [0, len(tokenizer) - 1]}
+    tiny_config("llama", **known).save_pretrained(tmp_path)
+    args = SimpleNamespace(policy=tmp_path, prompt_style="chat", max_prompt_tokens=99)
+    tokens = Tokens.of(args)
+    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
+    prompt = tokens.prompt("f", "here")
+    for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
+        response = tokens.response(prompt, text, "here")
+        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
+        assert tokens.decode([prompt], [response]) == ["return 1"]
+
+
+def test_text_that_was_rendered_before_gets_no_second_beginning():
+    tokenizer = sentencepiece()
+    begins = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begins)
+    tokens = conftest.tokens_of(tokenizer)
+    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
+        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
+
+
 # ----------------------------------------------------------------------------- what a step sees
 
 
@@ -314,23 +407,13 @@ def epoch_of(count, size, epoch, seed):
     return sum((step_prompts(count, size, step, seed) for step in steps), [])
 
 
-def test_an_epoch_is_a_permutation_of_the_prompts_and_the_next_one_another():
-    epochs = [epoch_of(12, 4, epoch, seed=1) for epoch in range(6)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert len(set(map(tuple, epochs))) == 6
-
-
-def test_where_the_size_does_not_divide_a_step_never_holds_a_prompt_twice():
-    for step in range(9):
-        chosen = step_prompts(11, 4, step, seed=3)
-        assert len(set(chosen)) == 4 and set(chosen) <= set(range(11))
-
-
-def test_the_part_of_an_epoch_that_fills_no_step_is_left_out():
-    assert len(set(epoch_of(11, 4, 0, seed=3))) == 8
-    assert step_prompts(11, 4, 2, seed=3) == epoch_of(11, 4, 1, seed=3)[:4]
-    # Every prompt is seen sooner or later.
-    assert {i for step in range(40) for i in step_prompts(11, 4, step, 3)} == set(range(11))
+@pytest.mark.parametrize("count, size", [(12, 4), (11, 4)])
+def test_an_epoch_is_a_permutation_of_the_prompts_but_for_a_part_that_fills_no_step(count, size):
+    epochs = [epoch_of(count, size, epoch, seed=1) for epoch in range(20)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == count // size * size
+    assert len(set(map(tuple, epochs))) == 20  # each another one
+    assert set(sum(epochs, [])) == set(range(count))  # every prompt is seen sooner or later
 
 
 def test_a_step_is_a_function_of_seed_and_step_alone():
@@ -387,9 +470,8 @@ def test_what_does_not_fit_is_one_line(args, changed, parts):
 def test_the_chat_style_needs_a_chat_template(args):
     args.prompt_style, args.max_prompt_tokens, tokenizer = "chat", 99, tiny_tokenizer()
     message = refused(read_inputs, args)
-    assert message.startswith(
-        f"--prompt_style chat: the tokenizer of --policy {args.policy} has no"
-    )
+    lacks = f"--prompt_style chat: the tokenizer of --policy {args.policy} has no chat template"
+    assert message.startswith(lacks)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(args.policy)
     assert read_inputs(args).tokens.style == "chat"

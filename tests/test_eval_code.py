@@ -11,13 +11,18 @@ from pfppo.lab import default as lab
 
 import numpy as np
 import pytest
+from conftest import words_of
+from ranks import refused
 from running import read, run, write_rows
 
 
-def asked(tiny, out, *words):
-    policy, problems = tiny / "policy", tiny / "held_out.jsonl"
-    sizes = ("--max_new_tokens", 8, "--out", out)
-    return ("--policy", policy, "--problems", problems, *sizes, *words)
+def asked(tiny, out, *words, **options):
+    files = {"policy": tiny / "policy", "problems": tiny / "held_out.jsonl", "out": out}
+    return [*words_of(**files | {"max_new_tokens": 8} | options), *words]
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 def comparison_of(folder):
@@ -25,7 +30,7 @@ def comparison_of(folder):
 
 
 def test_eval_code_reads_what_it_writes(tiny, tmp_path, capsys):
-    run(eval_code, *asked(tiny, tmp_path / "a", "--samples_per_problem", 2, "--k", "1,2"))
+    run(eval_code, *asked(tiny, tmp_path / "a", samples_per_problem=2, k="1,2"))
     assert "pass@2" in capsys.readouterr().out
     samples = ("--samples", tmp_path / "a/samples.jsonl", "--out", tmp_path / "b")
     run(eval_code, "--problems", tiny / "held_out.jsonl", *samples)
@@ -38,14 +43,13 @@ def test_eval_code_reads_what_it_writes(tiny, tmp_path, capsys):
 
 def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_path):
     problems = read(tiny / "held_out.jsonl")[:3]
-    samples = [
-        {"task_id": p["task_id"], **answer}
-        for p in reversed(problems)
+    samples = []
+    for p in reversed(problems):
         for answer in (
             {"completion": p["canonical_solution"]},
             {"solution": p["prompt"] + "    return None\n"},
-        )
-    ]
+        ):
+            samples.append({"task_id": p["task_id"]} | answer)
     file = write_rows(tmp_path / "samples.jsonl", samples)
     files = ("--problems", tiny / "held_out.jsonl", "--samples", file)
     with pytest.raises(UserError, match="3 of 6 problems .* --allow_partial"):
@@ -57,9 +61,9 @@ def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_pat
 
 
 def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatch):
-    words = ("--samples_per_problem", 2, "--sampling_batch", 4, "--filters", "best_worst")
-    words += ("--reward_model", tiny / "rm")
-    run(eval_code, *asked(tiny, tmp_path / "whole", *words))
+    words = {"samples_per_problem": 2, "sampling_batch": 4, "filters": "best_worst"}
+    words |= {"reward_model": tiny / "rm"}
+    run(eval_code, *asked(tiny, tmp_path / "whole", **words))
     table = capsys.readouterr().out.split("held_out.jsonl: ")[1].split(str(tmp_path))[0]
     original, calls = answers.files.append_jsonl, []
 
@@ -70,24 +74,19 @@ def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypa
         original(path, rows)
 
     monkeypatch.setattr(answers.files, "append_jsonl", interrupted)
-    argv = asked(tiny, tmp_path / "stopped", *words)
+    argv = asked(tiny, tmp_path / "stopped", **words)
     with pytest.raises(KeyboardInterrupt):
         run(eval_code, *argv)
     monkeypatch.undo()
     assert 0 < len(read(tmp_path / "stopped/samples.jsonl")) < 12
-    with pytest.raises(UserError, match="--out .* holds a run with these arguments: give"):
-        run(eval_code, *argv)
     with pytest.raises(UserError, match="--out .* holds a run with other arg.*seed 1 there"):
         run(eval_code, *argv, "--resume", "--seed", 2)
     capsys.readouterr()
     run(eval_code, *argv, "--resume", "--k", "1,2")
     again = capsys.readouterr().out
     for name in ("samples.jsonl", "results.jsonl"):
-        whole, stopped = (
-            [{k: v for k, v in row.items() if k != "seconds"} for row in read(tmp_path / d / name)]
-            for d in ("whole", "stopped")
-        )
-        assert len(whole) == 12 and whole == stopped
+        whole, stopped = (read(tmp_path / folder / name) for folder in ("whole", "stopped"))
+        assert len(whole) == 12 and timeless(whole) == timeless(stopped)
     assert "pass@2" in again and table.split("outcome")[1] in again
 
 
@@ -105,7 +104,7 @@ def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
         return ids
 
     monkeypatch.setattr(data, "render", watch)
-    argv = asked(tiny, tmp_path / "o", "--policy", policy, "--prompt_style", style)
+    argv = asked(tiny, tmp_path / "o", policy=policy, prompt_style=style)
     with pytest.raises(UserError, match="max_position_embeddings"):  # 256 are too few for these
         run(eval_code, *argv, "--max_new_tokens", 250)
     ends = {"chat": ("<Please", "```>"), "deepseek": ("You are an AI", "### Response:\n")}
@@ -115,20 +114,12 @@ def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
     assert all("```python\ndef" in text for text in seen)
 
 
-def test_eval_code_compares_filters(tiny, tmp_path, capsys):
-    rm = ("--reward_model", tiny / "rm", "--samples_per_problem", 4)
-    run(eval_code, *asked(tiny, tmp_path / "o", *rm, "--bins", 4))
-    out = capsys.readouterr().out
-    assert all(name in out for name in FILTERS) and "4 bins" in out
-    assert all("reward" in row for row in read(tmp_path / "o/samples.jsonl"))
-
-
 def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path):
     """Also of a reward model without a card, whose raw rewards are normalised here."""
     rm, out = shutil.copytree(tiny / "rm", tmp_path / "rm"), tmp_path / "o"
     (rm / "reward_model.json").unlink()
-    argv = asked(tiny, out, "--bins", 4, "--samples_per_problem", 4, "--reward_model", rm)
-    argv += ("--filters", "none,best_worst")
+    compared = {"bins": 4, "filters": "none,best_worst"}
+    argv = asked(tiny, out, samples_per_problem=4, reward_model=rm, **compared)
     run(eval_code, *argv)
     first, samples = comparison_of(out), (out / "samples.jsonl").read_text()
     rewards = [row["reward"] for row in read(out / "samples.jsonl")]
@@ -138,33 +129,24 @@ def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path):
     assert comparison_of(out) == first
     assert (out / "samples.jsonl").read_text() == samples
     (out / "samples.jsonl").rename(tmp_path / "mine.jsonl")
-    alone = ("--from_samples", tmp_path / "mine.jsonl", "--out", tmp_path / "again", "--bins", 4)
-    run(eval_code, *alone, "--filters", "none,best_worst")
+    alone = {"from_samples": tmp_path / "mine.jsonl", "out": tmp_path / "again"}
+    run(eval_code, *words_of(**alone, **compared))
     assert comparison_of(tmp_path / "again") == first
 
 
-@pytest.mark.parametrize("reward", ["tests", "noisy:tails", "combined"])
-def test_other_rewards_are_compared_too(tiny, tmp_path, reward):
-    argv = asked(tiny, tmp_path / "o", "--reward", reward, "--samples_per_problem", 4)
-    if reward == "combined":
-        with pytest.raises(UserError, match="--reward combined: needs a --reward_model, found non"):
-            run(eval_code, *argv)
-        argv += ("--reward_model", tiny / "rm")
-    run(eval_code, *argv, "--filters", "none")
-    rows = read(tmp_path / "o/samples.jsonl")
-    if reward == "combined":
-        raw = np.array([r["raw_reward"] + 2 * r["score"] - 1 for r in rows])
-        rewards = np.array([r["reward"] for r in rows])
-        assert rewards == pytest.approx((raw - raw.mean()) / raw.std(ddof=1), abs=1e-5)
-    elif reward == "tests":
-        assert all(r["reward"] == 2 * r["score"] - 1 for r in rows)
+@pytest.mark.parametrize("reward", ["tests", "noisy:tails"])
+def test_rewards_without_a_model_are_compared_and_repeat(tiny, tmp_path, reward):
+    argv = asked(tiny, tmp_path / "o", reward=reward, samples_per_problem=4, filters="none")
+    run(eval_code, *argv)
     first = comparison_of(tmp_path / "o")
-    run(eval_code, *argv, "--filters", "none", "--resume")
+    run(eval_code, *argv, "--resume")
     assert comparison_of(tmp_path / "o") == first
 
 
-def test_samples_of_training_can_be_compared(finished, tmp_path):
+def test_samples_of_training_can_be_compared_under_all_filters(finished, tmp_path, capsys):
     run(eval_code, "--from_samples", finished / "samples.jsonl", "--out", tmp_path, "--bins", 3)
+    said = capsys.readouterr().out
+    assert all(name in said for name in FILTERS) and "3 bins" in said
     rows = read(finished / "metrics.jsonl")
     compared = {row["filter"]: row for row in comparison_of(tmp_path)["filters"]}
     scores = [row["score_all"] for row in rows]
@@ -194,7 +176,7 @@ def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    "words, expected",
     [
         (("--top_p", 0), "--top_p 0.0: expected more than 0, at most 1"),
         (("--top_k", -1), "--top_k -1: expected at least 0"),
@@ -211,7 +193,5 @@ def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected):
-    with pytest.raises(UserError) as error:
-        run(eval_code, *asked(tiny, tmp_path / "o", *words))
-    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert expected in refused(run, eval_code, *asked(tiny, tmp_path / "o", *words))
     assert not (tmp_path / "o").exists()

@@ -1,4 +1,5 @@
-"""Model folders, tokenizers and chat templates as people have them: one reading in all scripts."""
+"""Model folders as people have them, through whole runs: forms of weights, tables of other sizes,
+families that cannot be used; and a reward of a user's own."""
 
 import json
 import re
@@ -8,23 +9,20 @@ from types import SimpleNamespace
 
 import eval_code
 import train_ppo
-import train_rm
 from pfppo.config import UserError
 from pfppo.data import Tokens
-from pfppo.problems import assemble, load_problems
-from pfppo.sandbox import Sandbox
+from pfppo.model import check_positions
 
+import families
 import pytest
 import torch
-from conftest import tiny_config
-from running import numbers, options, read, run, write_rows
+from ranks import refused
+from running import numbers, options, run
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedTokenizerFast,
 )
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -36,10 +34,10 @@ def folder(tiny, tmp_path):
     return shutil.copytree(tiny / "policy", tmp_path / "policy")
 
 
-def changed(folder, **values):
-    """The folder with other values in its config.json."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+def reading(policy, **changed):
+    """What ids mean to the policy in a folder."""
+    options = {"policy": policy, "prompt_style": "plain", "max_prompt_tokens": 99} | changed
+    return Tokens.of(SimpleNamespace(**options))
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -89,7 +87,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_policy_that_learns_nothing_is_what_transformers_reads(tiny, folder, tmp_path, form):
     FORMS[form](folder)
-    run(train_ppo, *options(tiny, tmp_path / "run", **BARE, policy=folder, ppo_epochs=2))
+    sizes = {"prompts_per_step": 1, "samples_per_prompt": 4, "minibatch": 2, "max_new_tokens": 4}
+    run(train_ppo, *options(tiny, tmp_path / "run", **BARE | sizes, policy=folder))
     run(train_ppo, "--run_dir", tmp_path / "run", "--export", tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     expected, *ours = (
@@ -115,10 +114,8 @@ def resized(path, build, rows):
 def test_rows_without_a_token_or_without_a_row_in_the_reward_model_are_never_sampled(
     tiny, folder, tmp_path, capsys
 ):
-    rm, size = (
-        shutil.copytree(tiny / "rm", tmp_path / "rm"),
-        len(AutoTokenizer.from_pretrained(folder)),
-    )
+    rm = shutil.copytree(tiny / "rm", tmp_path / "rm")
+    size = len(AutoTokenizer.from_pretrained(folder))
     resized(folder, AutoModelForCausalLM, size + 200)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():  # what nobody trained can be likely
@@ -126,116 +123,49 @@ def test_rows_without_a_token_or_without_a_row_in_the_reward_model_are_never_sam
     model.save_pretrained(folder)
     resized(rm, AutoModelForSequenceClassification, size + 100)
     argv = options(tiny, tmp_path / "run", **BARE, policy=folder, reward_model=rm)
-    run(train_ppo, *argv)
+    assert run(train_ppo, *argv, "--selfcheck") == 0  # the sampler's log-probs are training's
     assert f"200 of {size + 200} ids are never sampled" in capsys.readouterr().out
-    assert abs(numbers(tmp_path / "run")[0]["sampler_kl"]) < 1e-6
-    assert run(train_ppo, *argv, "--run_dir", tmp_path / "no", "--selfcheck") == 0
-    tokens = Tokens.of(
-        SimpleNamespace(policy=folder, reward_model=rm, prompt_style="plain", max_prompt_tokens=99),
-        print,
-    )
+    tokens = reading(folder, reward_model=rm)
     assert tokens.rows == size + 100 and tokens.never == list(range(size, size + 200))
 
 
-def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(tiny, folder, tmp_path):
+def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
-    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"<extra> {i}"} for i in range(9)])
-    pair = {"prompt": "a", "chosen": "b<extra>", "rejected": "c"}
-    pairs = write_rows(tmp_path / "pairs.jsonl", [pair] * 9)
-    for script, argv in (
-        (train_ppo, options(tiny, tmp_path / "run", **BARE, policy=folder, prompts=prompts)),
-        (train_rm, ("--policy", folder, "--pairs", pairs, "--run_dir", tmp_path / "run")),
-        (
-            eval_code,
-            (
-                "--policy",
-                folder,
-                "--problems",
-                tiny / "held_out.jsonl",
-                "--prompt_style",
-                "plain",
-                "--out",
-                tmp_path / "run",
-            ),
-        ),
-    ):
-        if script is eval_code:
-            rows = [
-                row | {"prompt": "<extra>" + row["prompt"]} for row in read(tiny / "held_out.jsonl")
-            ]
-            argv = (*argv, "--problems", write_rows(tmp_path / "q.jsonl", rows))
-        with pytest.raises(UserError, match="token '<extra>' has id 512, beyond the 512 rows"):
-            run(script, *argv)
-        assert not (tmp_path / "run").exists()
+    tokens, line = reading(folder), "here: token '<extra>' has id 512, beyond the 512 rows"
+    assert refused(tokens.prompt, "<extra> a", "here").startswith(line)
+    assert refused(tokens.response, [5], "b<extra>", "here").startswith(line)
 
 
-def test_a_pad_token_beyond_the_rows_is_any_other_id(tiny, folder, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(folder)
-    run(
-        train_rm,
-        "--policy",
-        folder,
-        "--pairs",
-        tiny / "pairs.jsonl",
-        "--run_dir",
-        tmp_path / "rm",
-        "--batch",
-        8,
-    )
-    argv = options(tiny, tmp_path / "run", **BARE, policy=folder, reward_model=tmp_path / "rm")
-    run(train_ppo, *argv)
-    assert len(read(tmp_path / "run/samples.jsonl")) == 12
-
-
-def test_a_policy_that_could_never_end_is_refused(tiny, folder, tmp_path):
-    changed(folder, eos_token_id=600)
+def test_a_policy_that_could_never_end_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 600}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match="no end-of-sequence id is below the 512 rows"):
-        run(train_ppo, *options(tiny, tmp_path / "run", policy=folder))
+    assert "no end-of-sequence id is below the 512 rows" in refused(reading, folder)
 
 
 # ---- architectures -------------------------------------------------------------------------------
 
 
-def other_model(folder, build, family, **values):
+def other_model(folder, family, build=AutoModelForCausalLM, **values):
     """The folder's tokenizer with a random model of another family."""
-    config = tiny_config(family, vocab_size=512, max_position_embeddings=256, **values)
-    build.from_config(config).save_pretrained(folder)
-    return folder
+    sizes = families.SIZES | {"vocab_size": 512, "max_position_embeddings": 256} | values
+    families.tiny_family(family, sizes, build).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    ("family", "values"),
-    [
-        (
-            "bart",
-            {
-                "d_model": 32,
-                "decoder_layers": 2,
-                "encoder_layers": 2,
-                "decoder_ffn_dim": 64,
-                "decoder_attention_heads": 4,
-                "encoder_attention_heads": 4,
-                "is_encoder_decoder": False,
-            },
-        ),
-        ("bert", {"is_decoder": False}),
-        ("xlm-roberta", {"is_decoder": True}),
-        ("modernbert-decoder", {}),
-        ("openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    ],
-)
+UNFIT = {"bart": {"is_encoder_decoder": False}, "bert": {"is_decoder": False}}
+UNFIT |= {"xlm-roberta": {}, "modernbert-decoder": {}, "openai-gpt": {"n_positions": 256}}
+
+
+@pytest.mark.parametrize("family, values", UNFIT.items())
 def test_a_family_that_cannot_be_trained_rightly_is_one_line(
     tiny, folder, tmp_path, family, values
 ):
-    other_model(folder, AutoModelForCausalLM, family, **values)
+    other_model(folder, family, **values)
     line = f"--policy {folder}: .*(causal decoder|decoder with)"
     with pytest.raises(UserError, match=line):
         run(train_ppo, *options(tiny, tmp_path / "run", policy=folder), "--selfcheck")
@@ -249,29 +179,21 @@ def test_a_family_that_cannot_be_trained_rightly_is_one_line(
 @pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
 def test_a_reward_model_that_looks_ahead_is_one_line(tiny, tmp_path, family):
     rm = shutil.copytree(tiny / "rm", tmp_path / "rm")
-    names = (
-        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64} if family == "distilbert" else {}
-    )
-    other_model(rm, AutoModelForSequenceClassification, family, num_labels=1, **names)
-    with pytest.raises(UserError, match=f"--reward_model {rm}: "):
+    build, scalar = AutoModelForSequenceClassification, {"id2label": {0: "reward"}}
+    other_model(rm, family, build, is_decoder=False, **scalar)
+    with pytest.raises(UserError, match=f"--reward_model {rm}: .*causal decoder"):
         run(train_ppo, *options(tiny, tmp_path / "run", reward_model=rm))
     assert not (tmp_path / "run").exists()
 
 
-def test_longrope_beyond_its_first_length_is_refused(tiny, folder, tmp_path):
+def test_longrope_beyond_its_first_length_is_refused(folder):
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
-    other_model(
-        folder,
-        AutoModelForCausalLM,
-        "phi3",
-        rope_parameters=rope | factors,
-        original_max_position_embeddings=40,
-    )
-    with pytest.raises(
-        UserError, match="expected at most 40, the original_max_position_embeddings"
-    ):
-        run(train_ppo, *options(tiny, tmp_path / "run", policy=folder))
+    long = {"original_max_position_embeddings": 40}
+    other_model(folder, "phi3", rope_parameters=rope | factors, **long)
+    check_positions(folder, "policy", 40)
+    message = refused(check_positions, folder, "policy", 41)
+    assert "expected at most 40, the original_max_position_embeddings" in message
 
 
 def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, monkeypatch):
@@ -287,177 +209,19 @@ def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, mo
         run(train_ppo, *options(tiny, tmp_path / "run", **BARE))
 
 
-# ---- text ----------------------------------------------------------------------------------------
-
-CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a = 'é'\n"] * 9
+# ---- rewards -------------------------------------------------------------------------------------
 
 
-def sentencepiece(**special):
-    """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
-    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    inner.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
-    inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
-    whole = json.loads(inner.to_str())  # bytes are no special tokens
-    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
-    inner = Tokenizer.from_str(json.dumps(whole))
-    how = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
-    return PreTrainedTokenizerFast(tokenizer_object=inner, **how)
-
-
-def tokens_of(tokenizer, stop=None, style="plain", end=None):
-    stop = stop or [tokenizer.eos_token_id]
-    return Tokens("p", tokenizer, stop, end or stop[0], 0, len(tokenizer), [], style, 4000)
-
-
-TEXTS = ["    return sum(xs)\n", "\treturn 1", "  x", "x = 1\n    y", "\n    return x", ""]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_response_is_read_and_written_behind_its_prompt(text):
-    """What a response says does not depend on the blank that its tokenizer would put first."""
-    tokens = tokens_of(sentencepiece())
-    for prompt in ("def f(xs):\n", "def f(xs):", "# 3"):
-        ids = tokens.prompt(prompt, "here")
-        response = tokens.response(ids, text, "here")
-        assert response[-1] == tokens.end and response.count(tokens.end) == 1
-        assert tokens.decode([ids], [response]) == [text]
-        whole = tokens.tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
-        alone = tokens.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if whole[: len(alone)] == alone:  # as the policy would write it
-            assert response[:-1] == whole[len(alone) :]
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
-def test_humanevals_references_pass_through_such_a_tokenizer():
-    tokens, checks = tokens_of(sentencepiece()), []
-    for problem in load_problems(DATA / "HumanEval.jsonl.gz", "humaneval"):
-        ids = tokens.prompt(problem.prompt, "here")
-        response = tokens.response(ids, problem.canonical_solution, "here")
-        checks.append(assemble(problem, *tokens.decode([ids], [response])))
-    with Sandbox() as sandbox:
-        assert sum(verdict.passed for verdict in sandbox.run(checks)) == 164
-
-
-def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    word = tokenizer("x")["input_ids"]
-    marks = tokenizer(":")["input_ids"]
-    tokens = tokens_of(tokenizer, stop=[marks[0], tokenizer.eos_token_id])
-    assert tokens.decode([[5], [5]], [[*word, marks[0]], [*word, tokenizer.eos_token_id]]) == [
-        "x",
-        "x",
-    ]
-
-
-TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
-    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}",
-    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
-    "<end_of_turn>\n{% endfor %}",
-    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-    "<eos>": "{{ messages[0].content }}",  # says nothing of an end
-}
-
-
-@pytest.mark.parametrize("end", TEMPLATES)
-def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tiny, folder, tmp_path, end):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    marks = [mark for mark in ("<|im_end|>", "<end_of_turn>", "</s>") if mark == end]
-    ids = [tokenizer.convert_tokens_to_ids("<eos>")]
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for mark in marks:
-        tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
-        model.resize_token_embeddings(len(tokenizer))
-        ids.append(tokenizer.convert_tokens_to_ids(mark))
-    tokenizer.chat_template = TEMPLATES[end]
-    tokenizer.save_pretrained(folder)
-    model.generation_config.eos_token_id = ids
-    model.save_pretrained(folder)
-    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
-    tokens = Tokens.of(args)
-    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
-    prompt = tokens.prompt("f", "here")
-    for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
-        response = tokens.response(prompt, text, "here")
-        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
-        assert tokens.decode([prompt], [response]) == ["return 1"]
-
-
-def test_text_that_was_rendered_before_gets_no_second_beginning():
-    tokenizer = sentencepiece()
-    inner = tokenizer.backend_tokenizer
-    from tokenizers import processors
-
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    tokens = tokens_of(
-        PreTrainedTokenizerFast(
-            tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-        )
-    )
-    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
-        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
-
-
-# ---- rewards and losses --------------------------------------------------------------------------
-
-OWN = """
-def large(prompts, responses, problems):
-    return [100.0 + len(r) for r in responses]
-def answers(answers):
-    return answers.scores + len(answers.texts[0]) * 0 + answers.by_model
-"""
-
-
-@pytest.mark.parametrize("scale", ["sft", "none"])
-def test_an_own_reward_is_in_standard_deviations_unless_asked_otherwise(
-    tiny, tmp_path, scale, capsys
-):
-    (tmp_path / "own.py").write_text(OWN)
-    reward = {"reward": f"{tmp_path / 'own.py'}:large", "reward_scale": scale, "reward_clip": 1e9}
-    argv = options(tiny, tmp_path / "run", **BARE | {"save_every": 1}, **reward, filter="none")
+def test_an_own_reward_is_in_standard_deviations_as_a_checkpoint_knows_them(tiny, tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text("def large(p, responses, q):\n    return [100.0 + len(r) for r in responses]\n")
+    reward = {"reward": f"{own}:large", "reward_clip": 1e9, "filter": "none"}
+    argv = options(tiny, tmp_path / "run", **BARE, **reward)
     run(train_ppo, *argv)
     said, (row,) = capsys.readouterr().out, numbers(tmp_path / "run")
     state = json.loads((tmp_path / "run/checkpoints/step_1/state.json").read_text())
-    if scale == "none":
-        assert row["reward_all"] > 100 and state["scale"] == [0, 1]
-    else:
-        assert abs(row["reward_all"]) < 1.5 and row["value_loss"] < 100
-        assert re.search(r"own.py:large: rewards of 24 samples of the SFT policy: mean 1\d\d", said)
-        run(train_ppo, *argv, "--resume", "--steps", 2)
-        again = json.loads((tmp_path / "run/checkpoints/step_2/state.json").read_text())
-        assert again["scale"] == state["scale"] and "SFT policy" not in capsys.readouterr().out
-
-
-def test_an_own_reward_of_one_parameter_gets_all_there_is(tiny, tmp_path):
-    (tmp_path / "own.py").write_text(OWN)
-    reward = {"reward": f"{tmp_path / 'own.py'}:answers"}
-    run(train_ppo, *options(tiny, tmp_path / "run", **BARE, **reward))
-    assert numbers(tmp_path / "run")[0]["reward_all"] is not None
-
-
-def test_the_kl_is_that_of_the_policy_whatever_a_filter_keeps(tiny, tmp_path):
-    changed = BARE | {"actor_lr": 3e-3, "steps": 5, "kl_coef": 0, "prompts_per_step": 8}
-    runs = {}
-    for name in ("none", "best_of_n"):
-        run(train_ppo, *options(tiny, tmp_path / name, **changed | {"filter": name}))
-        runs[name] = numbers(tmp_path / name)
-    for row in runs["none"] + runs["best_of_n"]:
-        assert row["kl_k3"] is not None and row["kl_kept"] is not None
-    # All is kept: the two say the same but for the choice of samples.
-    last = runs["none"][-1]
-    assert last["kl_kept"] == pytest.approx(last["kl_k1"], abs=3 * abs(last["kl_kept"]) + 0.3)
+    assert abs(row["reward_all"]) < 1.5 and row["value_loss"] < 100
+    assert re.search(r"own.py:large: rewards of 24 samples of the SFT policy: mean 1\d\d", said)
+    run(train_ppo, *argv, "--resume", "--steps", 2)
+    again = json.loads((tmp_path / "run/checkpoints/step_2/state.json").read_text())
+    assert again["scale"] == state["scale"] and "SFT policy" not in capsys.readouterr().out

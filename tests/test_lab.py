@@ -137,14 +137,6 @@ def program(task):
     return body(task, [step.right[0] for step in task.steps])
 
 
-def test_the_split_of_a_task_depends_on_its_composition_alone():
-    rng = random.Random(2)
-    for _ in range(100):
-        task = draw_task(rng, rng.choice(SPLITS))
-        other = Task(task.variable, task.steps, ("k",) * len(task.steps))
-        assert other.split == task.split
-
-
 def test_a_problem_is_of_the_split_that_was_asked_for_and_the_corpus_of_training(monkeypatch):
     draw = Mock(side_effect=draw_task)
     monkeypatch.setattr(world, "draw_task", draw)

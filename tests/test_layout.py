@@ -32,15 +32,19 @@ def imports(path):
     return pairs
 
 
+def name_of(path):
+    """A file of the package: "filters", "run.folder", or "run" for its door."""
+    return ".".join(path.with_suffix("").parts[1:]).removesuffix(".__init__")
+
+
 def ours(path):
-    """Files of the package that a file imports: "filters", "run.folder", or "run" by the door."""
-    known = {".".join(file.with_suffix("").parts[1:]).removesuffix(".__init__") for file in FILES}
-    found = set()
+    """Names of other files of the package that a file imports."""
+    known, found = set(map(name_of, FILES)), set()
     for module, name in imports(path):
         if module.split(".")[0] == "pfppo":
             whole = f"{module}.{name}".removeprefix("pfppo.")
             found.add(whole if whole in known else whole.rpartition(".")[0])
-    return found
+    return found - {name_of(path)}
 
 
 def wing_of(path):
@@ -48,14 +52,11 @@ def wing_of(path):
 
 
 def door(wing):
-    """What a wing's `__init__` imports, and the classes that it defines."""
+    """What a wing's __init__ imports or defines."""
     path = Path("pfppo") / wing / "__init__.py"
-    classes = (
-        node
-        for node in ast.walk(ast.parse((ROOT / path).read_text()))
-        if isinstance(node, ast.ClassDef)
-    )
-    return {name for _, name in imports(path)} | {node.name for node in classes}
+    body = ast.parse((ROOT / path).read_text()).body
+    made = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return made | {name for _, name in imports(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -63,16 +64,12 @@ def test_a_file_uses_the_doors_that_are_open_to_it(path):
     own = wing_of(path)
     open_doors = set(WINGS) if path.name in SCRIPTS else DOORS[own]
     for module, name in imports(path):
-        parts = module.split(".")
-        if parts[0] != "pfppo" or len(parts) < 2 and name not in WINGS:
-            continue
-        wing = parts[1] if len(parts) > 1 else name
-        if wing not in WINGS or wing == own:
+        package, wing, *inside = f"{module}.{name}".split(".")
+        if package != "pfppo" or wing not in WINGS or wing == own:
             continue
         assert wing in open_doors, f"{path} imports {wing}"
-        assert len(parts) <= 2, f"{path} imports {module}, not by the door of {wing}"
-        if len(parts) == 2:
-            assert name in door(wing), f"{path} imports {name}, which is not in the door of {wing}"
+        assert len(inside) <= 1, f"{path} imports {module}, not by the door of {wing}"
+        assert not inside or inside[0] in door(wing), f"{path} imports {name}, not in that door"
 
 
 def test_what_scripts_call_of_a_wing_stands_in_its_door():
@@ -81,20 +78,12 @@ def test_what_scripts_call_of_a_wing_stands_in_its_door():
         for node in ast.walk(ast.parse((ROOT / script).read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 wing = node.value.id
-                inside = door(wing) | functions(wing) if wing in wings else {node.attr}
+                inside = door(wing) if wing in wings else {node.attr}
                 assert node.attr in inside, f"{script}: {wing}.{node.attr}"
 
 
-def functions(wing):
-    tree = ast.parse((ROOT / "pfppo" / wing / "__init__.py").read_text())
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-
-
 def test_imports_make_no_circle():
-    below = {
-        ".".join(p.with_suffix("").parts[1:]).removesuffix(".__init__"): ours(p) for p in FILES
-    }
-    below = {name: {n for n in names if n != name} for name, names in below.items() if name}
+    below = {name_of(path): ours(path) for path in FILES if name_of(path)}
     while below:
         ground = {name for name, names in below.items() if not names & below.keys()}
         assert ground, f"in a circle: {sorted(below)}"

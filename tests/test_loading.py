@@ -2,6 +2,7 @@
 files, whole where names differ; what is damaged or does not fit, named."""
 
 import re
+import shutil
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from pfppo.rollout import collate
 import conftest
 import pytest
 import torch
-from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm, tiny_tokenizer, write_model
+from conftest import ragged, tiny_classifier, tiny_lm, tiny_tokenizer, write_model
 from ranks import ranked, refused
 
 ROWS = collate(ragged([3, 7, 1]), ragged([6, 1, 4], seed=1), pad_id=0)
@@ -120,12 +121,15 @@ def test_a_weight_of_another_shape_or_none_is_left_to_the_whole_reader(ranks, ch
 
 
 @pytest.mark.parametrize("left", [0, 7, 200, -40])
-def test_a_file_that_was_cut_short_is_named(tmp_path, left):
-    path = write(tmp_path, "llama", max_shard_size="30KB")
-    file = sorted(path.glob("*.safetensors"))[1]
+@pytest.mark.parametrize("option", ["policy", "reward_model"])
+def test_a_file_that_was_cut_short_is_named(ranks, checkpoints, tmp_path, option, left):
+    folders = {"policy": checkpoints / "qwen2", "reward_model": checkpoints / "rm"}
+    path = folders[option] = shutil.copytree(folders[option], tmp_path / "cut")
+    file = sorted(path.glob("*.safetensors"))[-1]
     file.write_bytes(file.read_bytes()[:left])
-    message = refused(loading.stored_tensors, path, "policy")
-    assert re.match(f"--policy {file}: damaged or cut short, .* bytes", message)
+    args = args_of(**{name: str(folder) for name, folder in folders.items()})
+    message = refused(load_models, args, tokens_of(), ranks)
+    assert re.match(f"--{option} {file}: damaged or cut short, .* bytes", message)
 
 
 def test_a_file_of_the_index_that_is_not_there_is_named(tmp_path):
@@ -135,15 +139,6 @@ def test_a_file_of_the_index_that_is_not_there_is_named(tmp_path):
     assert f"there is no file {gone.name}" in refused(loading.stored_tensors, path, "policy")
     (path / "model.safetensors.index.json").write_text("{}")
     assert "index.json: damaged" in refused(loading.stored_tensors, path, "policy")
-
-
-@pytest.mark.parametrize("cut", ["policy", "reward_model"])
-def test_policies_and_scalars_of_a_cut_file_are_refused(ranks, tmp_path, cut):
-    args = args_of(write_model(tmp_path / "policy", tiny_lm("llama")))
-    args.reward_model = write_model(tmp_path / "reward_model", tiny_classifier("llama"))
-    file = tmp_path / cut / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    assert refused(load_models, args, tokens_of(), ranks).startswith(f"--{cut} {file}: ")
 
 
 # ------------------------------------------------------------------------------- the four models
@@ -159,7 +154,7 @@ def rm(tmp_path):
     return write_model(tmp_path / "rm", tiny_classifier("llama", seed=5))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # others: test_architectures
 def test_a_folder_gives_policy_frozen_reference_empty_copy_and_critic(
     ranks, lms, tmp_path, architecture
 ):
@@ -178,15 +173,10 @@ def test_a_folder_gives_policy_frozen_reference_empty_copy_and_critic(
     assert torch.allclose(values(models.critic), values(new), atol=1e-5)
     values(models.critic).pow(2).mean().backward()
     assert all(p.grad is not None for p in models.critic.parameters())
-
-
-def test_training_the_policy_leaves_the_reference(ranks, policy):
-    models = load_models(args_of(policy), tokens_of(), ranks)
-    before = log_probs(models.reference)
     log_probs(models.policy).sum().backward()
     torch.optim.SGD(models.policy.parameters(), lr=0.1).step()
-    assert torch.equal(log_probs(models.reference), before)
-    assert (log_probs(models.policy) - before).abs().max() > 0.01
+    assert torch.allclose(log_probs(models.reference), wanted, atol=1e-5)  # it is another model
+    assert (log_probs(models.policy) - wanted).abs().max() > 0.01
 
 
 def test_a_bfloat16_folder_is_trained_with_fp32_weights(ranks, tmp_path):
@@ -199,7 +189,7 @@ def test_a_bfloat16_folder_is_trained_with_fp32_weights(ranks, tmp_path):
             assert {p.dtype for p in lm.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_reward_model_and_critic_are_the_folders_classifier_in_the_cards_units(
     ranks, policy, tmp_path, architecture
 ):
@@ -265,8 +255,8 @@ def test_a_reward_of_ones_own_gets_the_mean_and_spread_of_sft_samples(ranks, pol
     assert "mean 102, standard deviation 1" in capsys.readouterr().out
     again = normalise(models, ranks, None, state_of(scale=[5.0, 2.0]), "f.py:lengths", lengths)
     assert (again.mean, again.std) == (5.0, 2.0)  # as a checkpoint knows it, without a probe
-    raw = normalise(models, ranks, None, state_of(), "f.py:lengths", lengths, "none")
-    assert (raw.mean, raw.std) == (0.0, 1.0)
+    raw = normalise(models, ranks, None, state := state_of(), "f.py:lengths", lengths, "none")
+    assert [raw.mean, raw.std] == state.scale == [0.0, 1.0]
     flat = normalise(models, ranks, Probe(), state_of(), "f.py:flat", lambda _: [7.0] * 3)
     assert (flat.mean, flat.std) == (0.0, 1.0)
     assert "no spread" in capsys.readouterr().out
@@ -281,19 +271,12 @@ def refusal(ranks, policy, rm, tokens):
     return message
 
 
-def test_another_vocabulary_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm):
-    save_card(rm, vocabulary="0123456789ab")
+@pytest.mark.parametrize("name, number", [("prompt template", 0), ("vocabulary", 1)])
+def test_what_differs_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm, name, number):
+    save_card(rm, **{name.split()[-1]: "0123456789ab"})
     message = refusal(ranks, policy, rm, tokens_of())
-    assert "its vocabulary differs" in message and policy in message
-    assert f"hash 0123456789ab there, {tokens_of().hashes()[1]} here" in message
-
-
-def test_another_template_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm):
-    plain, chat = (tokens_of(style, "{{ messages[0]['content'] }}") for style in ("plain", "chat"))
-    save_card(rm, plain)
-    message = refusal(ranks, policy, rm, chat)
-    assert "its prompt template differs" in message and plain.hashes() != chat.hashes()
-    assert f"hash {plain.hashes()[0]} there, {chat.hashes()[0]} here" in message
+    assert f"its {name} differs" in message and policy in message
+    assert f"hash 0123456789ab there, {tokens_of().hashes()[number]} here" in message
 
 
 def test_without_a_card_the_vocabularies_are_compared_all_the_same(ranks, policy, tmp_path):
@@ -313,11 +296,11 @@ def test_without_a_card_the_chat_template_is_that_of_the_folders_tokenizer(ranks
     load_scalars(args_of(policy, folder), tokens_of(template="{{ 1 }}"), ranks, [False])
 
 
-@pytest.mark.parametrize("with_card", [False, True])
-def test_a_causal_lm_offered_as_a_reward_model_is_refused(ranks, policy, tmp_path, with_card):
+def test_a_causal_lm_offered_as_a_reward_model_is_refused_whatever_its_card(
+    ranks, policy, tmp_path
+):
     folder = write_model(tmp_path, tiny_lm("llama"))
-    if with_card:
-        save_card(folder)
+    save_card(folder)
     assert "LlamaForCausalLM" in refusal(ranks, policy, folder, tokens_of())
 
 
@@ -331,7 +314,9 @@ def test_folders_that_do_not_exist_are_named(ranks, policy, tmp_path):
         assert message.startswith(f"--policy {nowhere}: ")
 
 
-def test_a_hub_id_becomes_the_folder_of_its_download(ranks, policy, monkeypatch):
+def test_a_hub_id_becomes_the_folder_of_its_download_or_is_one_line(ranks, policy, monkeypatch):
+    message = refused(loading.fetch, args_of("owner/model"), ("policy",), ranks)  # no network here
+    assert message.startswith("--policy owner/model: there is no such folder")
     asked = []
 
     def download(name, ignore_patterns):
@@ -344,8 +329,3 @@ def test_a_hub_id_becomes_the_folder_of_its_download(ranks, policy, monkeypatch)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     assert (args.policy, args.reward_model) == (policy, policy)
     assert asked == ["owner/model"]  # folders are not asked for
-
-
-def test_a_hub_id_without_a_network_is_one_line(ranks):
-    message = refused(loading.fetch, args_of("owner/model"), ("policy",), ranks)
-    assert message.startswith("--policy owner/model: there is no such folder")
