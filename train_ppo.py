@@ -166,7 +166,7 @@ def main(args, ranks=None):
     # Models, and the state that a checkpoint holds
     models = loading.load_models(args, inputs.tokens, ranks)
     run.prove_models(models, inputs.tokens, args, ranks.device)
-    examiner = Examiner(inputs.tokens, args, ranks)  # samples answers, and runs their tests
+    examiner = Examiner(inputs.tokens, args, ranks)  # runs tests, and what else asks for answers
     trained = {
         "actor": (models.policy, fsdp.adamw(models.policy, args.actor_lr)),
         "critic": (models.critic, fsdp.adamw(models.critic, args.critic_lr)),

@@ -17,6 +17,7 @@ are read whole, on rank 0.
 Not covered: pickled checkpoints, quantised ones.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -172,7 +173,7 @@ class Models:
             if measure_model and scalar is not None:
                 scalar.mean, scalar.std = state.normaliser
         if measure_slot and not state.scale:
-            probe = replace(probe)  # a reward model's rewards are in other units now
+            probe = replace(probe)  # forgets `by_model`, which is in other units now
             with fsdp.agreed(ranks):
                 reward_of.measure(probe)
             state.scale = [reward_of.mean, reward_of.std]
@@ -182,6 +183,8 @@ class Models:
             ranks.say(f"--reward {reward_of.spec}: {said}")
         state.scale = state.scale or [0.0, 1.0]
         reward_of.mean, reward_of.std = state.scale
+        if reward_of.spec != "model" and not measure_slot:
+            reward_of.clip = math.inf  # of rewards as they are nobody knows the unit
 
 
 def sharded(empty, source, args, ranks, offload):

@@ -9,10 +9,12 @@ Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
     r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
                                    (reliability.py), all samples and those kept, by their weights
 Over one random sample of each prompt (`Meter.watched`), so whatever the filter keeps:
-    kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
+    kl_k1, kl_k3                   nats per response (ppo.py), the sampler's log-probs against the
+                                   reference's
 Over kept samples, before the update (`Meter.kept`):
-    kl_kept                        k1 likewise: of the filtered policy mu, in a sense
-    sampler_kl                     nats per token between the sampler's log-probs and training's
+    kl_kept                        k1 likewise, training's log-probs against the reference's: what
+                                   the reward has of it
+    sampler_kl                     nats per token (k3), sampler's log-probs against training's
     entropy                        nats per token
     explained_variance             of returns by old values
 Over the optimizer steps of the step (`Meter.losses`, `gradient`): policy_loss,
@@ -77,7 +79,7 @@ class Meter:
         self.laps[name], self.at = self.laps.get(name, 0) + now - self.at, now
 
     def add(self, name, total, count):
-        pair = torch.stack([total.detach().double(), count.detach().double()]).cpu()
+        pair = torch.stack([x.detach().double().cpu() for x in (total, count)])
         self.sums[name] = self.sums.get(name, 0) + pair
 
     def samples(self, answers, rewards, weights):

@@ -3,13 +3,15 @@
 Legend of shapes, used in all files:
 
     P prompts per step    N samples per prompt    B rows    T response tokens (columns)
-    L prompt + response tokens    V vocabulary    D width    W ranks
+    L prompt + response tokens    V vocabulary    D width    W ranks    K some of the rows
+
+Reward: what is learned from (the RM's word). Score: the truth, by tests. Never one for the other.
 
 One row, prompt of 3 tokens, response of 4 whose last is the end-of-sequence token E:
 
     position            0   1   2   3   4   5   6   7   8
     ids [B, L]          p0  p1  p2  y0  y1  y2  E   pad pad
-    states [B, T]               s0  s1  s2  s3              the state *before* token j
+    states [B, T]               s0  s1  s2  s3              positions of the states *before* token j
     ends [B, 1]                                 E           where the RM's score stands
 
     column j            0   1   2   3   4   5
@@ -29,8 +31,8 @@ rows, cut from the kept samples of all ranks in the order of the prompts:
     rank 1            012         345       rows 0, 1        rows 3, 0*, 0*
 
 Collectives must match, so where ranks have unequally many rows of a minibatch, the shorter ones are
-padded with their row 0 at weight 0 (0*). It costs a forward and a backward pass, and changes no
-number: whatever is summed over rows is multiplied by their weights.
+padded with their row 0 at weight 0 (0*). It costs what any row costs in steps 4 and 6, and changes
+no number: whatever is summed over rows is multiplied by their weights.
 """
 
 import hashlib
@@ -71,7 +73,7 @@ class Rollout:
     adv: torch.Tensor | None = None  # [B, T]
     returns: torch.Tensor | None = None  # [B, T]
     coefficients: torch.Tensor | None = None  # [B, T] of the losses, ppo.loss_coefficients
-    parts: tuple[int, ...] | None = None  # rows of each minibatch; None: all are one
+    parts: tuple[int, ...] | None = None  # rows of each minibatch; None, as of a selection: one
 
     def __len__(self):
         return len(self.ids)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 0.05  # share of dead rows at which the batch is compacted
+DEAD_SHARE = 0.05  # share of dead rows at which the batch is compacted
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Live:
     def compact(self, tokens):
         """Move live rows of the tail over dead ones, if enough are dead. Returns tokens [live]."""
         remaining = int(self.alive.sum())
-        if len(self.order) - remaining <= ROOM * len(self.order):
+        if len(self.order) - remaining <= DEAD_SHARE * len(self.order):
             return tokens
         targets = (~self.alive[:remaining]).nonzero().squeeze(1)
         sources = self.alive[remaining:].nonzero().squeeze(1) + remaining

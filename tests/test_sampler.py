@@ -129,7 +129,9 @@ def test_samples_do_not_depend_on_the_sampling_batch_or_on_compaction(
     llama, monkeypatch, batch, room
 ):
     expected = drawn(llama)
-    monkeypatch.setattr(sampler, "ROOM", sampler.ROOM if room is None else room)  # 0: at once
+    monkeypatch.setattr(
+        sampler, "DEAD_SHARE", sampler.DEAD_SHARE if room is None else room
+    )  # 0: at once
     found = drawn(llama, batch=batch)
     assert (found.ids, found.finished) == (expected.ids, expected.finished)
 

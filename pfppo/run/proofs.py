@@ -62,6 +62,7 @@ def two_rows(tokens):
 def prove_policy(lm, tokens, policy=None):
     """Raise UserError unless a causal LM looks back only, gives the same logits padded on the left
     and with its cache, and, if it is given as a sharded Policy too, the same log-probs there."""
+    device, dtype = next(lm.parameters()).device, next(lm.parameters()).dtype
 
     def compare(what, logp, expected):
         difference, limit = apart(logp, expected, dtype)
@@ -72,7 +73,6 @@ def prove_policy(lm, tokens, policy=None):
         logits[:, tokens.never] = LEAST
         return logits.float().log_softmax(-1)
 
-    device, dtype = next(lm.parameters()).device, next(lm.parameters()).dtype
     with proving("policy", tokens.policy):
         rows = two_rows(tokens)
 

@@ -41,7 +41,7 @@ def worker(folder, how):
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     empty = Policy(empty_causal_lm(read_config(folder, "policy")))
     if how == "slices":
-        source = source_of(empty, folder, "policy", None)
+        source = source_of(empty, folder, "policy", read_causal_lm, ranks)
     else:
         source = Whole(Policy(read_causal_lm(folder)) if ranks.is_main else None)
     shard(empty, source, ranks)
