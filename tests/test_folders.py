@@ -157,32 +157,30 @@ def other_model(folder, family, build=AutoModelForCausalLM, **values):
     families.tiny_family(family, sizes, build).save_pretrained(folder)
 
 
-UNFIT = {"bart": {"is_encoder_decoder": False}, "bert": {"is_decoder": False}}
-UNFIT |= {"xlm-roberta": {}, "modernbert-decoder": {}, "openai-gpt": {"n_positions": 256}}
+UNFIT = {  # (option, family): what its configuration says
+    ("policy", "bart"): {"is_encoder_decoder": False},
+    ("policy", "bert"): {"is_decoder": False},
+    ("policy", "xlm-roberta"): {},
+    ("policy", "modernbert-decoder"): {},
+    ("policy", "openai-gpt"): {"n_positions": 256},
+}
+SCALAR = {"is_decoder": False, "id2label": {0: "reward"}}
+UNFIT |= {("reward_model", name): SCALAR for name in ("bert", "distilbert", "modernbert")}
 
 
-@pytest.mark.parametrize("family, values", UNFIT.items())
-def test_a_family_that_cannot_be_trained_rightly_is_one_line(
-    tiny, folder, tmp_path, family, values
-):
-    other_model(folder, family, **values)
-    line = f"--policy {folder}: .*(causal decoder|decoder with)"
+@pytest.mark.parametrize("option, family", UNFIT)
+def test_a_family_that_cannot_be_used_rightly_is_one_line(tiny, tmp_path, option, family):
+    causal = option == "policy"
+    folder = shutil.copytree(tiny / ("policy" if causal else "rm"), tmp_path / option)
+    build = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+    other_model(folder, family, build, **UNFIT[option, family])
+    line = f"--{option} {folder}: .*(causal decoder|decoder with)"
     with pytest.raises(UserError, match=line):
-        run(train_ppo, *options(tiny, tmp_path / "run", policy=folder), "--selfcheck")
-    if family != "modernbert-decoder":  # it samples rightly, it is trained wrongly
+        run(train_ppo, *options(tiny, tmp_path / "run", **{option: folder}), "--selfcheck")
+    if causal and family != "modernbert-decoder":  # it samples rightly, it is trained wrongly
         problems = ("--problems", tiny / "held_out.jsonl", "--out", tmp_path / "run")
         with pytest.raises(UserError, match=line):
             run(eval_code, "--policy", folder, *problems)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert"])
-def test_a_reward_model_that_looks_ahead_is_one_line(tiny, tmp_path, family):
-    rm = shutil.copytree(tiny / "rm", tmp_path / "rm")
-    build, scalar = AutoModelForSequenceClassification, {"id2label": {0: "reward"}}
-    other_model(rm, family, build, is_decoder=False, **scalar)
-    with pytest.raises(UserError, match=f"--reward_model {rm}: .*causal decoder"):
-        run(train_ppo, *options(tiny, tmp_path / "run", reward_model=rm))
     assert not (tmp_path / "run").exists()
 
 

@@ -24,7 +24,6 @@ from pfppo.loading import Whole
 from pfppo.model import Policy, ScalarModel, empty_causal_lm, empty_classifier
 from pfppo.ppo import loss_coefficients
 from pfppo.rollout import collate
-from pfppo.sampler import draw_uniforms, sample
 
 import pytest
 import torch
@@ -192,21 +191,9 @@ def updates(ranks, weights, recompute=False):
     return SimpleNamespace(norms=norms, losses=losses, sizes=sizes, saved=sum(saved), state=state)
 
 
-def samples(ranks):
-    """Two samples of each of seven prompts, every rank its own prompts."""
-    prompts = ragged([3, 7, 1, 5, 2, 2, 9])
-    mine = range(ranks.rank, len(prompts), ranks.world)
-    policy, full = sharded_policy("gpt2", ranks)
-    uniforms = draw_uniforms(3, 0, [(i, j) for i in mine for j in range(2)], 10)
-    with gathered(policy.lm, empty_causal_lm(full.config)) as model:
-        how = {"stop": [5, 6, 7], "samples_per_prompt": 2}
-        ids = sample(model, [prompts[i] for i in mine], uniforms, **how).ids
-    return fsdp.gather_lists(list(zip(ids[::2], ids[1::2], strict=True)), ranks)
-
-
 def everything(ranks):
     found = {name: updates(ranks, weights) for name, weights in KEPT.items()}
-    return found | {"again": updates(ranks, KEPT["even"], True), "samples": samples(ranks)}
+    return found | {"again": updates(ranks, KEPT["even"], True)}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -240,12 +227,6 @@ def test_recomputed_blocks_change_no_number_and_keep_less(results):
         assert again.saved < 0.5 * plain.saved
         assert again.norms == plain.norms and again.losses == plain.losses
         assert all(torch.equal(again.state[key], value) for key, value in plain.state.items())
-
-
-def test_samples_of_several_ranks_equal_those_of_one(results):
-    one, several = results[0]["samples"], [result["samples"] for result in results[1]]
-    assert len(one) == 7 and len({len(row) for pair in one for row in pair}) > 3
-    assert several == [one] * len(several)
 
 
 @ranked(2)

@@ -98,30 +98,21 @@ def test_rows_without_response_tokens_give_zeros(lms):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_scores_are_the_classifiers_own_at_the_last_token(architecture):
-    classifier, rows = tiny_classifier(architecture), rows_of()
-    columns = torch.arange(rows.ids.shape[1])
-    with torch.no_grad():
-        wanted = classifier(rows.ids, attention_mask=(columns <= rows.ends).long()).logits
-        scores = ScalarModel(classifier)(rows.ids, rows.ends)
-        normalised = ScalarModel(classifier, mean=0.5, std=4.0)(rows.ids, rows.ends)
-    assert scores.shape == (4, 1, 1) and scores.dtype == torch.float32
-    assert torch.allclose(scores[:, 0], wanted, atol=1e-5)
-    assert torch.allclose(normalised, (scores - 0.5) / 4.0)
-    assert scores.std() > 0.1  # rows do differ
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pad_id, extra", [(9, 0), (PAD, 4), (EOS, 11)])
-def test_a_value_sees_its_state_and_nothing_after_it(architecture, pad_id, extra):
-    model, rows = ScalarModel(tiny_classifier(architecture)), rows_of(pad_id, extra)
+def test_a_value_is_the_classifiers_own_of_its_state_and_of_nothing_after_it(
+    architecture, pad_id, extra
+):
+    classifier, rows = tiny_classifier(architecture), rows_of(pad_id, extra)
+    model = ScalarModel(classifier)
     with torch.no_grad():
         values = model(rows.ids, rows.states)  # [B, T, 1]
+        normalised = ScalarModel(classifier, mean=0.5, std=4.0)(rows.ids, rows.states)
+        assert torch.allclose(normalised, (values - 0.5) / 4.0)
+        assert values.dtype == torch.float32 and values.std() > 0.1  # rows do differ
         for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
             for j in range(len(response)):
                 state = torch.tensor([prompt + response[:j]])
-                alone = model(state, torch.tensor([[state.shape[1] - 1]]))
-                assert torch.allclose(values[i, j], alone[0, 0], atol=1e-5)
+                assert torch.allclose(values[i, j], classifier(state).logits[0], atol=1e-5)
 
 
 def test_a_classifier_without_a_linear_head_is_refused_by_name():

@@ -5,11 +5,10 @@ import shutil
 import train_ppo
 from pfppo.config import UserError
 from pfppo.metrics import NAMES
-from pfppo.run import checkpoint, launch, session
+from pfppo.run import checkpoint, session
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import words_of
 from ranks import refused
 from running import forked, numbers, options, read, run
@@ -224,16 +223,6 @@ def test_what_a_user_s_function_does_wrong_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=f"--{kind} .*own.py:{name}.*{expected}"):
         run(train_ppo, *options(tiny, tmp_path / "run", **{kind: f"{own}:{name}"}))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_command_line_ends_with_status_2_and_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_ppo.py", "--filter", "bset"])
-    with pytest.raises(SystemExit) as ended:
-        launch(train_ppo.main, train_ppo.Args)
-    dist.destroy_process_group()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.count("\n") == 1
-    assert said.startswith("train_ppo.py: error: --filter bset")
 
 
 def test_a_run_directory_of_another_run_is_refused(tiny, finished, tmp_path):
