@@ -514,7 +514,7 @@ def test_mbpp_references_pass(sandbox):
     assert [v for v in sandbox.run(checks) if not v.passed] == []
 
 
-# ---- a call is sent when the one before it has been answered --------------------------------------
+# ---- a call is sent when the one before it has been answered -------------------------------------
 
 PEEKS = {  # ways to look for calls that are still to come; each ends with `seen`, bytes
     "the link's buffer": """
