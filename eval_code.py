@@ -26,7 +26,7 @@ from typing import Literal
 import train_rm
 from pfppo import answers, data, files, fsdp, lab, loading, problems, run
 from pfppo.config import Count, Natural, Positive, Seed, Share, require
-from pfppo.model import check_positions, read_causal_lm
+from pfppo.model import check_positions
 from pfppo.reward import BY_MODEL, load_reward, try_reward
 
 
@@ -136,11 +136,8 @@ def main(args):
 
     # Samples and verdicts, in the order of the input
     if args.samples:
-        rows, answer, group = (
-            problems.read_samples(args.samples, asked, args.allow_partial),
-            None,
-            1,
-        )
+        rows = problems.read_samples(args.samples, asked, args.allow_partial)
+        answer, group = None, 1
         sandbox = answers.open_sandbox(args, ranks)
     else:
         tokens, texts = data.Tokens.of(args, ranks.say), None
@@ -148,11 +145,15 @@ def main(args):
             everything = problems.load_problems(args.problems, form)
             texts = problems.few_shot_prompts(asked, everything)
         prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        check_positions(args.policy, "policy", prompted.longest + args.max_new_tokens)
+        for option in ("policy", "reward_model")[: 1 + bool(args.reward_model)]:
+            longest = prompted.longest + args.max_new_tokens
+            check_positions(getattr(args, option), option, longest)
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
-        lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        lm = loading.read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         run.prove_policy(lm, tokens)
         judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
+        if judge:
+            run.prove_scalar(judge, tokens, "reward_model", args.reward_model, ranks.device)
         examiner = answers.Examiner(tokens, args, ranks)
         answer = partial(answers.samples_of, examiner, lm, judge, prompted)
         group, sandbox = N, examiner.sandbox

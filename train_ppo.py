@@ -89,8 +89,7 @@ FORWARD = {"actor": log_probs, "critic": values_of}  # what each trained model i
 
 
 def collect(step, round, models, train, examiner, reward_of, session, meter):
-    """Steps 1 and 2: reward.Answers of this rank, N to each of its P / W prompts, rewards included.
-    None where the run is to end. A collective."""
+    """Steps 1 and 2: this rank's reward.Answers, rewards included; None where the run is to end."""
     args, ranks, tokens = session.args, session.ranks, examiner.tokens
     P, N = args.prompts_per_step, args.samples_per_prompt
 
@@ -200,8 +199,10 @@ def main(args, ranks=None):
 
         # How far pi has gone from the reference, on one random sample of each prompt
         watched = answers.rows.one_of_each(rewards, ranks, rollout.seeded("kl", args.seed, step))
+        watched.old_logp, _ = watched.evaluate(log_probs, models.policy, args)
         watched.ref_logp, _ = watched.evaluate(log_probs, models.reference, args)
         meter.watched(watched)
+        session.check_sampler(watched)  # in the first step
         if len(kept):
             # 4. Log-probs and values, for survivors only: this is where filtering saves time.
             kept.old_logp, kept.entropy = kept.evaluate(log_probs, models.policy, args)
@@ -214,7 +215,6 @@ def main(args, ranks=None):
             how = args.loss_aggregation, len(kept.parts), fsdp.sum_over_ranks
             kept.coefficients = ppo.loss_coefficients(kept.mask, kept.weights, *how)
             meter.kept(kept)
-            session.check_sampler(kept)  # in the first step
 
         # 6. Update
         if session.stops():

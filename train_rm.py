@@ -20,7 +20,7 @@ from pfppo import data, fsdp, lab, loading, reward, run
 from pfppo.answers import Examiner
 from pfppo.config import Count, Positive, Seed, Share, require
 from pfppo.files import append_jsonl, write_json
-from pfppo.model import check_positions, empty_classifier, read_causal_lm
+from pfppo.model import check_positions, empty_classifier
 from pfppo.problems import prompt_text
 from pfppo.rollout import collate, rows_per_rank, seeded
 
@@ -60,7 +60,7 @@ def pairs_by_tests(args, tokens, ranks):
     check_positions(args.policy, "policy", asked.longest + args.max_new_tokens)
     with Examiner(tokens, args, ranks) as examiner:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
-        lm = read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
+        lm = loading.read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         run.prove_policy(lm, tokens)
         how = (args.temperature, args.samples_per_prompt)
         groups = examiner.answers(lm, asked, "pairs", *how, bars=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from pfppo import files
 from pfppo.fsdp import gather_lists, on_main
-from pfppo.model import read_causal_lm
+from pfppo.loading import read_causal_lm
 from pfppo.problems import assemble, check_of, pass_at_k_interval, sample_row
 from pfppo.reward import Answers, load_card, model_rewards, spread_of
 from pfppo.rollout import collate

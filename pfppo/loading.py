@@ -14,43 +14,43 @@ Some families of transformers are stored under other names or in other pieces (G
 experts of mixtures); and missing or mismatched weights are told best by transformers itself. These
 are read whole, on rank 0.
 
-Not covered: pickled checkpoints, quantised ones.
+Not covered: quantised checkpoints, which are refused.
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from pfppo import fsdp
-from pfppo.config import UserError, is_hub_id, reason
+from pfppo.config import UserError, is_hub_id, reason, require
 from pfppo.data import load_tokenizer
 from pfppo.model import (
     Policy,
     ScalarModel,
     causal_lm_config,
     classifier_config,
-    classifier_from_causal_lm,
     empty_causal_lm,
     empty_classifier,
-    new_head,
-    read_causal_lm,
-    read_classifier,
     read_config,
     read_generation_config,
+    scalar_head,
     stored_tensors,
 )
 from pfppo.reward import RewardCard, check_agreement, load_card, spread_of
+from pfppo.rollout import seeded
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch.distributed.tensor import distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 # Files of a model on the Hub that nothing here reads: other formats of the same weights.
-UNREAD = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
+UNREAD = ("*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*")
 
 
 def fetch(args, names, ranks):
@@ -64,7 +64,10 @@ def fetch(args, names, ranks):
             with fsdp.agreed(ranks):
                 try:
                     if turn:
-                        setattr(args, name, snapshot_download(path, ignore_patterns=UNREAD))
+                        folder = snapshot_download(path, ignore_patterns=[*UNREAD, "*.bin"])
+                        if not any(Path(folder).glob("*.safetensors")):  # old: pickles only
+                            folder = snapshot_download(path, ignore_patterns=UNREAD)
+                        setattr(args, name, folder)
                 except Exception as error:  # no network, no such model, no permission, ...
                     hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
                     raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
@@ -89,6 +92,63 @@ def _stored_names(model, tensors, new):
                 return None
         names[f"{wrapper}.{name}"] = stored
     return names
+
+
+def read_causal_lm(path, option="policy", dtype=torch.float32):
+    """A causal LM with its weights, on the CPU, dropout off. Raises UserError."""
+    causal_lm_config(path, option)
+    model, missing = _read(AutoModelForCausalLM, path, option, dtype=dtype)
+    _require_weights(missing, path, option)
+    return model
+
+
+def read_classifier(path, option="reward_model"):
+    """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError."""
+    kinds = ", ".join(classifier_config(path, option).architectures or ["no architecture"])
+    model, missing = _read(AutoModelForSequenceClassification, path, option)
+    some = ", ".join(sorted(missing)[:3])
+    require(not missing, f"--{option} {path}: not a reward model: {kinds} without {some}")
+    return model
+
+
+def classifier_from_causal_lm(path, seed, option="policy"):
+    """A classifier whose backbone is a causal LM's and whose head is new (`new_head`). Raises
+    UserError where weights of the backbone are missing."""
+    model, missing = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
+    new = new_head(model, seed)
+    _require_weights(set(missing) - set(new), path, option)
+    with torch.no_grad():
+        for name, value in new.items():
+            model.get_parameter(name).copy_(value)
+    return model
+
+
+def new_head(classifier, seed):
+    """{name: value} of a classifier's last layer, weights drawn from the seed, bias 0."""
+    head, generator = scalar_head(classifier), seeded("head", seed)
+    weight = torch.empty(head.weight.shape)
+    weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
+    names = {parameter: name for name, parameter in classifier.named_parameters()}
+    new = {names[head.weight]: weight}
+    return new if head.bias is None else new | {names[head.bias]: torch.zeros(head.bias.shape)}
+
+
+def _require_weights(missing, path, option):
+    some = ", ".join(sorted(missing)[:3])
+    require(not missing, f"--{option} {path}: {len(missing)} weights are missing: {some}")
+
+
+def _read(auto, path, option, dtype=torch.float32, **kwargs):
+    """(model, names of weights that the folder lacks); weights of another shape are an error."""
+    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, report = auto.from_pretrained(path, dtype=dtype, **loading, **kwargs)
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise UserError(f"--{option} {path}: cannot read the weights: {reason(error)}") from error
+    for name, shape, other in sorted(report["mismatched_keys"], key=str):
+        expected = f"expected {list(other)} by config.json"
+        raise UserError(f"--{option} {path}: {name} has shape {list(shape)}, {expected}")
+    return model.eval(), report["missing_keys"]
 
 
 class Slices:
@@ -122,7 +182,7 @@ class Whole:
     def local(self, name, parameter):
         """This rank's part of a DTensor parameter, on its device. A collective."""
         mesh, placements = parameter.device_mesh, parameter.placements
-        value = self.parameters.get(name, torch.empty(parameter.shape))
+        value = self.parameters[name] if self.parameters else torch.empty(parameter.shape)
         value = value.detach().float().to(mesh.device_type)
         return distribute_tensor(value, mesh, placements, src_data_rank=0).to_local()
 
@@ -136,7 +196,8 @@ def source_of(model, path, option, read, ranks, new=None):
     new = new or {}
     with fsdp.agreed(ranks):
         tensors = stored_tensors(path, option)
-        names = _stored_names(model, tensors, new) if tensors else None
+        plain = all(file.suffix == ".safetensors" for file in tensors.values())
+        names = _stored_names(model, tensors, new) if tensors and plain else None
         if names is not None:
             return Slices(tensors, names, new)
         return Whole(type(model)(read(path)) if ranks.is_main else None)

@@ -9,12 +9,10 @@ Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
     r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
                                    (reliability.py), all samples and those kept, by their weights
 Over one random sample of each prompt (`Meter.watched`), so whatever the filter keeps:
-    kl_k1, kl_k3                   nats per response (ppo.py), the sampler's log-probs against the
-                                   reference's
+    kl_k1, kl_k3                   nats per response, policy against reference (ppo.py)
+    sampler_kl                     nats per token (k3), the sampler's log-probs against training's
 Over kept samples, before the update (`Meter.kept`):
-    kl_kept                        k1 likewise, training's log-probs against the reference's: what
-                                   the reward has of it
-    sampler_kl                     nats per token (k3), sampler's log-probs against training's
+    kl_kept                        k1 likewise: what the reward has of it
     entropy                        nats per token
     explained_variance             of returns by old values
 Over the optimizer steps of the step (`Meter.losses`, `gradient`): policy_loss,
@@ -107,8 +105,10 @@ class Meter:
         """One random sample of each prompt: KL of the policy itself, whatever a filter keeps."""
         count = torch.tensor(float(len(rows)))
         for name, estimator in (("kl_k1", ppo.kl_k1), ("kl_k3", ppo.kl_k3)):
-            kl = estimator(rows.sampled_logp, rows.ref_logp)
+            kl = estimator(rows.old_logp, rows.ref_logp)
             self.add(name, (kl * rows.mask).double().sum(), count)
+        kl = ppo.kl_k3(rows.sampled_logp, rows.old_logp)
+        self.add("sampler_kl", (kl * rows.mask).sum(), rows.mask.sum())
 
     def kept(self, kept):
         """The survivors with all their old numbers. A collective."""
@@ -117,8 +117,6 @@ class Meter:
         self.add("entropy", (kept.entropy * tokens).sum(), tokens.sum())
         kl = ppo.kl_k1(kept.old_logp, kept.ref_logp)
         self.add("kl_kept", (kl * tokens).sum(), alive.sum())
-        kl = ppo.kl_k3(kept.sampled_logp, kept.old_logp)
-        self.add("sampler_kl", (kl * tokens).sum(), tokens.sum())
         if kept.old_values is not None:
             how = kept.mask * kept.weights[:, None], sum_over_ranks
             explained = ppo.explained_variance(kept.old_values, kept.returns, *how)

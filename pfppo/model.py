@@ -15,10 +15,11 @@ Not covered: encoder-decoder models, heads with a bias that depends on the posit
 
 import contextlib
 import json
+import re
+import zipfile
 from pathlib import Path
 
 from pfppo.config import UserError, reason, require, require_folder
-from pfppo.rollout import seeded
 
 import torch
 import transformers
@@ -26,8 +27,11 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILES = ("model.safetensors", "model.safetensors.index.json")  # of weights, the first counts
+FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json")
 LEAST = torch.finfo(torch.float32).min  # logit of an id that is never sampled
 CHUNK = 1 << 24  # logits that exist at one time: 64 MiB in fp32, and a few copies of it
 
@@ -102,12 +106,17 @@ class ScalarModel(nn.Module):
     def __init__(self, classifier, mean=0.0, std=1.0):
         super().__init__()
         self.classifier, self.mean, self.std = classifier, mean, std
-        self.exact = [scalar_head(classifier)]  # modules whose weights stay fp32 in forward passes
+        head = scalar_head(classifier)
+        head.register_forward_pre_hook(lambda head, given: given[0].float())
+        self.exact = [head]  # modules whose weights stay fp32 in forward passes
 
-    def forward(self, ids, positions):
-        """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32."""
+    def forward(self, ids, positions=None):
+        """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32. Without positions the one that
+        the classifier itself gives: [B, 1, 1]."""
+        if positions is None:
+            return (self.classifier(input_ids=ids).logits[:, None].float() - self.mean) / self.std
         hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        raw = scalar_head(self.classifier)(positions_of(hidden, positions).float())
+        raw = scalar_head(self.classifier)(positions_of(hidden, positions))
         return (raw.float() - self.mean) / self.std
 
 
@@ -123,10 +132,19 @@ def read_config(path, option):
     """The transformers configuration in a directory. Raises UserError naming the option."""
     require_folder(path, option)
     try:
-        return transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # a damaged file fails in a dozen ways
         what = "not a model of transformers"
         raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
+    text, here = config.get_text_config(), f"--{option} {path}: "
+    rows, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
+    require(rows, f"{here}{config.model_type} is no language model")
+    quantised = "its weights are quantised (quantization_config), expected plain ones"
+    require(not getattr(config, "quantization_config", None), here + quantised)
+    beyond = f"pad_token_id {pad} of its config.json is beyond the {rows} rows of its embedding: "
+    beyond += "name another, or save it after resize_token_embeddings"
+    require(pad is None or pad < rows, here + beyond)
+    return config
 
 
 def read_generation_config(path, option="policy"):
@@ -139,40 +157,61 @@ def read_generation_config(path, option="policy"):
         return None
 
 
+def weight_files(folder, option):
+    """The files of a folder's weights, as transformers picks them: what config.json names, else
+    safetensors before pickles, and a single file before an index. [] where there are none."""
+    folder, named = Path(folder), getattr(read_config(folder, option), "transformers_weights", None)
+    first = next(
+        (folder / n for n in ([named] if named else FILES) if (folder / n).is_file()), None
+    )
+    if first is None or first.suffix != ".json":
+        return [first] if first else []
+    try:
+        return [folder / n for n in sorted({*json.loads(first.read_text())["weight_map"].values()})]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"--{option} {first}: damaged: {reason(error)}") from error
+
+
 def stored_tensors(folder, option):
-    """{name: file} of all tensors in a folder's safetensors, by their headers. As transformers has
-    it, a single file comes before an index. Raises UserError naming the file that is damaged."""
-    folder, names = Path(folder), []
-    if (folder / SINGLE).is_file():
-        names = [SINGLE]
-    elif (folder / INDEX).is_file():
-        try:
-            index = json.loads((folder / INDEX).read_text())["weight_map"]
-            names = sorted(set(index.values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"--{option} {folder / INDEX}: damaged: {reason(error)}") from error
+    """{name: file} of all tensors in a folder's files, by their headers. Raises UserError naming
+    the file that is damaged."""
     stored = {}
-    for path in (folder / name for name in names):
+    for path in weight_files(folder, option):
         require(path.is_file(), f"--{option} {folder}: there is no file {path.name}")
         try:
-            with safe_open(path, "pt") as file:
-                stored |= dict.fromkeys(file.keys(), path)
+            stored |= dict.fromkeys(read_tensors(path), path)
         except Exception as error:  # safetensors has an exception of its own
             size = f"damaged or cut short, {path.stat().st_size} bytes"
             raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
     return stored
 
 
+def read_tensors(path, names=()):
+    """{name: tensor} of a file of weights, where there are such; without names {name: None}."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            return {
+                n: file.get_tensor(n) if names else None
+                for n in file.keys()
+                if n in names or not names
+            }
+    how = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path), "weights_only": True}
+    return {n: x for n, x in torch.load(path, **how).items() if n in names or not names}
+
+
 def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
     """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
     config = read_config(path, option).get_text_config()
-    names = ["max_position_embeddings"]
-    if "longrope" in str(getattr(config, "rope_parameters", None)):
-        names.append("original_max_position_embeddings")  # beyond it, padding changes frequencies
-    for name in names:
-        positions = getattr(config, name, None) or longest
+    rope = str(getattr(config, "rope_parameters", None))  # one dict, or one for each kind of layer
+    limits = {n: getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len")}
+    if "longrope" in rope:  # beyond its first length, padding changes frequencies
+        name = "original_max_position_embeddings"
+        found = [int(n) for n in re.findall(rf"'{name}': (\d+)", rope)]
+        limits[name] = min([*found, getattr(config, name, None) or longest])
+    for name, positions in limits.items():
         expected = f"expected at most {positions}, the {name} of its config.json"
-        require(longest <= positions, f"--{option} {path}: {what} is {longest} tokens, {expected}")
+        fits = not positions or longest <= positions
+        require(fits, f"--{option} {path}: {what} is {longest} tokens, {expected}")
 
 
 def check_cache(path, option="policy"):
@@ -213,14 +252,22 @@ def without_weights():
         nn.Module.register_parameter = original
 
 
+def _require_kind(config, kinds, what):
+    family = f"of the family {config.model_type} transformers has no {what}"
+    require(type(config) in kinds, f"{config.name_or_path}: {family}")
+
+
 def empty_causal_lm(config, dtype=torch.float32):
     """The causal LM of a configuration: structure without weights, parameters on meta."""
+    _require_kind(config, transformers.MODEL_FOR_CAUSAL_LM_MAPPING, "causal LM")
     with without_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def empty_classifier(config):
     """The sequence classifier with one label of a configuration, parameters on meta."""
+    kinds = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    _require_kind(config, kinds, "sequence classifier, which reward model and critic are")
     config.num_labels = 1
     with without_weights():
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
@@ -237,32 +284,30 @@ def causal_lm_config(path, option="policy"):
     classifies = "SequenceClassification" in kinds
     require(not classifies, f"--{option} {path}: not a causal LM but a {kinds}")
     if config.get_text_config().tie_word_embeddings:
-        tied = empty_causal_lm(config).get_expanded_tied_weights_keys(all_submodels=True)
-        for pair in tied.items():
-            both = _tensors(path, pair, option)
+        model, stored = empty_causal_lm(config), stored_tensors(path, option)
+        names = parameter_names(model, stored)
+        for pair in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            keys = [key for name in pair for key in names.get(name, [])[:1]]
+            both = [read_tensors(stored[key], [key])[key] for key in keys]
+            if len(both) == 2 and both[0].shape != both[1].shape:
+                shapes = f"{list(both[0].shape)} and {list(both[1].shape)}"
+                why = "config.json ties them: expected equal shapes, or tie_word_embeddings false"
+                raise UserError(f"--{option} {path}: {' and '.join(pair)} have {shapes}, {why}")
             if len(both) == 2 and not torch.equal(*both):
                 config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     return config
 
 
-def _tensors(path, names, option):
-    """Those of the named tensors that a folder's files hold: safetensors, or else pickled ones."""
-    stored, tensors = stored_tensors(path, option), []
-    for name in (name for name in names if name in stored):
-        with safe_open(stored[name], "pt") as file:
-            tensors.append(file.get_tensor(name))
-    for file in [] if stored else sorted(Path(path).glob("pytorch_model*.bin")):
-        pickled = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        tensors += [pickled[name] for name in names if name in pickled]
-    return tensors
-
-
-def read_causal_lm(path, option="policy", dtype=torch.float32):
-    """A causal LM with its weights, on the CPU, dropout off. Raises UserError."""
-    causal_lm_config(path, option)
-    model, missing = _read(AutoModelForCausalLM, path, option, dtype=dtype)
-    _require_weights(missing, path, option)
-    return model
+def parameter_names(model, stored):
+    """{parameter: [names in the files]} as transformers renames what it reads, with or without the
+    prefix of the backbone."""
+    steps, names, known = get_model_conversion_mapping(model), {}, model.state_dict()
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    for key in stored:
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        names.setdefault(key if name not in known and key in known else name, []).append(key)
+    return names
 
 
 def classifier_config(path, option="reward_model"):
@@ -276,52 +321,3 @@ def classifier_config(path, option="reward_model"):
     what = f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}"
     require(config.num_labels == 1, what)
     return config
-
-
-def read_classifier(path, option="reward_model"):
-    """A sequence classifier with one label, read strictly, fp32, on the CPU. Raises UserError."""
-    kinds = ", ".join(classifier_config(path, option).architectures or ["no architecture"])
-    model, missing = _read(AutoModelForSequenceClassification, path, option)
-    some = ", ".join(sorted(missing)[:3])
-    require(not missing, f"--{option} {path}: not a reward model: {kinds} without {some}")
-    return model
-
-
-def classifier_from_causal_lm(path, seed, option="policy"):
-    """A classifier whose backbone is a causal LM's and whose head is new (`new_head`). Raises
-    UserError where weights of the backbone are missing."""
-    model, missing = _read(AutoModelForSequenceClassification, path, option, num_labels=1)
-    new = new_head(model, seed)
-    _require_weights(set(missing) - set(new), path, option)
-    with torch.no_grad():
-        for name, value in new.items():
-            model.get_parameter(name).copy_(value)
-    return model
-
-
-def new_head(classifier, seed):
-    """{name: value} of a classifier's last layer, weights drawn from the seed, bias 0."""
-    head, generator = scalar_head(classifier), seeded("head", seed)
-    weight = torch.empty(head.weight.shape)
-    weight.normal_(std=(head.in_features + 1) ** -0.5, generator=generator)
-    names = {parameter: name for name, parameter in classifier.named_parameters()}
-    new = {names[head.weight]: weight}
-    return new if head.bias is None else new | {names[head.bias]: torch.zeros(head.bias.shape)}
-
-
-def _require_weights(missing, path, option):
-    some = ", ".join(sorted(missing)[:3])
-    require(not missing, f"--{option} {path}: {len(missing)} weights are missing: {some}")
-
-
-def _read(auto, path, option, dtype=torch.float32, **kwargs):
-    """(model, names of weights that the folder lacks); weights of another shape are an error."""
-    loading = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, report = auto.from_pretrained(path, dtype=dtype, **loading, **kwargs)
-    except Exception as error:  # a damaged file fails in a dozen ways
-        raise UserError(f"--{option} {path}: cannot read the weights: {reason(error)}") from error
-    for name, shape, other in sorted(report["mismatched_keys"], key=str):
-        expected = f"expected {list(other)} by config.json"
-        raise UserError(f"--{option} {path}: {name} has shape {list(shape)}, {expected}")
-    return model.eval(), report["missing_keys"]

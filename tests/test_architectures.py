@@ -125,8 +125,7 @@ def test_it_is_trained_on_what_it_sampled(run):
         assert row["ratio_first_minibatch"] == 1
         assert row["grad_norm_actor"] > 0 and row["grad_norm_critic"] > 0
         assert row["skipped_updates"] == row["empty_steps"] == 0
-    assert abs(rows[0]["kl_k1"]) < 1e-4  # by the sampler's log-probs
-    assert abs(rows[1]["kl_k1"]) > 10 * abs(rows[0]["kl_k1"])  # the policy moves, not the reference
+    assert rows[0]["kl_k1"] == 0 and rows[1]["kl_k1"] != 0  # the policy moves, not the reference
 
 
 def shapes_of(folder):

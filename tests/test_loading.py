@@ -94,7 +94,7 @@ def check_slices(ranks, checkpoints):
     args = args_of(str(checkpoints / "llama"), str(checkpoints / "rm"))
     (scalar,) = load_scalars(args, tokens_of(), ranks, [True])
     same(scalar, ScalarModel(tiny_classifier("llama")))
-    whole = networks.classifier_from_causal_lm(args.policy, args.seed)
+    whole = loading.classifier_from_causal_lm(args.policy, args.seed)
     same(new_scalar(args, ranks), ScalarModel(whole))
 
 
@@ -169,7 +169,7 @@ def test_a_folder_gives_policy_frozen_reference_empty_copy_and_critic(
     with models.gathered(models.policy) as lm:
         assert torch.allclose(log_probs(Policy(lm)), wanted, atol=1e-5)
     assert models.reward_model is None and models.normalised is True
-    new = ScalarModel(networks.classifier_from_causal_lm(folder, 1))  # the policy with a new head
+    new = ScalarModel(loading.classifier_from_causal_lm(folder, 1))  # the policy with a new head
     assert torch.allclose(values(models.critic), values(new), atol=1e-5)
     values(models.critic).pow(2).mean().backward()
     assert all(p.grad is not None for p in models.critic.parameters())

@@ -73,8 +73,8 @@ def test_metrics_of_kept_rows_are_those_of_the_loop_and_padded_rows_change_none(
         meter.kept(rows)
         return row_of(meter)[0]
 
-    names = ("old_logp", "ref_logp", "entropy", "old_values", "returns", "sampled_logp")
-    numbers = torch.randn(6, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    names = ("old_logp", "ref_logp", "entropy", "old_values", "returns")
+    numbers = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0)).double()
     rows = Rollout(
         ids=torch.zeros(4, 7, dtype=torch.long),
         prompt_lengths=torch.ones(4, dtype=torch.long),
@@ -83,9 +83,7 @@ def test_metrics_of_kept_rows_are_those_of_the_loop_and_padded_rows_change_none(
         **dict(zip(names, numbers, strict=True)),
     )
     real = torch.arange(6) < torch.tensor([3, 0, 1, 4])[:, None]
-    off = (rows.old_logp - rows.sampled_logp)[real]
-    expected = {"sampler_kl": (off.exp() - 1 - off).mean()}  # per token
-    expected |= {"kl_kept": (rows.old_logp - rows.ref_logp)[real].sum() / 3}  # per response
+    expected = {"kl_kept": (rows.old_logp - rows.ref_logp)[real].sum() / 3}  # per response
     expected |= {"entropy": rows.entropy[real].mean()}
     found = measured(rows)
     assert found == pytest.approx(measured(rows.select(torch.tensor([0, 2, 3]))))
@@ -98,7 +96,8 @@ def test_the_kl_of_the_policy_is_that_of_one_random_sample_of_each_prompt_whatev
     kl, P, N = (logp.exp() * (logp - ref)).sum().item(), 4000, 5
     tokens = torch.multinomial(logp.exp(), P * N, True, generator=seeded("test"))
     rows = collate([[0]] * (P * N), tokens[:, None].tolist(), pad_id=0)
-    rows.sampled_logp, rows.ref_logp = logp[tokens][:, None], ref[tokens][:, None]
+    rows.old_logp, rows.ref_logp = logp[tokens][:, None], ref[tokens][:, None]
+    rows.sampled_logp = rows.old_logp - 0.1
     rewards, found = -tokens.view(P, N).float(), []  # token 0 is the best
     for world in (1, 2):
         sums = 0
@@ -106,13 +105,14 @@ def test_the_kl_of_the_policy_is_that_of_one_random_sample_of_each_prompt_whatev
             own = torch.arange(P * N).view(P, N)[rank.rank :: world].flatten()
             meter = Meter(rank)
             meter.watched(rows.select(own).one_of_each(rewards, rank, seeded("kl", 1)))
-            sums += torch.stack([meter.sums["kl_k1"], meter.sums["kl_k3"]])
+            sums += torch.stack([meter.sums[n] for n in ("kl_k1", "kl_k3", "sampler_kl")])
         found.append(sums[:, 0] / sums[:, 1])
         assert (sums[:, 1] == P).all()
-    assert torch.equal(*found)  # on any number of ranks
-    assert found[0].tolist() == pytest.approx([kl, kl], abs=0.03)
+    torch.testing.assert_close(*found)  # on any number of ranks
+    assert found[0][:2].tolist() == pytest.approx([kl, kl], abs=0.03)
+    assert found[0][2].item() == pytest.approx(math.exp(0.1) - 1 - 0.1, 1e-4)  # per token
     best = rewards.argmax(1) + N * torch.arange(P)
-    assert (rows.sampled_logp - rows.ref_logp)[best].mean() > 1.3 * kl  # what was measured before
+    assert (rows.old_logp - rows.ref_logp)[best].mean() > 1.3 * kl  # what was measured before
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

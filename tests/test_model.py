@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pfppo import model as networks
-from pfppo.model import Policy, ScalarModel, read_causal_lm, read_classifier
+from pfppo.loading import classifier_from_causal_lm, read_causal_lm, read_classifier
+from pfppo.model import Policy, ScalarModel
 from pfppo.rollout import collate
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_new_head_is_the_seeds_and_the_backbone_the_policys(lms, folders, arch
     states = []
     for number, seed in enumerate((3, 3, 4)):
         torch.manual_seed(number)  # the global state plays no part
-        states.append(networks.classifier_from_causal_lm(folders[architecture], seed))
+        states.append(classifier_from_causal_lm(folders[architecture], seed))
     first, again, other = states
     assert same_weights(first, again) and first.config.num_labels == 1
     for model in (lms[architecture], other):
@@ -188,7 +189,7 @@ def lose(part):
 
 
 def read_backbone(path, option):
-    return networks.classifier_from_causal_lm(path, 0, option)
+    return classifier_from_causal_lm(path, 0, option)
 
 
 LM, RM = (read_causal_lm, tiny_lm), (read_classifier, tiny_classifier)

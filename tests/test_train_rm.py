@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import train_ppo
 import train_rm
 from pfppo import data
-from pfppo.model import ScalarModel, read_classifier
+from pfppo.loading import read_classifier
+from pfppo.model import ScalarModel
 from pfppo.rollout import collate
 
 import pytest

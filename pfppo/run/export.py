@@ -12,12 +12,14 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 from pfppo.config import UserError, reason, require
-from pfppo.data import load_tokenizer
+from pfppo.data import Tokens, load_tokenizer
 from pfppo.files import write_json
 from pfppo.fsdp import full_state, on_main
-from pfppo.model import causal_lm_config, empty_causal_lm, read_classifier, read_generation_config
+from pfppo.loading import read_classifier
+from pfppo.model import causal_lm_config, empty_causal_lm, read_generation_config
 from pfppo.reward import RewardCard, load_card
 from pfppo.run import checkpoint
 
@@ -83,7 +85,9 @@ def from_run(run, folder):
     lm.generation_config = read_generation_config(path) or lm.generation_config
     if rm:
         model, tokenizer = read_classifier(rm), load_tokenizer(rm, "reward_model")
-        card = load_card(rm) or RewardCard(*state["normaliser"], "", "")
+        known = load_card(rm)
+        hashes = Tokens.of(SimpleNamespace(**args)).hashes()
+        card = known or RewardCard(*state["normaliser"], *hashes)
 
         def save_reward_model(temporary):
             _save(model, temporary / "reward_model", model.state_dict(), tokenizer)

@@ -51,9 +51,10 @@ def proving(option, path):
         raise UserError(f"{what}: {why}") from error
 
 
-def two_rows(tokens):
-    """Two rows of ids that may be sampled, of 7 and 4 tokens."""
-    usable = [i for i in range(tokens.rows) if i not in tokens.stop and i not in tokens.never]
+def two_rows(tokens, *others):
+    """Two rows of ids that may be sampled and are none of `others`, of 7 and 4 tokens."""
+    taken = {*tokens.stop, *tokens.never, *others}
+    usable = [i for i in range(tokens.rows) if i not in taken]
     drawn = torch.randint(len(usable), (11,), generator=seeded("proof"))
     ids = [usable[i] for i in drawn]
     return ids[:7], ids[7:]
@@ -98,26 +99,31 @@ def prove_policy(lm, tokens, policy=None):
 
 
 def prove_scalar(scalar, tokens, option, path, device):
-    """Raise UserError unless the scalars of a row are those of the row alone, and of its start. A
-    collective."""
-    rows = two_rows(tokens)
+    """Raise UserError unless the scalars of a row are those of the row alone, and of its start, and
+    the last one is the score that the classifier itself gives. A collective."""
+    rows = two_rows(tokens, scalar.classifier.config.get_text_config().pad_token_id)
     with proving(option, path):
         batch = collate([row[:1] for row in rows], [row[1:] for row in rows], tokens.pad, device)
         places = torch.arange(batch.ids.shape[1], device=device)[None]
         beside = scalar(batch.ids, places.expand(2, -1))[..., 0]
+        spread = torch.cat([x[: len(row)] for row, x in zip(rows, beside, strict=True)]).std()
+
+        def compare(what, scalars, expected):
+            share = ((scalars - expected).abs().max() / spread).item()
+            require(share <= 0.1, f"{what} differ by {share:.2g} of the scalars' spread")
+
         for row, scalars in zip(rows, beside, strict=True):
             for length in (len(row), len(row) - 1):
                 ids = torch.tensor([row[:length]], device=device)
-                differences = scalars[:length] - scalar(ids, places[:, :length])[0, :, 0]
-                share = (differences.abs().max() / scalars.abs().mean()).item()
-                far = f"scalars of a row alone and beside a longer one differ by {share:.2g} of it"
-                require(share <= 0.05, far)
+                alone = scalar(ids, places[:, :length])[0, :, 0]
+                compare("scalars of a row alone and beside a longer one", scalars[:length], alone)
+                compare("scores here and of the classifier itself", alone[-1:], scalar(ids)[0, 0])
 
 
 def plain(cls, path, dtype, rows):
-    """A model as transformers reads its folder, without a pad id; and rows of ids one by one."""
+    """A model as transformers reads its folder, for which no id is padding; rows one by one."""
     model = cls.from_pretrained(path, dtype=dtype).to(rows.ids.device).eval()
-    model.config.get_text_config().pad_token_id = None
+    model.config.get_text_config().pad_token_id = -1
     ends = (rows.prompt_lengths + rows.lengths).tolist()
     return model, [ids[None, :end] for ids, end in zip(rows.ids, ends, strict=True)]
 

@@ -92,19 +92,17 @@ class Session:
             export.write_best(models, self.folder / "policy", examiner.tokens, self.ranks, best)
         return value
 
-    def check_sampler(self, kept):
+    def check_sampler(self, rows):
         """Raise UserError, in the first step, where the sampler's log-probs are not training's."""
         if self.checked:
             return
-        self.checked, tokens = True, (kept.mask * kept.weights[:, None]) > 0
+        self.checked, tokens = True, rows.mask > 0
         dtype = fsdp.compute_dtype(self.args.param_dtype, self.ranks)
         with fsdp.agreed(self.ranks):
-            if tokens.any():
-                logp = kept.old_logp[tokens]
-                difference, limit = apart(kept.sampled_logp[tokens], logp, dtype)
-                what = f"log-probs of sampler and training differ by {difference:.2g} nats"
-                more = f"expected at most {limit:.2g}: --selfcheck says more"
-                require(difference <= limit, f"--policy {self.args.policy}: {what}, {more}")
+            difference, limit = apart(rows.sampled_logp[tokens], rows.old_logp[tokens], dtype)
+            what = f"log-probs of sampler and training differ by {difference:.2g} nats"
+            more = f"expected at most {limit:.2g}: --selfcheck says more"
+            require(difference <= limit, f"--policy {self.args.policy}: {what}, {more}")
 
     def check_stop(self, *_):
         """Raise Stopped if this rank has been asked to end. No collective: see `may_give_up`."""

@@ -27,8 +27,8 @@ def peak():
 
 def worker(folder, how):
     from pfppo.fsdp import init_ranks, shard
-    from pfppo.loading import Whole, source_of
-    from pfppo.model import Policy, empty_causal_lm, read_causal_lm, read_config
+    from pfppo.loading import Whole, read_causal_lm, source_of
+    from pfppo.model import Policy, empty_causal_lm, read_config
 
     import torch
     from transformers import AutoModelForCausalLM
