@@ -11,7 +11,7 @@ import eval_code
 import train_ppo
 from pfppo.config import UserError
 from pfppo.data import Tokens
-from pfppo.model import check_positions
+from pfppo.model import causal_lm_config, check_positions
 
 import families
 import pytest
@@ -73,6 +73,45 @@ def pickled(folder, other=False):
     (folder / "model.safetensors").unlink()
 
 
+def stale_pickle(folder):
+    """A single pickle of another training beside pickled shards: transformers reads the single."""
+    sharded(folder)
+    (folder / "stale.safetensors").rename(folder / "model.safetensors")
+    pickled(folder)
+    index = folder / "model.safetensors.index.json"
+    for shard in folder.glob("model-*.safetensors"):
+        torch.save(load_file(shard), shard.with_suffix(".bin"))
+        shard.unlink()
+    text = index.read_text().replace(".safetensors", ".bin")
+    (folder / "pytorch_model.bin.index.json").write_text(text)
+    index.unlink()
+
+
+def change(folder, **values):
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def named(folder):
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    untied(folder, True)
+    change(folder, transformers_weights="other.safetensors")
+
+
+def bare(folder):
+    """Names without the backbone's, as base models are saved; and another head."""
+    untied(folder, True)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def renamed(folder):
+    """A family whose names in files are not those of its modules, with another head."""
+    other_model(folder, "gpt_neox")
+    change(folder, tie_word_embeddings=True)
+
+
 FORMS = {
     "single": lambda folder: None,
     "shards": sharded,
@@ -81,6 +120,10 @@ FORMS = {
     "tied, with another head": lambda folder: untied(folder, True),
     "pickled": pickled,
     "pickled, tied, with another head": lambda folder: pickled(folder, True),
+    "a stale pickle beside pickled shards": stale_pickle,
+    "a file that config.json names": named,
+    "bare names, tied, with another head": bare,
+    "other names, tied, with another head": renamed,
 }
 
 
@@ -88,6 +131,8 @@ FORMS = {
 def test_a_policy_that_learns_nothing_is_what_transformers_reads(tiny, folder, tmp_path, form):
     FORMS[form](folder)
     sizes = {"prompts_per_step": 1, "samples_per_prompt": 4, "minibatch": 2, "max_new_tokens": 4}
+    sizes |= {"reward_model": ""} if form.startswith("other names") else {}
+    sizes |= {"reward": "noisy:middle"} if form.startswith("other names") else {}
     run(train_ppo, *options(tiny, tmp_path / "run", **BARE | sizes, policy=folder))
     run(train_ppo, "--run_dir", tmp_path / "run", "--export", tmp_path / "out")
     ids = torch.tensor([[5, 6, 7, 8, 9]])
@@ -138,9 +183,25 @@ def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(folder):
     assert refused(tokens.response, [5], "b<extra>", "here").startswith(line)
 
 
+NEVER = {  # what config.json says: the line
+    "its weights are quantised": {"quantization_config": {"quant_method": "fp8"}},
+    "pad_token_id 600 .* beyond the 512 rows": {"pad_token_id": 600},
+    "lm_head.weight and model.embed_tokens.weight have": {},  # a head of another shape
+}
+
+
+@pytest.mark.parametrize("line", NEVER)
+def test_a_folder_that_cannot_be_read_as_it_says_is_one_line(folder, line):
+    if not NEVER[line]:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"][:-3].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change(folder, **NEVER[line])
+    assert re.search(f"^--policy {folder}: {line}", refused(causal_lm_config, folder))
+
+
 def test_a_policy_that_could_never_end_is_refused(folder):
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 600}
-    (folder / "config.json").write_text(json.dumps(config))
+    change(folder, eos_token_id=600)
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"eos_token": "<|beyond|>"})
@@ -184,11 +245,41 @@ def test_a_family_that_cannot_be_used_rightly_is_one_line(tiny, tmp_path, option
     assert not (tmp_path / "run").exists()
 
 
-def test_longrope_beyond_its_first_length_is_refused(folder):
+def test_a_reward_model_that_looks_ahead_is_refused_whatever_its_offset_and_in_evaluation(
+    tiny, tmp_path
+):
+    folder = shutil.copytree(tiny / "rm", tmp_path / "rm")
+    other_model(folder, "bert", AutoModelForSequenceClassification, **SCALAR)
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"] += 30
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "reward_model.json").unlink()
+    line = f"--reward_model {folder}: .*causal decoder"
+    with pytest.raises(UserError, match=line):
+        run(train_ppo, *options(tiny, tmp_path / "run", reward_model=folder))
+    models = ("--policy", tiny / "policy", "--reward_model", folder)
+    problems = ("--problems", tiny / "held_out.jsonl", "--out", tmp_path / "run")
+    with pytest.raises(UserError, match=line):
+        run(eval_code, *models, *problems)
+    short = {"n_positions": 16, "max_position_embeddings": 16}
+    other_model(folder, "gpt2", AutoModelForSequenceClassification, **SCALAR | short)
+    with pytest.raises(UserError, match=f"--reward_model {folder}: .*expected at most 16"):
+        run(eval_code, *models, *problems)
+
+
+def test_a_family_without_a_classifier_is_one_line_where_a_critic_is_needed(tiny, folder, tmp_path):
+    other_model(folder, "codegen", n_positions=256)
+    argv = options(tiny, tmp_path / "run", policy=folder, reward_model="", reward="noisy:middle")
+    with pytest.raises(UserError, match="family codegen transformers has no sequence classifier"):
+        run(train_ppo, *argv)
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])  # the length in the config, in its rope
+def test_longrope_beyond_its_first_length_is_refused(folder, family):
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
-    long = {"original_max_position_embeddings": 40}
-    other_model(folder, "phi3", rope_parameters=rope | factors, **long)
+    long = {"original_max_position_embeddings": 40} if family == "phi3" else {}
+    other_model(folder, family, rope_parameters=rope | factors, **long)
     check_positions(folder, "policy", 40)
     message = refused(check_positions, folder, "policy", 41)
     assert "expected at most 40, the original_max_position_embeddings" in message

@@ -221,7 +221,7 @@ def score(prompts, responses, problems):
     if int(os.environ["RANK"]) == 1:
         with open(calls, "a") as file:
             file.write(".")
-        if len(calls.read_text()) > 4 and not mark.exists():
+        if len(calls.read_text()) > 5 and not mark.exists():  # in step 4: one try, one probe
             mark.write_text("")
             os._exit(9)
     return [len(response) % 7 for response in responses]
