@@ -45,14 +45,18 @@ def load_tokenizer(path, option="policy"):
 
     Where there is a tokenizer.json it counts. The class that transformers chooses by the model's
     family or by a name in tokenizer_config.json may cut text otherwise, or even lose its blanks.
+    What it puts around a text (BOS) stays, if its ids are the file's.
     """
     require_folder(path, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file and isinstance(tokenizer, PreTrainedTokenizerFast):
-            if _rules(tokenizer.backend_tokenizer) != _rules(Tokenizer.from_file(file)):
+            chosen, said = tokenizer.backend_tokenizer, Tokenizer.from_file(file)
+            if _rules(chosen) != _rules(said):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+                if said.get_vocab().items() <= chosen.get_vocab().items():
+                    tokenizer.backend_tokenizer.post_processor = chosen.post_processor
     except Exception as error:  # a damaged file fails in a dozen ways
         what = "cannot read the tokenizer"
         raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
@@ -219,13 +223,24 @@ def render(prompt, tokenizer, style):
             roles = ", ".join(turn["role"] for turn in turns)
             why = f"--prompt_style chat: the chat template refuses the messages ({roles}):"
             raise UserError(f"{why} {reason(error)}") from error
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode(tokenizer, text)
     text = only_text(prompt)
     text = DEEPSEEK.format(prompt=text) if style == "deepseek" else text
-    rendered = tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not rendered)["input_ids"]  # one BOS is enough
-    # Some tokenizers close every text with EOS; a prompt goes on.
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    begin, ids = _beginning(tokenizer), encode(tokenizer, text)
+    rendered = encode(tokenizer, text.lstrip())[: len(begin)] == begin  # one BOS is enough
+    return ids if rendered else begin + ids
+
+
+def encode(tokenizer, text):
+    """The ids of a text alone."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _beginning(tokenizer):
+    """The ids that a tokenizer puts before any text. (Those it puts behind one, some put EOS, would
+    end a prompt.)"""
+    whole, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    return whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)]
 
 
 @dataclass(frozen=True)

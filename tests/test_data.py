@@ -33,7 +33,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 EOS = "<eos>"
 STYLES = ("plain", "chat", "deepseek")
@@ -305,20 +305,20 @@ CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def sentencepiece():
+def sentencepiece(marks=(), **special):
     """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
     inner, blank = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), "\u2581"
     written = normalizers.Prepend(blank), normalizers.Replace(" ", blank)
     read = decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()
     inner.normalizer = normalizers.Sequence(list(written))
     inner.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)])
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *marks]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
     inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
     whole = json.loads(inner.to_str())  # bytes are no special tokens
     whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
     inner = Tokenizer.from_str(json.dumps(whole))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
@@ -390,13 +390,29 @@ def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tmp_path, end):
         assert tokens.decode([prompt], [response]) == ["return 1"]
 
 
-def test_text_that_was_rendered_before_gets_no_second_beginning():
-    tokenizer = sentencepiece()
-    begins = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begins)
+@pytest.mark.parametrize("named", [True, False])  # else only its post-processor knows the BOS
+def test_text_that_was_rendered_before_gets_no_second_beginning(named):
+    tokenizer = sentencepiece(**({} if named else {"bos_token": None}))
+    around = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**around)
     tokens = conftest.tokens_of(tokenizer)
-    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
-        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
+    for text in ("<s>[INST] f [/INST]", "\n<s>[INST] f [/INST]", "[INST] f [/INST]", ""):
+        ids = tokens.prompt(text, "here")
+        assert ids.count(1) == 1 and ids.count(2) == 0
+    # An end that the text has itself stays, as between the turns of a dialogue.
+    assert tokens.prompt("<s>[INST] f [/INST] g</s>", "here").count(2) == 1
+
+
+def test_a_prompt_begins_as_transformers_begins_it_whatever_class_cuts_the_text(tmp_path):
+    sentencepiece().save_pretrained(tmp_path)  # says nothing of what is put around a text
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "CodeLlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = AutoTokenizer.from_pretrained(tmp_path)("  x")["input_ids"]
+    tokens = conftest.tokens_of(load_tokenizer(tmp_path))
+    assert tokens.prompt("  x", "here")[0] == named[0] == tokens.tokenizer.bos_token_id
+    load_tokenizer(tmp_path).save_pretrained(tmp_path)  # as an export does
+    assert load_tokenizer(tmp_path)("  x")["input_ids"] == tokens.prompt("  x", "here")
 
 
 # ----------------------------------------------------------------------------- what a step sees
