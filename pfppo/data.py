@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pfppo.config import UserError, reason, require, require_folder
 from pfppo.model import check_cache, check_positions, read_config, stop_ids
-from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
+from pfppo.problems import load_pairs, load_prompts, marks_thought, only_text, prompt_text
 from pfppo.reward import BY_TESTS
 from pfppo.rollout import seeded
 
@@ -173,13 +173,19 @@ class Tokens:
 
         Some tokenizers drop the first blank of a text (SentencePiece: Llama 2, Mistral, ...), which
         in code is an indent: so prompt and response are decoded together, and the prompt cut off.
+        Special tokens have no text, but for marks of thought.
         """
-        texts, how = [], PLAIN | {"skip_special_tokens": True}
+        added, texts = self.tokenizer.added_tokens_decoder.items(), []
+        silent = {i for i, token in added if token.special and not marks_thought(token.content)}
+
+        def said(ids):
+            return self.tokenizer.decode([i for i in ids if i not in silent], **PLAIN)
+
         for prompt, ids in zip(prompts, responses, strict=True):
             ids = ids[: self._length(ids)]
-            before, whole = (self.tokenizer.decode(x, **how) for x in (prompt, [*prompt, *ids]))
+            before, whole = said(prompt), said([*prompt, *ids])
             fits = whole.startswith(before)
-            texts.append(whole[len(before) :] if fits else self.tokenizer.decode(ids, **how))
+            texts.append(whole[len(before) :] if fits else said(ids))
         return texts
 
     def hashes(self, tokenizer=None):

@@ -16,7 +16,8 @@ from pfppo.data import (
     render,
     step_prompts,
 )
-from pfppo.problems import assemble, load_problems
+from pfppo.problems import Problem, assemble, load_problems
+from pfppo.problems.extract import extract_code
 from pfppo.sandbox import Sandbox
 
 import conftest
@@ -360,6 +361,24 @@ def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not(
     word, mark = (tokenizer(text)["input_ids"] for text in "x:")
     tokens = conftest.tokens_of(tokenizer, stop=[mark[0], tokenizer.eos_token_id])
     assert tokens.decode([[5], [5]], [[*word, end] for end in tokens.stop]) == ["x", "x"]
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece])
+def test_a_thought_is_no_answer_where_its_marks_are_special_tokens(make, special):
+    tokenizer, problem = make(), Problem("t", "", "f", "", "")
+    marks = ["<think>", "</think>", "[THINK]", "[/THINK]"]
+    tokenizer.add_tokens(marks, special_tokens=special)
+    tokenizer.add_tokens(["<|fim|>"], special_tokens=True)  # says nothing
+    tokens = conftest.tokens_of(tokenizer)
+    for begin, end in (marks[:2], marks[2:]):
+        prompt = tokens.prompt(f"Write f.{begin}\n", "here")  # some templates begin the thought
+        for before in ("", begin, f"x{end}{begin}"):
+            said = f"{before}def f():\n    return 0{end}def f():<|fim|>\n    return 1\n"
+            (text,) = tokens.decode([prompt], [tokens.response(prompt, said, "here")])
+            program = {}
+            exec(extract_code(text, problem), program)
+            assert program["f"]() == 1
 
 
 TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
