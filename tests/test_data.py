@@ -381,32 +381,77 @@ def test_a_thought_is_no_answer_where_its_marks_are_special_tokens(make, special
             assert program["f"]() == 1
 
 
-TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
-    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}",
-    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
-    "<end_of_turn>\n{% endfor %}",
-    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-    EOS: "{{ messages[0].content }}",  # says nothing of an end
+GENERATION = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + GENERATION
+)
+GEMMA = CHATML.replace("m.content", "m.content | trim").replace("<|im_end|>", "<end_of_turn>")
+LLAMA2 = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
+)
+QWEN3 = CHATML.replace(
+    "{{ m.content", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content"
+)
+TEMPLATES = {  # family: (template, how it ends an assistant's turn)
+    "chatml": (CHATML, "<|im_end|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "llama2": (LLAMA2, "</s>"),
+    "qwen3": (QWEN3, "<|im_end|>"),
+    "silent": ("{{ messages[0].content }}", None),  # says nothing of an end, nor of an answer
 }
 
 
-@pytest.mark.parametrize("end", TEMPLATES)
-def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tmp_path, end):
-    tokenizer = make_tokenizer(TEMPLATES[end])
-    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
-    tokenizer.save_pretrained(tmp_path)
-    known = {"vocab_size": len(tokenizer), "eos_token_id": [0, len(tokenizer) - 1]}
-    tiny_config("llama", **known).save_pretrained(tmp_path)
-    args = SimpleNamespace(policy=tmp_path, prompt_style="chat", max_prompt_tokens=99)
-    tokens = Tokens.of(args)
-    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
+def policy_with(tokenizer, folder, stop):
+    """Tokens of a policy whose folder names these ends, in style chat, and what was said."""
+    tokenizer.save_pretrained(folder)
+    tiny_config("llama", vocab_size=len(tokenizer), eos_token_id=stop).save_pretrained(folder)
+    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
+    said = []
+    return Tokens.of(args, said.append), said
+
+
+@pytest.mark.parametrize("named", [True, False])  # as after training of a base model
+@pytest.mark.parametrize("marks", [(), ("[INST]", "[/INST]", "<|start|>", "<think>", "</think>")])
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece])
+def test_a_pair_s_response_has_the_ids_that_the_template_gives_a_turn(
+    tmp_path, make, family, marks, named
+):
+    template, end = TEMPLATES[family]
+    tokenizer = make()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, *([end] if end else [])]})
+    eos = tokenizer.eos_token_id
+    last = tokenizer.convert_tokens_to_ids(end) if end else eos
+    tokens, said = policy_with(tokenizer, tmp_path, sorted({eos, last}) if named else eos)
+    assert (tokens.end, tokens.stop) == (last, sorted({eos, last}))
+    assert [repr(end) in line for line in said] == [True] * (last != eos and not named)
     prompt = tokens.prompt("f", "here")
+    rendered = tokenizer.apply_chat_template(
+        answered([turn("user", "f")], "return 1"), tokenize=False
+    )
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
-        response = tokens.response(prompt, text, "here")
-        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
-        assert tokens.decode([prompt], [response]) == ["return 1"]
+        response = tokens.response(prompt, text if end else "return 1", "here")
+        assert response[-1] == last and sum(i in tokens.stop for i in response) == 1
+        (said,) = tokens.decode([prompt], [response])
+        assert said.rpartition("</think>")[2].strip() == "return 1"
+        if end and text == "return 1":
+            assert whole[: len(prompt)] == prompt
+            assert response == whole[len(prompt) : len(prompt) + len(response)]
+    # What a policy writes behind its end is no text.
+    assert tokens.decode([prompt], [[*response, *response]]) == [said]
+
+
+@pytest.mark.parametrize("template", [GEMMA, LLAMA2, CHATML])
+def test_an_indent_that_a_template_strips_stays_in_a_response(tmp_path, template):
+    tokenizer, text = make_tokenizer(template), "    if x:\n        return 1"
+    tokens, _ = policy_with(tokenizer, tmp_path, tokenizer.eos_token_id)
+    prompt = tokens.prompt("f", "here")
+    (said,) = tokens.decode([prompt], [tokens.response(prompt, text, "here")])
+    assert said.startswith(text)
 
 
 @pytest.mark.parametrize("named", [True, False])  # else only its post-processor knows the BOS
