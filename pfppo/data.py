@@ -1,8 +1,8 @@
 """Text and token ids: one reading of a tokenizer for RM, PPO and evaluation; the order of prompts.
 
 A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer is
-executed as a whole program, not as what continues the prompt. A response is no part of a template:
-its ids are those that the policy would have written, with EOS.
+executed as a whole program, not as what continues the prompt. A response's ids are those that the
+policy would have written, with EOS.
 
 What a step sees is a function of (seed, step): epochs are permutations, and the part of an epoch
 that does not fill a step is left out. So there is no data cursor to save but the step itself, and a
@@ -91,7 +91,7 @@ class Tokens:
         none = f"--policy {path}: no end-of-sequence id is below the {rows} rows of its table"
         require(ends, none)
         end = end_of_turn(tokenizer, ends, style)
-        end = end if end < rows else ends[0]
+        end = end if end < rows else end_of_turn(tokenizer, ends, "plain")
         stop = sorted({*ends, end})
         if stop != ends:  # EOS of the model that was trained on the template, as a rule
             token = tokenizer.convert_ids_to_tokens(end)
@@ -192,10 +192,8 @@ class Tokens:
         tokenizer = tokenizer or self.tokenizer
         template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
         vocabulary = sorted(tokenizer.get_vocab().items())
-        return tuple(
-            hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-            for value in (template, vocabulary)
-        )
+        texts = (json.dumps(value).encode() for value in (template, vocabulary))
+        return tuple(hashlib.sha256(text).hexdigest()[:12] for text in texts)
 
 
 def end_of_turn(tokenizer, stop, style):
