@@ -1,8 +1,8 @@
 """Text and token ids: one reading of a tokenizer for RM, PPO and evaluation; the order of prompts.
 
 A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer is
-executed as a whole program, not as what continues the prompt. A response is no part of a template:
-its ids are those that the policy would have written, with EOS.
+executed as a whole program, not as what continues the prompt. A response's ids are those that the
+policy would have written, with EOS.
 
 What a step sees is a function of (seed, step): epochs are permutations, and the part of an epoch
 that does not fill a step is left out. So there is no data cursor to save but the step itself, and a
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from pfppo.config import UserError, reason, require, require_folder
 from pfppo.model import check_cache, check_positions, read_config, stop_ids
-from pfppo.problems import load_pairs, load_prompts, only_text, prompt_text
+from pfppo.problems import load_pairs, load_prompts, marks_thought, only_text, prompt_text
 from pfppo.reward import BY_TESTS
 from pfppo.rollout import seeded
 
@@ -29,15 +29,6 @@ from transformers.utils import cached_file
 
 BORDERS = '\n):a1"#'  # something in front of a response that no token of its joins
 PLAIN = {"clean_up_tokenization_spaces": False}
-DEEPSEEK = """\
-You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
-Company, and you only answer questions related to computer science. For politically sensitive \
-questions, security and privacy issues, and other non-computer science questions, you will refuse \
-to answer
-### Instruction:
-{prompt}
-### Response:
-"""
 
 
 def load_tokenizer(path, option="policy"):
@@ -45,17 +36,20 @@ def load_tokenizer(path, option="policy"):
 
     Where there is a tokenizer.json it counts. The class that transformers chooses by the model's
     family or by a name in tokenizer_config.json may cut text otherwise, or even lose its blanks.
+    What it puts around a text (BOS) stays, if its ids are the file's.
     """
     require_folder(path, option)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file and isinstance(tokenizer, PreTrainedTokenizerFast):
-            if _rules(tokenizer.backend_tokenizer) != _rules(Tokenizer.from_file(file)):
+            chosen, said = tokenizer.backend_tokenizer, Tokenizer.from_file(file)
+            if _rules(chosen) != _rules(said):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+                if said.get_vocab().items() <= chosen.get_vocab().items():
+                    tokenizer.backend_tokenizer.post_processor = chosen.post_processor
     except Exception as error:  # a damaged file fails in a dozen ways
-        what = "cannot read the tokenizer"
-        raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
+        raise UserError(f"--{option} {path}: cannot read the tokenizer: {reason(error)}") from error
     require(tokenizer.eos_token_id is not None, f"--{option} {path}: the tokenizer has no EOS")
     return tokenizer
 
@@ -73,7 +67,7 @@ class Tokens:
 
     policy: str  # the folder
     tokenizer: object  # of transformers
-    stop: list[int]  # ids that end a response, as the policy's folder and `generate` have them
+    stop: list[int]  # ids that end a response: of the policy's folder, as `generate`, and `end`
     end: int  # the one of them that ends a turn in this style
     pad: int  # fills rows up: masks come from lengths, so any id will do
     rows: int  # ids below are known to policy and reward model
@@ -93,9 +87,15 @@ class Tokens:
         configs = [read_config(folder, name) for name, folder in folders.items() if folder]
         sizes = [config.get_text_config().vocab_size for config in configs]  # of the embeddings
         ends, rows = stop_ids(path, tokenizer), min(sizes)
-        stop = [i for i in ends if i < rows]
+        ends = [i for i in ends if i < rows]
         none = f"--policy {path}: no end-of-sequence id is below the {rows} rows of its table"
-        require(stop, none)
+        require(ends, none)
+        end = end_of_turn(tokenizer, ends, style)
+        end = end if end < rows else end_of_turn(tokenizer, ends, "plain")
+        stop = sorted({*ends, end})
+        if stop != ends:  # EOS of the model that was trained on the template, as a rule
+            token = tokenizer.convert_ids_to_tokens(end)
+            say(f"--policy {path}: {token!r}, the end of a turn in its chat template, is EOS too")
         named = {*tokenizer.get_vocab().values(), *ends}
         never = [i for i in range(sizes[0]) if i not in named or i >= rows]
         if never:
@@ -103,7 +103,6 @@ class Tokens:
             say(f"--policy {path}: {len(never)} of {sizes[0]} ids are never sampled: {why}")
         fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, *stop)
         pad = next(i for i in fillers if i is not None and i < rows)
-        end = end_of_turn(tokenizer, stop, style)
         return cls(path, tokenizer, stop, end, pad, rows, never, style, args.max_prompt_tokens)
 
     @property
@@ -113,8 +112,8 @@ class Tokens:
         token that is no padding is the response's EOS. None: there is no such id; they then take
         single rows."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.bos_token_id)
-        known = [i for i in known if i is not None and i < self.rows and i not in self.stop]
-        return known[0] if known else None
+        known = (i for i in known if i is not None and i < self.rows and i not in self.stop)
+        return next(known, None)
 
     def prompt(self, prompt, where):
         """`render`, 1 to `limit` tokens long. Raises UserError beginning with `where`."""
@@ -145,15 +144,19 @@ class Tokens:
         ]
 
     def response(self, prompt, text, where):
-        """A response's ids as the policy would have written them behind the prompt's ids (with the
-        blank that some tokenizers would put first, or not), with an end, unless it brings its own.
-        """
-
-        def encode(text):
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        for before in (self.tokenizer.decode(prompt, **PLAIN), *BORDERS, ""):
-            start, whole = encode(before) if before else [], encode(before + text)
+        """A response's ids as the policy would have written them behind the prompt's ids: with the
+        blank that some tokenizers put first, or not; in "chat" with what the template puts around a
+        turn, up to its end; with an end, unless it brings its own."""
+        borders = [self.tokenizer.decode(prompt, **PLAIN), *BORDERS, ""]
+        if self.style == "chat":
+            start, whole = _dialogue(self.tokenizer), _dialogue(self.tokenizer, text)
+            turn = whole[len(start) :]
+            # One that strips an indent, or a thought, would change what was said.
+            if start and whole.startswith(start) and text.rstrip() in turn:
+                borders, text = [start, *borders], turn
+        for before in borders:
+            start = encode(self.tokenizer, before) if before else []
+            whole = encode(self.tokenizer, before + text)
             if whole[: len(start)] == start:  # else a token crosses the border
                 break
         ids = whole[len(start) :]
@@ -169,13 +172,18 @@ class Tokens:
 
         Some tokenizers drop the first blank of a text (SentencePiece: Llama 2, Mistral, ...), which
         in code is an indent: so prompt and response are decoded together, and the prompt cut off.
+        Special tokens have no text, but for marks of thought.
         """
-        texts, how = [], PLAIN | {"skip_special_tokens": True}
+        texts, added = [], self.tokenizer.added_tokens_decoder.items()
+        silent = {i for i, token in added if token.special and not marks_thought(token.content)}
+
+        def said(ids):
+            return self.tokenizer.decode([i for i in ids if i not in silent], **PLAIN)
+
         for prompt, ids in zip(prompts, responses, strict=True):
             ids = ids[: self._length(ids)]
-            before, whole = (self.tokenizer.decode(x, **how) for x in (prompt, [*prompt, *ids]))
-            fits = whole.startswith(before)
-            texts.append(whole[len(before) :] if fits else self.tokenizer.decode(ids, **how))
+            before, whole = said(prompt), said([*prompt, *ids])
+            texts.append(whole[len(before) :] if whole.startswith(before) else said(ids))
         return texts
 
     def hashes(self, tokenizer=None):
@@ -184,24 +192,30 @@ class Tokens:
         tokenizer = tokenizer or self.tokenizer
         template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
         vocabulary = sorted(tokenizer.get_vocab().items())
-        return tuple(
-            hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-            for value in (template, vocabulary)
-        )
+        texts = (json.dumps(value).encode() for value in (template, vocabulary))
+        return tuple(hashlib.sha256(text).hexdigest()[:12] for text in texts)
 
 
 def end_of_turn(tokenizer, stop, style):
-    """The stop id with which a finished response ends: in "chat" the one that the template puts
-    behind an assistant's turn, else the tokenizer's EOS, or the first there is."""
+    """The id with which a response ends: in "chat" the first stop id or added token that the
+    template puts behind an assistant's turn, else the tokenizer's EOS, or the first there is."""
     if style == "chat":
-        mark = "a response"
-        turns = [{"role": "user", "content": "a prompt"}, {"role": "assistant", "content": mark}]
-        with contextlib.suppress(Exception):  # a template may refuse such turns
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-            if behind := [i for i in ids if i in stop]:
-                return behind[0]
+        mark, added = "a response", tokenizer.added_tokens_decoder
+        text = _dialogue(tokenizer, mark).partition(mark)[2]
+        ends = {*stop, *(i for i, token in added.items() if token.content.strip())}
+        if behind := [i for i in encode(tokenizer, text) if i in ends]:
+            return behind[0]
     return tokenizer.eos_token_id if tokenizer.eos_token_id in stop else stop[0]
+
+
+def _dialogue(tokenizer, *answer):
+    """A short dialogue in the chat template: up to where an answer begins, or with one."""
+    turns = [{"role": "user", "content": "a prompt"}]
+    turns += [{"role": "assistant", "content": text} for text in answer]
+    with contextlib.suppress(Exception):  # a template may refuse such turns
+        begins = not answer
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=begins)
+    return ""
 
 
 def render(prompt, tokenizer, style):
@@ -219,13 +233,19 @@ def render(prompt, tokenizer, style):
             roles = ", ".join(turn["role"] for turn in turns)
             why = f"--prompt_style chat: the chat template refuses the messages ({roles}):"
             raise UserError(f"{why} {reason(error)}") from error
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    text = only_text(prompt)
-    text = DEEPSEEK.format(prompt=text) if style == "deepseek" else text
-    rendered = tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not rendered)["input_ids"]  # one BOS is enough
-    # Some tokenizers close every text with EOS; a prompt goes on.
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        return encode(tokenizer, text)
+    text = only_text(prompt, style)
+    # What the tokenizer puts first; what some put behind a text, EOS, would end a prompt.
+    whole, bare = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    begin, ids = whole[: next(starts, 0)], encode(tokenizer, text)
+    rendered = encode(tokenizer, text.lstrip())[: len(begin)] == begin  # one BOS is enough
+    return ids if rendered else begin + ids
+
+
+def encode(tokenizer, text):
+    """The ids of a text alone."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True)

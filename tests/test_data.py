@@ -16,7 +16,8 @@ from pfppo.data import (
     render,
     step_prompts,
 )
-from pfppo.problems import assemble, load_problems
+from pfppo.problems import Problem, assemble, load_problems
+from pfppo.problems.extract import extract_code
 from pfppo.sandbox import Sandbox
 
 import conftest
@@ -33,7 +34,7 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 EOS = "<eos>"
 STYLES = ("plain", "chat", "deepseek")
@@ -305,20 +306,20 @@ CODE = ["def f(xs):\n", "    return sum(xs)\n", "    if x:\n        y = 1\n", "a
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def sentencepiece():
+def sentencepiece(marks=(), **special):
     """A tokenizer of Llama 2's kind: a blank is put first and taken off again."""
     inner, blank = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>")), "\u2581"
     written = normalizers.Prepend(blank), normalizers.Replace(" ", blank)
     read = decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse()
     inner.normalizer = normalizers.Sequence(list(written))
     inner.decoder = decoders.Sequence([*read, decoders.Strip(" ", 1, 0)])
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<end_of_turn>"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *marks]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=names, show_progress=False)
     inner.train_from_iterator([" ".join(CODE), *CODE], trainer)
     whole = json.loads(inner.to_str())  # bytes are no special tokens
     whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"][:3] != "<0x"]
     inner = Tokenizer.from_str(json.dumps(whole))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
     return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
@@ -362,41 +363,120 @@ def test_stop_ids_leave_no_text_whether_the_tokenizer_calls_them_special_or_not(
     assert tokens.decode([[5], [5]], [[*word, end] for end in tokens.stop]) == ["x", "x"]
 
 
-TEMPLATES = {  # how a family ends an assistant's turn -> the stop id that a response ends with
-    "<|im_end|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}",
-    "<end_of_turn>": "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}"
-    "<end_of_turn>\n{% endfor %}",
-    "</s>": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
-    EOS: "{{ messages[0].content }}",  # says nothing of an end
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece])
+def test_a_thought_is_no_answer_where_its_marks_are_special_tokens(make, special):
+    tokenizer, problem = make(), Problem("t", "", "f", "", "")
+    marks = ["<think>", "</think>", "[THINK]", "[/THINK]"]
+    tokenizer.add_tokens(marks, special_tokens=special)
+    tokenizer.add_tokens(["<|fim|>"], special_tokens=True)  # says nothing
+    tokens = conftest.tokens_of(tokenizer)
+    for begin, end in (marks[:2], marks[2:]):
+        prompt = tokens.prompt(f"Write f.{begin}\n", "here")  # some templates begin the thought
+        for before in ("", begin, f"x{end}{begin}"):
+            said = f"{before}def f():\n    return 0{end}def f():<|fim|>\n    return 1\n"
+            (text,) = tokens.decode([prompt], [tokens.response(prompt, said, "here")])
+            program = {}
+            exec(extract_code(text, problem), program)
+            assert program["f"]() == 1
+
+
+GENERATION = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    + GENERATION
+)
+GEMMA = CHATML.replace("m.content", "m.content | trim").replace("<|im_end|>", "<end_of_turn>")
+LLAMA2 = (
+    "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content.strip() }} </s>{% endif %}{% endfor %}"
+)
+QWEN3 = CHATML.replace(
+    "{{ m.content", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content"
+)
+TEMPLATES = {  # family: (template, how it ends an assistant's turn)
+    "chatml": (CHATML, "<|im_end|>"),
+    "gemma": (GEMMA, "<end_of_turn>"),
+    "llama2": (LLAMA2, "</s>"),
+    "qwen3": (QWEN3, "<|im_end|>"),
+    "silent": ("{{ messages[0].content }}", None),  # says nothing of an end, nor of an answer
 }
 
 
-@pytest.mark.parametrize("end", TEMPLATES)
-def test_a_pair_s_response_ends_as_the_template_ends_a_turn(tmp_path, end):
-    tokenizer = make_tokenizer(TEMPLATES[end])
-    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
-    tokenizer.save_pretrained(tmp_path)
-    known = {"vocab_size": len(tokenizer), "eos_token_id": [0, len(tokenizer) - 1]}
-    tiny_config("llama", **known).save_pretrained(tmp_path)
-    args = SimpleNamespace(policy=tmp_path, prompt_style="chat", max_prompt_tokens=99)
-    tokens = Tokens.of(args)
-    assert tokens.end == tokenizer.convert_tokens_to_ids(end)
+def policy_with(tokenizer, folder, stop):
+    """Tokens of a policy whose folder names these ends, in style chat, and what was said."""
+    tokenizer.save_pretrained(folder)
+    tiny_config("llama", vocab_size=len(tokenizer), eos_token_id=stop).save_pretrained(folder)
+    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
+    said = []
+    return Tokens.of(args, said.append), said
+
+
+@pytest.mark.parametrize("named", [True, False])  # as after training of a base model
+@pytest.mark.parametrize("marks", [(), ("[INST]", "[/INST]", "<|start|>", "<think>", "</think>")])
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("make", [make_tokenizer, sentencepiece])
+def test_a_pair_s_response_has_the_ids_that_the_template_gives_a_turn(
+    tmp_path, make, family, marks, named
+):
+    template, end = TEMPLATES[family]
+    tokenizer = make()
+    tokenizer.chat_template = template
+    tokenizer.add_special_tokens({"additional_special_tokens": [*marks, *([end] if end else [])]})
+    eos = tokenizer.eos_token_id
+    last = tokenizer.convert_tokens_to_ids(end) if end else eos
+    tokens, said = policy_with(tokenizer, tmp_path, sorted({eos, last}) if named else eos)
+    assert (tokens.end, tokens.stop) == (last, sorted({eos, last}))
+    assert [repr(end) in line for line in said] == [True] * (last != eos and not named)
     prompt = tokens.prompt("f", "here")
+    rendered = tokenizer.apply_chat_template(
+        answered([turn("user", "f")], "return 1"), tokenize=False
+    )
+    whole = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     for text in ("return 1", f"return 1{end}", f"return 1{end}\n"):  # one that brings its end too
-        response = tokens.response(prompt, text, "here")
-        assert response.count(tokens.end) == 1 and response[-1] == tokens.end
-        assert tokens.decode([prompt], [response]) == ["return 1"]
+        response = tokens.response(prompt, text if end else "return 1", "here")
+        assert response[-1] == last and sum(i in tokens.stop for i in response) == 1
+        (said,) = tokens.decode([prompt], [response])
+        assert said.rpartition("</think>")[2].strip() == "return 1"
+        if end and text == "return 1":
+            assert whole[: len(prompt)] == prompt
+            assert response == whole[len(prompt) : len(prompt) + len(response)]
+    # What a policy writes behind its end is no text.
+    assert tokens.decode([prompt], [[*response, *response]]) == [said]
 
 
-def test_text_that_was_rendered_before_gets_no_second_beginning():
-    tokenizer = sentencepiece()
-    begins = {"single": "<s> $A", "special_tokens": [("<s>", tokenizer.bos_token_id)]}
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**begins)
+@pytest.mark.parametrize("template", [GEMMA, LLAMA2, CHATML])
+def test_an_indent_that_a_template_strips_stays_in_a_response(tmp_path, template):
+    tokenizer, text = make_tokenizer(template), "    if x:\n        return 1"
+    tokens, _ = policy_with(tokenizer, tmp_path, tokenizer.eos_token_id)
+    prompt = tokens.prompt("f", "here")
+    (said,) = tokens.decode([prompt], [tokens.response(prompt, text, "here")])
+    assert said.startswith(text)
+
+
+@pytest.mark.parametrize("named", [True, False])  # else only its post-processor knows the BOS
+def test_text_that_was_rendered_before_gets_no_second_beginning(named):
+    tokenizer = sentencepiece(**({} if named else {"bos_token": None}))
+    around = {"single": "<s> $A </s>", "special_tokens": [("<s>", 1), ("</s>", 2)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**around)
     tokens = conftest.tokens_of(tokenizer)
-    for text in ("<s>[INST] f [/INST]", "[INST] f [/INST]"):
-        assert tokens.prompt(text, "here").count(tokenizer.bos_token_id) == 1
+    for text in ("<s>[INST] f [/INST]", "\n<s>[INST] f [/INST]", "[INST] f [/INST]", ""):
+        ids = tokens.prompt(text, "here")
+        assert ids.count(1) == 1 and ids.count(2) == 0
+    # An end that the text has itself stays, as between the turns of a dialogue.
+    assert tokens.prompt("<s>[INST] f [/INST] g</s>", "here").count(2) == 1
+
+
+def test_a_prompt_begins_as_transformers_begins_it_whatever_class_cuts_the_text(tmp_path):
+    sentencepiece().save_pretrained(tmp_path)  # says nothing of what is put around a text
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "CodeLlamaTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    named = AutoTokenizer.from_pretrained(tmp_path)("  x")["input_ids"]
+    tokens = conftest.tokens_of(load_tokenizer(tmp_path))
+    assert tokens.prompt("  x", "here")[0] == named[0] == tokens.tokenizer.bos_token_id
+    load_tokenizer(tmp_path).save_pretrained(tmp_path)  # as an export does
+    assert load_tokenizer(tmp_path)("  x")["input_ids"] == tokens.prompt("  x", "here")
 
 
 # ----------------------------------------------------------------------------- what a step sees

@@ -118,6 +118,10 @@ HUGE = [
     f"```python\n{RIGHT}" * (N // 10),
     "```python\n'''\n```\n" + '```python\n"""\n```\n' + "```python\nx\n```\n" * (N // 10),
     "</think>" * N,
+    "'" + "</think>" * N,
+    "\"'</think>" * N,
+    "<a:think" * N,
+    "``` x " * N,
     " " * N + "def f(x): y",
     "def f(self, x): y\n" * (N // 10),
 ]

@@ -9,6 +9,7 @@ What stands here is all that the rest of pfppo uses of this folder.
 
 from pfppo.problems.benchmarks import FORMS, Problem, load_problems, load_prompts
 from pfppo.problems.contamination import report_overlap
+from pfppo.problems.extract import marks_thought
 from pfppo.problems.messages import few_shot_prompts, load_pairs, only_text, prompt_text
 from pfppo.problems.programs import (
     assemble,

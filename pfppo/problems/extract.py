@@ -71,9 +71,18 @@ _SETS = re.compile(  # the names that a statement sets or changes
 _TOKEN = re.compile(
     r'"""(?:[^"\\]|\\.?|"(?!""))*+(?:"""|\Z)|"(?:[^"\\\n]|\\.?)*+"?'
     r"|'''(?:[^'\\]|\\.?|'(?!''))*+(?:'''|\Z)|'(?:[^'\\\n]|\\.?)*+'?"
-    r"|(?m:^)[ \t]*+(?P<start>`{3,}+|~{3,}+)|(?<!`)(?P<end>`{3,}+)(?=[ \t]*(?m:$))"
+    r"|(?m:^)[ \t]*+(?P<start>`{3,}+|~{3,}+)|(?<!`)(?P<end>`{3,}+)"
     r"|#[^\n]*?(?=(?<=[^\s`])`{3,}+[ \t]*(?m:$)|(?m:$))|\\\n|[()\[\]{}]|\n(?=\S)",
     re.DOTALL,
+)
+_NAME = r"(?:\w{1,20}:)?(?:think(?:ing)?|thoughts?|reasoning)"
+_UPPER = r"(?:THINK(?:ING)?|THOUGHT)"
+_OPEN = rf"<{_NAME}>|\[{_UPPER}\]|◁{_NAME}▷|<\|(?i:start|begin)_(?i:of_)?(?i:{_UPPER})\|>"
+_CLOSE = rf"</{_NAME}>|\[/{_UPPER}\]|◁/{_NAME}▷|<\|(?i:end)_(?i:of_)?(?i:{_UPPER})\|>"
+_THOUGHT = re.compile(  # marks of a thought, but in strings they are only spoken of
+    r"(?P<triple>\"{3}|'{3})(?:\\[^\n]|(?!(?P=triple))(?:[^\n\\]|\n(?=\s)))*+(?P=triple)"
+    r"|(?<![\w`.!?])(?P<quote>['\"`])(?:\\[^\n]|(?!(?P=quote))[^\n\\])*+(?P=quote)(?!\w)"
+    rf"|(?P<open>{_OPEN})|(?P<close>{_CLOSE})"
 )
 _RETURN = re.compile(r"\b(?:return|yield|lambda)\b")
 _BODY = re.compile(r"^return\b", re.M)
@@ -86,10 +95,25 @@ _BETTER = re.compile(rf"\b(?:corrected|(?:fix|correct) (?:it|this|that)|{_BETTER
 _Block = namedtuple("_Block", "kind start code above closed", defaults=("", False))
 
 
+def marks_thought(token):
+    """Whether a token's text begins or ends a thought. As a special token it must not be lost."""
+    return bool(re.fullmatch(f"{_OPEN}|{_CLOSE}", token))
+
+
+def _answer(response):
+    """What stands behind the last thought, and before an unfinished one."""
+    start, end = 0, None
+    for mark in _THOUGHT.finditer(response):
+        if mark["close"]:
+            start, end = mark.end(), None
+        elif mark["open"] and end is None:
+            end = mark.start()
+    return response[start:end]
+
+
 def extract_code(response, problem):
     """The whole program in a model's response, for `check_of`. Takes any text and never raises."""
-    text = re.split(r"</think(?:ing)?>|\[/THINK\]", response)[-1]  # and of an unfinished one, none
-    text = lines_of(re.split(r"<think(?:ing)?>|\[THINK\]", text)[0].removeprefix("\ufeff"))
+    text = lines_of(_answer(response).removeprefix("\ufeff"))
     if method := _method(text, problem):
         return program_of(problem, method, whole=True)
     define, rest = definition_of(problem), text.lstrip()
@@ -147,7 +171,7 @@ def _moved(code):
 
 
 def _blocks(text, define):
-    """[_Block]. What closes a fence may stand at the end of a line of code, but not in a string."""
+    """[_Block]. What closes a fence may stand behind code and before prose, not in a string."""
     blocks, at, bare = [], 0, define.search(text)
     if bare and not _FENCE.search(text[: bare.start()]):
         at = next((mark.start() for mark in _marks(text, bare.start())), len(text))

@@ -39,6 +39,15 @@ completion:
 ```python
 {prompt}
 ```"""
+DEEPSEEK = """\
+You are an AI programming assistant, utilizing the Deepseek Coder model, developed by Deepseek \
+Company, and you only answer questions related to computer science. For politically sensitive \
+questions, security and privacy issues, and other non-computer science questions, you will refuse \
+to answer
+### Instruction:
+{prompt}
+### Response:
+"""
 
 
 def short(value):
@@ -79,14 +88,15 @@ def _is_text(part):
     return isinstance(text, str)
 
 
-def only_text(prompt):
-    """A prompt as text: a string as it stands, or one user's turn. Raises UserError where there are
-    several turns or a system turn, which need a chat template."""
+def only_text(prompt, style="plain"):
+    """A prompt as text: a string or one user's turn, in "deepseek" inside its template. UserError
+    where there are several turns or a system turn, which need a chat template."""
     roles = ["user"] if isinstance(prompt, str) else [turn["role"] for turn in prompt]
     several = f"a prompt of {len(roles)} messages ({', '.join(roles)}), expected one user's turn"
     advice = "a system turn and several turns need --prompt_style chat"
     require(roles == ["user"], f"{several}; {advice}")
-    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+    text = prompt if isinstance(prompt, str) else prompt[0]["content"]
+    return DEEPSEEK.format(prompt=text) if style == "deepseek" else text
 
 
 def read_pair(row, where):
