@@ -83,7 +83,7 @@ def pairs_by_tests(args, tokens, ranks):
 def make_for_lab(folder, ranks):
     """The lab's reward model, on any number of ranks; 400 pairs tell its accuracy."""
     batch = math.ceil(16 / ranks.world) * ranks.world
-    main(Args(run_dir=folder, batch=batch, held_out=0.4), ranks)
+    main(Args(run_dir=folder, batch=batch, held_out=0.25), ranks)
 
 
 def main(args, ranks=None):
