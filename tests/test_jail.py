@@ -257,6 +257,8 @@ HELD = {  # each raises OSError, or the program passes
     "if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) < 0: raise OSError",
     "memory beside the limit": "import os\nos.memfd_create('x')",
     "signals by fcntl": "import fcntl\nfcntl.fcntl(3, fcntl.F_SETOWN, 1)",
+    "a lock that others see": "import fcntl\nfcntl.flock(open('/dev/null'), fcntl.LOCK_SH)",
+    "a lock of the older kind": "import fcntl, os\nfcntl.lockf(open(os.__file__), fcntl.LOCK_SH)",
     "huge file": "f = open('a', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20))",
 }
 

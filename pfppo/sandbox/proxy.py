@@ -11,6 +11,7 @@ Not here: the packed form of values, the candidate's end, running the test and t
 
 import collections
 import functools
+import inspect
 import itertools
 import os
 import threading
@@ -25,7 +26,9 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
 PURE = {"get", "len", "items", "bool"}  # questions that change nothing
-METHODS = types.FunctionType, types.MethodType, property, type  # of classes, no field replaces them
+ANYBODY_S = {  # abilities of what is no plain data, and of no class: functions, generators, ...
+    "__call__", "__next__", "__await__", "gi_frame", "__enter__", "__exit__",
+}  # fmt: skip
 METADATA = {"__name__", "__qualname__", "__dict__"}  # the only such names that are asked for
 
 
@@ -43,7 +46,7 @@ class Remote:
 
     def __getattr__(self, name):
         link = self._remote
-        if name in link.refused or name.startswith("__") and name not in METADATA:
+        if name.startswith("__") and name not in METADATA or name in link.refused - METADATA:
             raise AttributeError(f"{name}, of an object that is not plain data")
         if name in link.fields.get(self, ()):
             return link.fields[self][name]
@@ -63,15 +66,36 @@ def _ask(operation):
     return lambda self, /, *args, **kwargs: self._remote.ask(operation, self, args, kwargs)
 
 
+def _text(operation):
+    def ask(self):
+        """The text is one for ever, where it is not the tested class's to say."""
+        link = self._remote
+        if link.may("__str__") or link.may("__repr__"):
+            return _ask(operation)(self)
+        if (self, operation) not in link.texts:
+            link.texts[self, operation] = _ask(operation)(self)
+        return link.texts[self, operation]
+
+    return ask
+
+
 def _iter(self):
-    if hasattr(self, "__next__"):
+    link = self._remote
+    if hasattr(self, "__next__") and (hasattr(self, "gi_frame") or not link.may("__iter__")):
         return self
-    return iter(_held(self)) if hasattr(self, "__len__") else _ask("iter")(self)
+    held = hasattr(self, "__len__") and not hasattr(self, "__next__") and link.defined is None
+    return iter(_held(self)) if held else _ask("iter")(self)
+
+
+def _len(self):
+    held = hasattr(self, "__iter__") and not hasattr(self, "__next__")
+    return len(_held(self)) if held and self._remote.defined is None else _ask("len")(self)
 
 
 def _held(self):
     """What is in an object that has a length, read at once and kept until the program next acts:
-    else it might be something else each time that the test looks."""
+    else it might be something else each time that the test looks. (With a reference, only what is
+    its own to define may have a length.)"""
     link = self._remote
     if self not in link.items:
         length, items = _ask("items")(self)
@@ -83,10 +107,18 @@ def _held(self):
 
 def _next(self):
     """The next item. A long iteration is read ahead, by a quarter of what it has had."""
-    ahead, taken = self._remote.queues.get(self, (collections.deque(), 0))
+    link = self._remote
+    ahead, taken = link.queues.get(self, (collections.deque(), 0))
+    if self in link.ended:
+        raise StopIteration
     if not ahead:
-        ahead += _ask("next")(self, max(1, taken // 4) if taken > 64 else 1)
-    self._remote.queues[self] = ahead, taken + 1
+        try:
+            ahead += _ask("next")(self, max(1, taken // 4) if taken > 64 else 1)
+        except StopIteration:
+            if not link.may("__next__"):
+                link.ended.add(self)
+            raise
+    link.queues[self] = ahead, taken + 1
     return ahead.popleft()
 
 
@@ -108,7 +140,7 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
     "__call__": _ask("call"),
     "__iter__": _iter,
     "__next__": _next,
-    "__len__": lambda self: len(_held(self)) if hasattr(self, "__iter__") else _ask("len")(self),
+    "__len__": _len,
     "__contains__": lambda self, item: any(item is part or item == part for part in self),
     "__exit__": _exit,
     "__await__": lambda self: _awaited(self).__await__(),
@@ -122,8 +154,8 @@ def remote_class(name, abilities):
     able = {method: ABILITIES[method] for method in abilities.split() if method in ABILITIES}
     if "gi_frame" in able:  # a generator, to `isinstance` as well
         able["__class__"] = property(lambda self: types.GeneratorType)
-    always = {"setattr": "set", "delattr": "delattr", "str": "str", "repr": "repr"}
-    able |= {f"__{method}__": _ask(operation) for method, operation in always.items()}
+    able |= {"__setattr__": _ask("set"), "__delattr__": _ask("delattr")}
+    able |= {"__str__": _text("str"), "__repr__": _text("repr")}
     able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__", 1)[0])
     return type(name, (Remote,), {"__slots__": (), **able})
 
@@ -138,8 +170,10 @@ class JudgeLink(Link):
         super().__init__(sock)
         self.verdict = verdict  # a socket
         self.raised = []  # exceptions that came from the candidate
-        self.refused = frozenset()  # attributes that the test may not ask for
+        self.refused = self.methods = set()  # what the test may not ask for; what no field replaces
+        self.defined = None  # what a reference says that the program's classes may define
         self.calls, self.queues = 0, {}  # questions; what was read ahead of iterators
+        self.ended, self.texts = set(), {}  # iterators; (object, operation): what it said
         self.forget()
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
@@ -222,8 +256,15 @@ class JudgeLink(Link):
         awaitable = isinstance(value, Remote) and hasattr(value, "__await__")
         return _awaited(value) if awaitable else value
 
+    def may(self, name):
+        """Is it the program's to define, in classes of its own?"""
+        return self.defined is None or name in self.defined
+
     def stand_in(self, number, name, abilities):
-        return remote_class(name, abilities)(self)
+        able = [a for a in abilities.split() if a in ANYBODY_S or self.may(a)]
+        if "__next__" in able and "__iter__" in abilities and "__iter__" not in able:
+            able.append("__iter__")
+        return remote_class(name, " ".join(able))(self)
 
     def describe(self, value):
         if callable(value):
@@ -240,9 +281,10 @@ class JudgeLink(Link):
         kind = type(instance)
         self._check_fields(fields)
         for name, value in fields.items():
-            if kind not in self.names or isinstance(getattr(kind, name, None), METHODS):
+            holds = _place(kind, name)
+            if holds == "method" or kind not in self.names and not issubclass(kind, Exception):
                 raise ValueError(f"a field in place of {name}")
-            if not name.startswith("__"):
+            if holds == "field":
                 object.__setattr__(instance, name, value)
 
     def named_tuple(self, content):
@@ -250,7 +292,7 @@ class JudgeLink(Link):
         return super().named_tuple(content)
 
     def _check_fields(self, fields):
-        for name in self.refused & fields.keys():
+        for name in self.methods & fields.keys():
             if isinstance(fields[name], Remote) or callable(fields[name]):
                 raise ValueError(f"an object in place of the method {name}")
 
@@ -265,6 +307,19 @@ class JudgeLink(Link):
         kind, key = self.error_class(lineage), tuple(lineage[0])
         own = kind.__module__ in self.modules
         return kind if own else self.errors.setdefault(key, type(kind.__name__, (kind,), {}))
+
+
+@functools.lru_cache(1024)
+def _place(kind, name):
+    """What a class has under the name of a field: a "method", or what is "computed" but once."""
+    if name.startswith("__") and name != "__notes__":
+        return "computed"
+    held = inspect.getattr_static(kind, name, None)
+    if isinstance(held, functools.cached_property):
+        return "computed"
+    reads, writes = hasattr(type(held), "__get__"), hasattr(type(held), "__set__")
+    method = callable(held) or isinstance(held, property) or reads and not writes
+    return "method" if method else "field"
 
 
 def _assign(old, new):

@@ -21,6 +21,7 @@ import fractions
 import functools
 import json
 import sys
+import types
 
 BIG = 4096  # bits from which an int travels in hex (decimal conversion is quadratic, and capped)
 CHUNK = 1 << 16  # bytes to receive at once: more would be mapped and unmapped by each `recv`
@@ -56,6 +57,9 @@ _PLAIN = (  # exact type, tag, to something simpler, and back
     (range, "r", _parts("start", "stop", "step"), _spread(range)),
     (slice, "l", _parts("start", "stop", "step"), _spread(slice)),
     (type({}.keys()), "k", list, lambda v: dict.fromkeys(v).keys()),
+    (type({}.values()), "v", list, lambda v: dict(enumerate(v)).values()),
+    (types.MappingProxyType, "p", lambda v: _flat(dict(v)),
+     lambda v: types.MappingProxyType(pairs(v))),
     (type({}.items()), "j", lambda v: _flat(dict(v)), lambda v: pairs(v).items()),
     (type(...), "e", lambda v: 0, lambda v: ...),
     (fractions.Fraction, "F", _parts("numerator", "denominator"),
@@ -74,6 +78,8 @@ _PLAIN = (  # exact type, tag, to something simpler, and back
 )  # fmt: skip
 _PACK = {kind: (tag, simpler) for kind, tag, simpler, _ in _PLAIN}
 _UNPACK = {tag: back for _, tag, _, back in _PLAIN} | {"i": lambda v: int(v, 16), "I": iter}
+PLAIN = int, float, str, bool, list, *_PACK
+_TYPES = {kind.__name__: kind for kind in (*PLAIN, type(None))}
 _namedtuple = functools.lru_cache(64)(collections.namedtuple)
 
 
@@ -111,7 +117,7 @@ class Link:
             "x": self.error_class,
             "X": self._error,
             "E": lambda v: self.shared[v[0]][v[1]],
-            "T": lambda v: self.shared.get(v) or _builtin_type(v),
+            "T": lambda v: self.shared.get(v) or _TYPES.get(v) or _builtin_type(v),
             "n": self.named_tuple,
             "N": _array,
         }
@@ -158,7 +164,8 @@ class Link:
         if isinstance(value, type):
             if issubclass(value, BaseException):
                 return {"x": self._lineage(value)}
-            if value in (self.shared.get(value.__name__), vars(builtins).get(value.__name__)):
+            known = self.shared, _TYPES, vars(builtins)
+            if any(names.get(value.__name__) is value for names in known):
                 return {"T": value.__name__}
         if isinstance(value, BaseException):
             parts = list(value.args), _flat(vars(value)), value.__cause__, str(value)
@@ -169,10 +176,13 @@ class Link:
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             fields = [str(field) for field in kind._fields]
             return {"n": [name or kind.__name__, fields, self.pack(list(value))]}
-        for base in (int, float, str, tuple, list, set, frozenset, dict):
-            if isinstance(value, base):
-                exact = getattr(base, f"__{base.__name__}__", base)  # past what a subclass says
-                return self.pack(exact(value))
+        base = next((base for base in kind.__mro__ if base in PLAIN), None)
+        if base in _PACK:
+            tag, simpler = _PACK[base]
+            return {tag: self.pack(simpler(value))}
+        if base:
+            exact = {int: int.__int__, float: float.__float__, str: str.__str__}.get(base, base)
+            return self.pack(exact(value))  # past what a subclass says
         if kind.__module__ == "numpy" and hasattr(value, "dtype"):
             if value.shape == ():
                 return self.pack(value.item())
@@ -245,7 +255,8 @@ class Link:
         except Exception:
             error = kind.__new__(kind)
         error.args, error.__cause__ = tuple(args), cause
-        vars(error).update(pairs(fields), _text=text)
+        self.fill(error, pairs(fields))
+        vars(error)["_text"] = text
         return error
 
     def named_tuple(self, content):
