@@ -47,9 +47,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -58,6 +55,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pfppo.config import UserError
 from pfppo.sandbox.judge import plan_of
+from pfppo.sandbox.processes import Server, all_sleep, cpu_seconds
 from pfppo.sandbox.walls import open_to_others
 
 WALL = 10  # a check ends after so many times its limit, however busy the machine is
@@ -92,53 +90,6 @@ class Verdict:
     @property
     def passed(self):
         return self.outcome == "passed"
-
-
-class Server:
-    """A process that forks judges or candidates, as its owner sees it. `control` carries requests
-    and replies, `births` the sockets of its children. At the end of `control` it reaps them, and
-    ends. Layers of walls that the machine refuses are added to options["without"]."""
-
-    def __init__(self, module, options, preload):
-        said = {"refused": None}
-        while "refused" in said:
-            self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.births, births = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.control.settimeout(60)
-            self.births.settimeout(60)
-            own = {"preload": preload, "directory": f"{options['folder']}/{os.urandom(6).hex()}"}
-            with control, births:
-                self.process = _start_python(module, options | own, control, births)
-            if not (hello := self.control.recv(1 << 12)):
-                self.close()
-                raise RuntimeError("the sandbox does not start; see standard error")
-            if "refused" in (said := json.loads(hello)):
-                self.close()
-                options["without"] = [*options["without"], said["refused"]]
-        self.layers = said["layers"]
-
-    def next(self):
-        """The socket of the next child, its process id, and the same as the server knows it."""
-        inner, descriptors, *_ = socket.recv_fds(self.births, 64, 1)
-        if not descriptors:
-            raise EOFError("no more births")
-        sock = socket.socket(fileno=descriptors[0])
-        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return sock, struct.unpack("3i", peer)[0], inner
-
-    def end(self, inner):
-        """End a child: [exit status or minus the signal that ended it, CPU seconds]."""
-        self.control.send(inner)
-        return json.loads(self.control.recv(1 << 12))
-
-    def close(self):
-        self.control.close()
-        self.births.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 class Worker:
@@ -212,12 +163,12 @@ class Worker:
         timeout, poll = self.options["timeout"], select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(self.stop, select.POLLIN)
-        start, window = time.monotonic(), min(0.25, timeout / 4)
+        start, window = time.monotonic(), min(0.1, timeout / 8)
         before = asleep = 0.0
         while not (events := poll.poll(1000 * window)):
-            cpu, both = _cpu(program), _cpu(program) + _cpu(judge)
-            if both - before < 0.01 * window and _sleeps(judge) and _sleeps(program):
-                asleep += window
+            cpu, both = cpu_seconds(program), cpu_seconds(program, judge)
+            if all_sleep(program, judge):
+                asleep += max(0.0, window - (both - before))
             before = both
             if cpu + asleep > timeout or time.monotonic() - start > WALL * timeout:
                 wall = time.monotonic() - start
@@ -312,39 +263,3 @@ def _end(pid, stop, lock, workers):
         with lock:
             for worker in workers:
                 worker.close()
-
-
-def _cpu(pid):
-    return time.clock_gettime((~pid << 3) | 2)  # the kernel's name for a process's CPU clock
-
-
-def _sleeps(pid):
-    """Does a process that uses no CPU wait for something else than a core?"""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "R"
-    return True  # not to be seen, so believe the clock
-
-
-def _start_python(module, options, stdin, stdout):
-    """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
-    this one's environment. An empty package stands for pfppo.sandbox, so that nothing of this side
-    is in a candidate's process. All of the module's imports happen before `main`: then the path is
-    gone."""
-    code = (
-        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # cost each fork
-        "name = 'pfppo.sandbox'; package = sys.modules[name] = types.ModuleType(name);"
-        "package.__path__ = [sys.argv[1]];"
-        f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
-        "main(json.loads(sys.argv[2]))"
-    )
-    environment = {
-        "PYTHONHASHSEED": "0",
-        "LANG": "C.UTF-8",
-        "MALLOC_ARENA_MAX": "1",  # each arena of a thread would reserve 64 MB of address space
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
-    }
-    command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
-    streams = {"stdin": stdin, "stdout": stdout}
-    return subprocess.Popen(command, env=environment, cwd="/", start_new_session=True, **streams)

@@ -28,8 +28,8 @@ import warnings
 import zlib
 
 from pfppo.sandbox.candidate import Server
+from pfppo.sandbox.data import PLAIN
 from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
-from pfppo.sandbox.values import PLAIN
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc, sweep
 
 _planning = threading.Lock()  # as no two threads may catch warnings
@@ -202,8 +202,8 @@ def _share(plan, link, kinds):
 
 def _attributes(kind):
     """What a class or its metaclass has, and `object` has not."""
-    names = {*dir(kind), *dir(type(kind))} - {*dir(type)}
-    return names | {"__str__", "__repr__"} if kind.__str__ is not object.__str__ else names
+    says = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
+    return {*dir(kind), *dir(type(kind))} - {*dir(type)} | ({"__str__"} if says else set())
 
 
 def _shared_seeds(link, seed):

@@ -67,35 +67,32 @@ def _ask(operation):
 
 
 def _text(operation):
-    def ask(self):
-        """The text is one for ever, where it is not the tested class's to say."""
+    def say(self):
+        """One text for ever, unless it is the tested class's to say."""
         link = self._remote
-        if link.may("__str__") or link.may("__repr__"):
-            return _ask(operation)(self)
-        if (self, operation) not in link.texts:
+        if (self, operation) not in link.texts or link.may("__str__"):
             link.texts[self, operation] = _ask(operation)(self)
         return link.texts[self, operation]
 
-    return ask
+    return say
 
 
 def _iter(self):
-    link = self._remote
-    if hasattr(self, "__next__") and (hasattr(self, "gi_frame") or not link.may("__iter__")):
-        return self
-    held = hasattr(self, "__len__") and not hasattr(self, "__next__") and link.defined is None
-    return iter(_held(self)) if held else _ask("iter")(self)
+    if _is_held(self):
+        return iter(_held(self))
+    plain = hasattr(self, "gi_frame") or not self._remote.may("__iter__")
+    return self if plain and hasattr(self, "__next__") else _ask("iter")(self)
 
 
-def _len(self):
-    held = hasattr(self, "__iter__") and not hasattr(self, "__next__")
-    return len(_held(self)) if held and self._remote.defined is None else _ask("len")(self)
+def _is_held(self):
+    sized = hasattr(self, "__len__") and hasattr(self, "__iter__") and not hasattr(self, "__next__")
+    return sized and self._remote.defined is None
 
 
 def _held(self):
     """What is in an object that has a length, read at once and kept until the program next acts:
-    else it might be something else each time that the test looks. (With a reference, only what is
-    its own to define may have a length.)"""
+    else it might be something else each time that the test looks. (Where a reference says what
+    has a length, the object does.)"""
     link = self._remote
     if self not in link.items:
         length, items = _ask("items")(self)
@@ -140,7 +137,7 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
     "__call__": _ask("call"),
     "__iter__": _iter,
     "__next__": _next,
-    "__len__": _len,
+    "__len__": lambda self: len(_held(self)) if _is_held(self) else _ask("len")(self),
     "__contains__": lambda self, item: any(item is part or item == part for part in self),
     "__exit__": _exit,
     "__await__": lambda self: _awaited(self).__await__(),
@@ -204,12 +201,9 @@ class JudgeLink(Link):
             self.calls += operation not in ("load", "seed")
             try:
                 self.forget(operation)
-                value, changed = self.converse(operation, target, args, kwargs)
+                return self.converse(operation, target, args, kwargs)
             finally:
                 self.forget(operation)
-            if changed:
-                _assign([args, kwargs], changed)
-            return value
 
     def send(self, kind, value):
         try:
@@ -231,11 +225,7 @@ class JudgeLink(Link):
 
     def serve(self, kind, number, args, kwargs):
         """The candidate calls a function that the test gave to it."""
-        try:
-            answer, value = "ok", self.own[number](*args, **kwargs)
-        except BaseException as error:
-            answer, value = "raise", error
-        self.send(answer, value)
+        self.respond(lambda *args, **kwargs: self.own[number](*args, **kwargs), args, kwargs)
 
     def arrived(self, error, kind):
         """What to raise here for what was raised there."""
@@ -320,31 +310,3 @@ def _place(kind, name):
     reads, writes = hasattr(type(held), "__get__"), hasattr(type(held), "__set__")
     method = callable(held) or isinstance(held, property) or reads and not writes
     return "method" if method else "field"
-
-
-def _assign(old, new):
-    """Make a container of the test's equal to what the program left of its copy, in place, and the
-    containers in it; whether that did it."""
-    kind = type(old)
-    if kind is not type(new) or kind not in _CONTAINERS:
-        return False
-    if isinstance(old, dict):
-        kept = {key: old[key] for key in new if key in old and _assign(old[key], new[key])}
-        old.clear()
-        old.update({**new, **kept})
-    elif kind is set:
-        old.clear()
-        old.update(new)
-    else:
-        parts = [a if _assign(a, b) else b for a, b in itertools.zip_longest(old, new)]
-        if kind is tuple:
-            return False
-        old.clear()
-        old.extend(parts[: len(new)])
-    return True
-
-
-_CONTAINERS = (
-    list, tuple, dict, set, bytearray, collections.deque, collections.Counter,
-    collections.OrderedDict, collections.defaultdict,
-)  # fmt: skip
