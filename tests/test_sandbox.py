@@ -291,10 +291,12 @@ RIGHT = {  # name: (program, body of check(f), "" or the reference; without it: 
     "changed arrays": ("def f(a, d): a *= 2; d['x'][0] = 9", "import numpy as np\n"
         "a, b = np.arange(3), np.zeros((2, 2))\nf(a, {'x': b})\n"
         "assert a.tolist() == [0, 2, 4] and b.tolist() == [[9, 9], [0, 0]]"),
-    "other containers": ("def f(*args):\n    for a in args:\n        a.pop()\n        a.extend(list(a))",
-        "import array\nfrom collections import deque\nd, b = deque([1, 2], 3), bytearray(b'ab')\n"
+    "other containers": ("def f(*args):\n    for a in args: a.pop(); a.extend(list(a))",
+        "from collections import deque\nd, b = deque([1, 2], 3), bytearray(b'ab')\n"
         "f(d, b)\nassert d == deque([1, 1], 3) and d.maxlen == 3 and b == b'aa'"),
     "a list in itself": ("def f(x): x.append(x)", "x = []\nf(x)\nassert x[0] is x"),
+    "a field that the test changes": (STACK + "f = Stack", "s = f()\ns.items.append(3)\n"
+        "assert s.size == 1 and s.items == [3] and s.pop() == 3 and s.items == []"),
     "an int that becomes a float": ("def f(x): x[0] = 1.0",
         "x = [1]\nf(x)\nassert str(x) == '[1.0]'"),
     "two lists that were one": ("def f(x): x[0].append(1)",
@@ -964,7 +966,10 @@ def test_verdicts_are_those_of_the_test_in_one_process(sandbox, name):
 
 # ---- what the docstring says of its limits -------------------------------------------------------
 
-NOT_CONTAINED = {  # what passes, and is no right program: (program, test)
+NOT_CONTAINED = {  # what passes, and is no right program: (program, test, "" or the reference)
+    "methods of the library's": (
+        "class Z: group = lambda s: 'a'\ndef f(): return Z()", "assert f().group() == 'a'",
+        "import re\ndef f(): return re.match('a', 'a')"),
     "hard-coded": ("def f(x): return {1: 2, 5: 6}[x]", "assert f(1) == 2 and f(5) == 6"),
     "methods of its own classes": (
         "class Y:\n    startswith = lambda self, text: True\ndef f(): return Y()",
@@ -979,7 +984,40 @@ NOT_CONTAINED = {  # what passes, and is no right program: (program, test)
         "def f(g):\n    try: g(1)\n    except AssertionError: pass",
         "def g(x): assert x == 2\nf(g)"),
 }  # fmt: skip
-FAILS = {  # though it is right: (program, test)
+FAILS = {  # though it is right: (program, test, "" or the reference)
+    "locks": ("import fcntl\ndef f(): fcntl.flock(open('a', 'w'), fcntl.LOCK_EX)", "f()"),
+    "another class": ("class Z: x = 1\ndef f(): return Z()", "assert f().x == 1",
+                      "class Y: x = 1\ndef f(): return Y()"),
+    "a class in a function": ("def f():\n    class Y: x = 1\n    return Y()", "assert f().x == 1",
+                              "def f():\n    class Y: x = 1\n    return Y()"),
+    "the library's, like data": ("import re\ndef f(): return re.match('a', 'a')",
+                                 "assert f().start() == 0", "def f(): pass"),
+    "a class derived by the test": ("class P: pass\ndef f(): return P", "class Q(f()): pass\nQ()"),
+    "issubclass": ("class P: pass\ndef f(): return P", "assert issubclass(f(), object)"),
+    "the name of the test's function": (
+        "def f(g): return g.__name__", "def g(): pass\nassert f(g) == 'g'"),
+    "how far an iterator is": (COUNT, "g = f(999)\nfor _ in range(100): next(g)\n"
+                               "assert len(seen()) == 100"),
+    "StopIteration": ("def f(): next(iter([]))", "try: f()\nexcept StopIteration: pass"),
+    "many calls": ("def f(x): return x", "for i in range(100_000): f(i)"),
+    "methods of an exception": ("class E(Exception):\n    def m(self): return 1\n"
+        "def f(): raise E", "try: f()\nexcept Exception as e: assert e.m() == 1"),
+    "methods of a named tuple": ("import typing\nclass P(typing.NamedTuple):\n    x: int\n"
+        "    def m(self): return 1\ndef f(): return P(1)", "assert f().m() == 1"),
+    "names of an enum": ("import enum\nclass E(enum.IntEnum): A = 1\ndef f(): return E.A",
+                         "assert f().name == 'A'"),
+    "methods of the library's tuples": ("import time\ndef f(): return time.gmtime(0)",
+                                        "assert f().tm_year == 1970"),
+    "numpy's scalars": ("import numpy\ndef f(): return numpy.float64(1)", "assert f().item() == 1"),
+    "attributes of OSError": ("def f(): raise OSError(2, 'no', 'x')",
+                              "try: f()\nexcept OSError as e: assert e.filename == 'x'"),
+    "a default factory": ("import collections\ndef f(): return collections.defaultdict(lambda: 7)",
+                          "assert f()[0] == 7"),
+    "names of time zones": ("from datetime import *\ndef f(): return datetime(1, 1, 1, "
+        "tzinfo=timezone(timedelta(hours=2), 'X'))", "assert f().tzname() == 'X'"),
+    "the identity of nan": ("import math\ndef f(): return [math.nan]",
+                            "import math\nassert f() == [math.nan]"),
+    "the order of a set": ("def f(): return {16, 8, 0}", "assert [*f()] == [*{16, 8, 0}]"),
     "processes": ("import subprocess as s\ndef f(): return s.check_output(['/bin/echo', 'a'])",
                   "assert f() == b'a\\n'"),
     "standard input": ("def f(): return input()",
@@ -1017,7 +1055,8 @@ FAILS = {  # though it is right: (program, test)
 
 def test_the_limits_are_those_that_the_docstring_tells(sandbox):
     cases = NOT_CONTAINED | FAILS
-    verdicts = sandbox.run([Check(program, test, "f") for program, test in cases.values()])
+    checks = [Check(p, test, "f", *reference) for p, test, *reference in cases.values()]
+    verdicts = sandbox.run(checks)
     passed = {name for name, verdict in zip(cases, verdicts, strict=True) if verdict.passed}
     assert passed == NOT_CONTAINED.keys()
 

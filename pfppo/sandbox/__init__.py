@@ -11,9 +11,12 @@ side: checks, verdicts, the clocks, and a pool that loses no check and replaces 
 
 A call is sent when the one before it has been answered: a program never sees what comes later. The
 entry point is the program's; every other name that the reference defines is the reference's, its
-classes with their methods too: their instances travel with their fields. Without an entry point all
-that the test uses of the reference is the program's; without a reference every name that nobody
-else defines is, but for modules of the library and numpy. A test draws the same each time.
+classes too: their instances travel with their fields, and no other object of the program's answers
+for what they define. (Where a class is the entry point, so it is with those that the test uses.)
+Without an entry point all that the reference binds is the program's, but for modules; without a
+reference every name that nobody else defines is, but for modules of the library and numpy. Where a
+reference is given, nothing answers for methods and items of plain data that its classes have not.
+A test draws the same each time, and passes only if it has asked the program.
 
 Limits: a program has `timeout` seconds, of CPU or asleep while nothing else goes on; more is a
 `timeout`, however right the answers. Waiting for a core is not counted, up to ten times that. The
@@ -22,18 +25,25 @@ allocate `memory_mb`, its test twice that. What the machine grants is in `Sandbo
 layer contains, and what not, in walls.py.
 
 Not contained: answers that are right for the test's arguments alone (hard-coded); objects whose
-methods answer what the test hopes to hear, where it calls methods of the program's own classes (or
-no reference says that it does not); a test that executes what it is answered, or lets the program
-do so (`eval`); an assert in a function that the test gives away, which the program may catch; a
-message to the next program in the numbers that the kernel gives out (inodes, process ids).
+methods or items answer what the test hopes to hear, where it asks them of the program's own classes
+(or no reference says that it does not), and methods of the library's that no plain data has; a test
+that executes what it is answered, or lets the program do so (`eval`); an assert in a function that
+the test gives away, which the program may catch; a message to the next program in the numbers that
+the kernel gives out (inodes, process ids).
 
-What fails, though it is right: a program that needs other processes, or the standard input, files
-or environment that the test sets up (these, and what it prints, do not cross); a test that passes
-objects other than plain data (values.py) and functions, copies what is none, or uses operators,
-`==` (identity here) or `isinstance` on it; that looks into a function (its signature), iterates
-asynchronously, reads a global that a call has set, or expects one list twice in a value, the list
-itself that it passed, methods on a class that derives from a list or another plain type, or that
-the program's context manager suppresses what the test raised.
+What fails, though it is right: a program that needs other processes, locks on files, or the
+standard input, files or environment that the test sets up (these, and what it prints, do not
+cross); one that answers an object of another class than the reference's, a class within a
+function, or the library's objects that answer as data does; a test that passes objects other than
+plain data (data.py) and functions, copies what is none, or uses operators, `==` (identity here),
+`isinstance` or `issubclass` on it, or derives from it; that looks into a function (its signature,
+the name of its own), iterates asynchronously, sees how far an iterator is (long ones are read
+ahead), expects StopIteration, reads a global that a call has set, or makes tens of thousands of
+calls; that expects one list twice in a value, what the program's context manager suppresses, or of
+exceptions of the program's what their class defines. Data crosses without what only its class
+knows (methods of one that derives from a plain type, of the library's tuples and numpy's scalars,
+attributes of OSError, a default factory, names of time zones), without the identity of nan, and
+sets without their order.
 """
 
 import collections

@@ -10,6 +10,7 @@ Not here: the packed form of values, the candidate's end, running the test and t
 """
 
 import collections
+import contextlib
 import functools
 import inspect
 import itertools
@@ -25,7 +26,7 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "heapq", "io", "itertools", "json", "math", "numpy", "operator", "pickle", "queue", "random",
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
-PURE = {"get", "len", "items", "bool"}  # questions that change nothing
+PURE = {"len", "items", "bool"}  # questions that change nothing
 ANYBODY_S = {  # abilities of what is no plain data, and of no class: functions, generators, ...
     "__call__", "__next__", "__await__", "gi_frame", "__enter__", "__exit__",
 }  # fmt: skip
@@ -48,14 +49,9 @@ class Remote:
         link = self._remote
         if name.startswith("__") and name not in METADATA or name in link.refused - METADATA:
             raise AttributeError(f"{name}, of an object that is not plain data")
-        if name in link.fields.get(self, ()):
-            return link.fields[self][name]
-        value, rows = _ask("get")(self, name, link.ahead)
-        link.ahead = min(2 * link.ahead, 1 << 14)  # so that a list of nodes is few questions
-        for other, fields in rows:
-            link.fields.setdefault(other, {}).update(fields)
-        if not rows:  # a property, which may do anything
-            link.forget()
+        value = _ask("get")(self, name)
+        if isinstance(value, (list, dict, set)):
+            link.borrowed.append((self, name, value, link.dumps(value)))
         return value
 
     def __reduce_ex__(self, protocol):
@@ -153,7 +149,7 @@ def remote_class(name, abilities):
         able["__class__"] = property(lambda self: types.GeneratorType)
     able |= {"__setattr__": _ask("set"), "__delattr__": _ask("delattr")}
     able |= {"__str__": _text("str"), "__repr__": _text("repr")}
-    able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__", 1)[0])
+    able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__"))
     return type(name, (Remote,), {"__slots__": (), **able})
 
 
@@ -171,15 +167,10 @@ class JudgeLink(Link):
         self.defined = None  # what a reference says that the program's classes may define
         self.calls, self.queues = 0, {}  # questions; what was read ahead of iterators
         self.ended, self.texts = set(), {}  # iterators; (object, operation): what it said
-        self.forget()
+        self.items = {}  # sized object -> what is in it, until the program next acts
+        self.borrowed = []  # (object, field, container, its text), read since the last question
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
-
-    def forget(self, operation="call"):
-        """What is known of the program's objects is so until the program next acts."""
-        if operation not in PURE:
-            self.fields, self.items = {}, {}
-            self.ahead = 1  # objects whose fields come with a field that is asked for
 
     def end(self, outcome, detail=""):
         """Give the verdict and end this process: nothing of the test can hold it back."""
@@ -199,11 +190,19 @@ class JudgeLink(Link):
         args, kwargs = list(args), kwargs or {}
         with self.asking:
             self.calls += operation not in ("load", "seed")
+            self.give_back()
             try:
-                self.forget(operation)
                 return self.converse(operation, target, args, kwargs)
             finally:
-                self.forget(operation)
+                self.items = self.items if operation in PURE else {}
+
+    def give_back(self):
+        """Set the fields whose containers the test has changed."""
+        borrowed, self.borrowed = self.borrowed, []
+        for target, name, value, text in borrowed:
+            if self.dumps(value) != text:
+                with contextlib.suppress(Exception):
+                    self.converse("set", target, [name, value], {})
 
     def send(self, kind, value):
         try:
