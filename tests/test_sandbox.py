@@ -603,6 +603,15 @@ SOLVES_NOTHING = {  # the reference says what answers are: (program, body of che
     **{f"a field for {name}": (FIELDS.format(name, value), f"assert f([2, 1]).{name}{call}", YS)
        for name, value, call in (("ok", "lambda: True", "()"), ("cached", "lambda: True", "()"),
                                  ("once", "True", ""), ("same", "lambda y: True", "(1)"))},
+    **{f"a tuple's field for {name}{value}": (
+        "from collections import namedtuple\nP = namedtuple('P', "
+        f"'{name}')\ndef f(x): return P({value})", f"assert f([2, 1]).{name}{call}", YS)
+       for name, value, call in (("ok", "lambda: True", "()"), ("ok", "object", "()"),
+                                 ("once", "True", ""))},
+    "a field of an exception of no class of the reference's": (
+        "class E(Exception): pass\ndef f(x): e = E(); e.fatal = lambda: True; raise e",
+        "try: f(1)\nexcept Exception as e: assert e.fatal()\nelse: assert False",
+        Y + "def f(x): raise Bad"),
     "a field for an exception's method": (
         "class Bad(Exception): pass\ndef f(x): e = Bad(); e.fatal = lambda: True; raise e",
         "try: f(1)\nexcept Bad as e: assert e.fatal()\nelse: assert False",

@@ -36,10 +36,13 @@ OPERATIONS = {
     "exit": lambda m, error: type(m).__exit__(m, error and type(error), error, None),
     "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
     "seed": lambda module, *args: importlib.import_module(module).seed(*args),
-    "get": getattr, "set": setattr, "delattr": delattr, "iter": iter, "len": len, "bool": bool,
+    "set": setattr, "delattr": delattr, "iter": iter, "len": len, "bool": bool,
     "str": str, "repr": repr, "getitem": operator.getitem, "setitem": operator.setitem,
     "delitem": operator.delitem,
 }  # fmt: skip
+
+
+_SMALL = {int, float, str, bool, type(None)}
 
 
 def _with_room(function):
@@ -72,7 +75,7 @@ class CandidateLink(Link):
         self.loads, self.dumps = _with_room(self.loads), _with_room(self.dumps)
         self.running = _thread.RLock()
         self.late = {}  # id of an iterator -> what it raised while it was read ahead
-        self.operations = OPERATIONS | {"load": self.load, "next": self.next_items}
+        self.operations = OPERATIONS | {"load": self.load, "get": _get, "next": self.next_items}
 
     def stand_in(self, number, name, abilities):
         """A function of the test's (a lambda in an argument), as the program sees it."""
@@ -138,6 +141,28 @@ class CandidateLink(Link):
             if question == "load":
                 os.chdir(directory)
             self.serve(question, *content)
+
+
+def _get(target, name, ahead):
+    """[attribute, [[object, fields], ...]]: with a field come others of its object, and those of up
+    to `ahead` objects that they lead to."""
+    value, queue, seen, rows = getattr(target, name), [target], {id(target)}, []
+    for node in itertools.islice(queue, ahead if name in _node_fields(target) else 0):  # it grows
+        rows.append([node, fields := _node_fields(node)])
+        new = [v for v in fields.values() if type(v) not in _SMALL and id(v) not in seen]
+        queue += new
+        seen.update(map(id, new))
+    return [value, rows]
+
+
+def _node_fields(value):
+    """{name: value} of what a node has: small data, and other objects of the program's."""
+    kind = type(value)
+    if kind.__module__ != "candidate" or kind.__getattribute__ is not object.__getattribute__:
+        return {}
+    items = getattr(value, "__dict__", {}).items()
+    small = {n: v for n, v in items if type(v) in _SMALL or type(v).__module__ == "candidate"}
+    return {n: v for n, v in small.items() if not hasattr(kind, n)}
 
 
 PRELOADED = (

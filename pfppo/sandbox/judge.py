@@ -29,7 +29,7 @@ import zlib
 
 from pfppo.sandbox.candidate import Server
 from pfppo.sandbox.data import PLAIN
-from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
+from pfppo.sandbox.proxy import METADATA, TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc, sweep
 
 _planning = threading.Lock()  # as no two threads may catch warnings
@@ -196,8 +196,9 @@ def _share(plan, link, kinds):
     if numpy := sys.modules.get("numpy"):
         data |= {*dir(numpy.ndarray), *dir(numpy.generic)}
     link.share({n: kinds[n] for n in shared if not issubclass(kinds[n], BaseException)})
-    link.methods, link.defined = data - everything, own
-    link.refused = set() if "__getattr__" in own else (data | everything) - own
+    link.defined, link.foreign = own, everything - own
+    link.refused = set() if "__getattr__" in own else (data | everything) - own - METADATA
+    link.methods = link.refused - link.foreign
 
 
 def _attributes(kind):

@@ -26,7 +26,7 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "heapq", "io", "itertools", "json", "math", "numpy", "operator", "pickle", "queue", "random",
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
-PURE = {"len", "items", "bool"}  # questions that change nothing
+PURE = {"get", "len", "items", "bool"}  # questions that change nothing
 ANYBODY_S = {  # abilities of what is no plain data, and of no class: functions, generators, ...
     "__call__", "__next__", "__await__", "gi_frame", "__enter__", "__exit__",
 }  # fmt: skip
@@ -47,11 +47,18 @@ class Remote:
 
     def __getattr__(self, name):
         link = self._remote
-        if name.startswith("__") and name not in METADATA or name in link.refused - METADATA:
+        if name.startswith("__") and name not in METADATA or name in link.refused:
             raise AttributeError(f"{name}, of an object that is not plain data")
-        value = _ask("get")(self, name)
+        if name in link.fields.get(self, ()):
+            return link.fields[self][name]
+        value, rows = _ask("get")(self, name, link.ahead)
+        link.ahead = min(2 * link.ahead, 1 << 14)  # so that a list of nodes is few questions
+        for other, fields in rows:
+            link.fields.setdefault(other, {}).update(fields)
         if isinstance(value, (list, dict, set)):
             link.borrowed.append((self, name, value, link.dumps(value)))
+        if not rows:  # a property, which may do anything
+            link.forget()
         return value
 
     def __reduce_ex__(self, protocol):
@@ -149,7 +156,7 @@ def remote_class(name, abilities):
         able["__class__"] = property(lambda self: types.GeneratorType)
     able |= {"__setattr__": _ask("set"), "__delattr__": _ask("delattr")}
     able |= {"__str__": _text("str"), "__repr__": _text("repr")}
-    able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__"))
+    able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__", 1)[0])
     return type(name, (Remote,), {"__slots__": (), **able})
 
 
@@ -163,14 +170,21 @@ class JudgeLink(Link):
         super().__init__(sock)
         self.verdict = verdict  # a socket
         self.raised = []  # exceptions that came from the candidate
-        self.refused = self.methods = set()  # what the test may not ask for; what no field replaces
+        self.refused = set()  # names that the test may not ask of the program's objects
+        self.foreign, self.methods = set(), set()  # of the reference's classes; of plain data alone
         self.defined = None  # what a reference says that the program's classes may define
         self.calls, self.queues = 0, {}  # questions; what was read ahead of iterators
         self.ended, self.texts = set(), {}  # iterators; (object, operation): what it said
-        self.items = {}  # sized object -> what is in it, until the program next acts
+        self.forget()
         self.borrowed = []  # (object, field, container, its text), read since the last question
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
+
+    def forget(self, operation="call"):
+        """What is known of the program's objects is so until the program next acts."""
+        if operation not in PURE:
+            self.fields, self.items = {}, {}
+            self.ahead = 1  # objects whose fields come with a field that is asked for
 
     def end(self, outcome, detail=""):
         """Give the verdict and end this process: nothing of the test can hold it back."""
@@ -192,9 +206,10 @@ class JudgeLink(Link):
             self.calls += operation not in ("load", "seed")
             self.give_back()
             try:
+                self.forget(operation)
                 return self.converse(operation, target, args, kwargs)
             finally:
-                self.items = self.items if operation in PURE else {}
+                self.forget(operation)
 
     def give_back(self):
         """Set the fields whose containers the test has changed."""
@@ -203,6 +218,7 @@ class JudgeLink(Link):
             if self.dumps(value) != text:
                 with contextlib.suppress(Exception):
                     self.converse("set", target, [name, value], {})
+                self.forget()
 
     def send(self, kind, value):
         try:
@@ -268,7 +284,7 @@ class JudgeLink(Link):
 
     def fill(self, instance, fields):
         kind = type(instance)
-        self._check_fields(fields)
+        self._check_fields(fields, self.methods if kind in self.names else self.refused)
         for name, value in fields.items():
             holds = _place(kind, name)
             if holds == "method" or kind not in self.names and not issubclass(kind, Exception):
@@ -277,11 +293,14 @@ class JudgeLink(Link):
                 object.__setattr__(instance, name, value)
 
     def named_tuple(self, content):
-        self._check_fields(dict(zip(*content[1:], strict=True)))
-        return super().named_tuple(content)
+        value, fields = super().named_tuple(content), dict(zip(*content[1:], strict=True))
+        if type(value) not in self.names and self.foreign & fields.keys():
+            raise ValueError("a tuple in place of an object of the reference's")
+        self._check_fields(fields, self.refused)
+        return value
 
-    def _check_fields(self, fields):
-        for name in self.methods & fields.keys():
+    def _check_fields(self, fields, methods):
+        for name in methods & fields.keys():
             if isinstance(fields[name], Remote) or callable(fields[name]):
                 raise ValueError(f"an object in place of the method {name}")
 
