@@ -63,6 +63,7 @@ _TABLE = (  # exact type, tag, to something simpler, and back
 PACK = {kind: (tag, simpler) for kind, tag, simpler, _ in _TABLE}
 UNPACK = {tag: back for _, tag, _, back in _TABLE} | {"i": lambda v: int(v, 16), "I": iter}
 PLAIN = int, float, str, bool, list, *PACK
+METHODS = {name for kind in PLAIN for name in dir(kind)}  # and attributes
 TYPES = {kind.__name__: kind for kind in (*PLAIN, type(None))}
 
 

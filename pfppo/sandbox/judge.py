@@ -28,7 +28,7 @@ import warnings
 import zlib
 
 from pfppo.sandbox.candidate import Server
-from pfppo.sandbox.data import PLAIN
+from pfppo.sandbox.data import METHODS
 from pfppo.sandbox.proxy import METADATA, TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc, sweep
 
@@ -192,9 +192,8 @@ def _share(plan, link, kinds):
     everything = set().union(*plan.members.values(), *map(_attributes, kinds.values()))
     own = plan.members[""].union(*(plan.members.get(name, ()) for name in tested))
     own = own.union(*(_attributes(kinds[name]) for name in tested & kinds.keys()))
-    data = {name for kind in PLAIN for name in dir(kind)}
-    if numpy := sys.modules.get("numpy"):
-        data |= {*dir(numpy.ndarray), *dir(numpy.generic)}
+    numpy = sys.modules.get("numpy")
+    data = METHODS.union(*(map(dir, (numpy.ndarray, numpy.generic)) if numpy else ()))
     link.share({n: kinds[n] for n in shared if not issubclass(kinds[n], BaseException)})
     link.defined, link.foreign = own, everything - own
     link.refused = set() if "__getattr__" in own else (data | everything) - own - METADATA
