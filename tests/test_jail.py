@@ -42,10 +42,13 @@ SAID = (  # in place of an answer
     'ok [7, null] ', 'ok [{"C": [-1, "x", ""]}, null]', 'ok [{"C": [5, "N", "="]}, null]',
     'ok [{"C": [5, "int", "__eq__ __index__ __abs__"]}, null]', 'ok [{"f": "exec"}, null]',
     'ok [{"T": "exec"}, null]', 'ok [{"T": "BaseException"}, null]', "raise 5", "ok [1, 7]",
-    'raise {"X": [[], [], [], null, ""]}', "callback 7", 'callback [0, [1], {"d": []}]',
-    'raise {"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}', 'ok [{"x": []}, null]',
-    'raise {"X": [[["", "SystemExit"]], [0], [], null, ""]}', 'ok [{"F": [1, 0]}, null]',
+    'raise [{"X": [[], [], [], null, ""]}, null]', "callback 7", 'callback [0, [1], {"d": []}]',
+    
+    'raise [{"X": [[["builtins", "SystemExit"]], [0], [], null, ""]}, null]',
+    'ok [{"x": []}, null]',
+    'raise [{"X": [[["", "SystemExit"]], [0], [], null, ""]}, null]', 'ok [{"F": [1, 0]}, null]',
     'ok [{"N": ["f8", [1000000000], "00"]}, null]', 'ok [{"N": ["O", [1], "00"]}, null]',
+    'ok [{"L": 0}, null]', 'ok [1, [[1]]]',
     'ok [{"t": [], "s": []}, null]', 'ok [{"n": ["P", ["a b"], [1]]}, null]',
     'ok [{"C": [[1], "x", ""]}, null]', 'ok [{"C": [8, "a\\u0000b", ""]}, null]',
 )  # fmt: skip
@@ -257,6 +260,8 @@ HELD = {  # each raises OSError, or the program passes
     "if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) < 0: raise OSError",
     "memory beside the limit": "import os\nos.memfd_create('x')",
     "signals by fcntl": "import fcntl\nfcntl.fcntl(3, fcntl.F_SETOWN, 1)",
+    "a lock that others see": "import fcntl\nfcntl.flock(open('/dev/null'), fcntl.LOCK_SH)",
+    "a lock of the older kind": "import fcntl, os\nfcntl.lockf(open(os.__file__), fcntl.LOCK_SH)",
     "huge file": "f = open('a', 'wb')\nfor _ in range(64): f.write(bytes(1 << 20))",
 }
 

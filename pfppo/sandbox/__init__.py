@@ -11,9 +11,12 @@ side: checks, verdicts, the clocks, and a pool that loses no check and replaces 
 
 A call is sent when the one before it has been answered: a program never sees what comes later. The
 entry point is the program's; every other name that the reference defines is the reference's, its
-classes with their methods too: their instances travel with their fields. Without an entry point all
-that the test uses of the reference is the program's; without a reference every name that nobody
-else defines is, but for modules of the library and numpy. A test draws the same each time.
+classes too: their instances travel with their fields, and no other object of the program's answers
+for what they define. (Where a class is the entry point, so it is with those that the test uses.)
+Without an entry point all that the reference binds is the program's, but for modules; without a
+reference every name that nobody else defines is, but for modules of the library and numpy. Where a
+reference is given, nothing answers for methods and items of plain data that its classes have not.
+A test draws the same each time, and passes only if it has asked the program.
 
 Limits: a program has `timeout` seconds, of CPU or asleep while nothing else goes on; more is a
 `timeout`, however right the answers. Waiting for a core is not counted, up to ten times that. The
@@ -22,18 +25,25 @@ allocate `memory_mb`, its test twice that. What the machine grants is in `Sandbo
 layer contains, and what not, in walls.py.
 
 Not contained: answers that are right for the test's arguments alone (hard-coded); objects whose
-methods answer what the test hopes to hear, where it calls methods of the program's own classes (or
-no reference says that it does not); a test that executes what it is answered, or lets the program
-do so (`eval`); an assert in a function that the test gives away, which the program may catch; a
-message to the next program in the numbers that the kernel gives out (inodes, process ids).
+methods or items answer what the test hopes to hear, where it asks them of the program's own classes
+(or no reference says that it does not), and methods of the library's that no plain data has; a test
+that executes what it is answered, or lets the program do so (`eval`); an assert in a function that
+the test gives away, which the program may catch; a message to the next program in the numbers that
+the kernel gives out (inodes, process ids).
 
-What fails, though it is right: a program that needs other processes, or the standard input, files
-or environment that the test sets up (these, and what it prints, do not cross); a test that passes
-objects other than plain data (values.py) and functions, copies what is none, or uses operators,
-`==` (identity here) or `isinstance` on it; that looks into a function (its signature), iterates
-asynchronously, reads a global that a call has set, or expects one list twice in a value, the list
-itself that it passed, methods on a class that derives from a list or another plain type, or that
-the program's context manager suppresses what the test raised.
+What fails, though it is right: a program that needs other processes, locks on files, or the
+standard input, files or environment that the test sets up (these, and what it prints, do not
+cross); one that answers an object of another class than the reference's, a class within a
+function, or the library's objects that answer as data does; a test that passes objects other than
+plain data (data.py) and functions, copies what is none, or uses operators, `==` (identity here),
+`isinstance` or `issubclass` on it, or derives from it; that looks into a function (its signature,
+the name of its own), iterates asynchronously, sees how far an iterator is (long ones are read
+ahead), expects StopIteration, reads a global that a call has set, or makes tens of thousands of
+calls; that expects one list twice in a value, what the program's context manager suppresses, or of
+exceptions of the program's what their class defines. Data crosses without what only its class
+knows (methods of one that derives from a plain type, of the library's tuples and numpy's scalars,
+attributes of OSError, a default factory, names of time zones), without the identity of nan, and
+sets without their order.
 """
 
 import collections
@@ -47,9 +57,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -58,6 +65,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pfppo.config import UserError
 from pfppo.sandbox.judge import plan_of
+from pfppo.sandbox.processes import Server, all_sleep, cpu_seconds
 from pfppo.sandbox.walls import open_to_others
 
 WALL = 10  # a check ends after so many times its limit, however busy the machine is
@@ -92,53 +100,6 @@ class Verdict:
     @property
     def passed(self):
         return self.outcome == "passed"
-
-
-class Server:
-    """A process that forks judges or candidates, as its owner sees it. `control` carries requests
-    and replies, `births` the sockets of its children. At the end of `control` it reaps them, and
-    ends. Layers of walls that the machine refuses are added to options["without"]."""
-
-    def __init__(self, module, options, preload):
-        said = {"refused": None}
-        while "refused" in said:
-            self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.births, births = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.control.settimeout(60)
-            self.births.settimeout(60)
-            own = {"preload": preload, "directory": f"{options['folder']}/{os.urandom(6).hex()}"}
-            with control, births:
-                self.process = _start_python(module, options | own, control, births)
-            if not (hello := self.control.recv(1 << 12)):
-                self.close()
-                raise RuntimeError("the sandbox does not start; see standard error")
-            if "refused" in (said := json.loads(hello)):
-                self.close()
-                options["without"] = [*options["without"], said["refused"]]
-        self.layers = said["layers"]
-
-    def next(self):
-        """The socket of the next child, its process id, and the same as the server knows it."""
-        inner, descriptors, *_ = socket.recv_fds(self.births, 64, 1)
-        if not descriptors:
-            raise EOFError("no more births")
-        sock = socket.socket(fileno=descriptors[0])
-        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return sock, struct.unpack("3i", peer)[0], inner
-
-    def end(self, inner):
-        """End a child: [exit status or minus the signal that ended it, CPU seconds]."""
-        self.control.send(inner)
-        return json.loads(self.control.recv(1 << 12))
-
-    def close(self):
-        self.control.close()
-        self.births.close()
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 class Worker:
@@ -212,12 +173,12 @@ class Worker:
         timeout, poll = self.options["timeout"], select.poll()
         poll.register(sock, select.POLLIN)
         poll.register(self.stop, select.POLLIN)
-        start, window = time.monotonic(), min(0.25, timeout / 4)
+        start, window = time.monotonic(), min(0.1, timeout / 8)
         before = asleep = 0.0
         while not (events := poll.poll(1000 * window)):
-            cpu, both = _cpu(program), _cpu(program) + _cpu(judge)
-            if both - before < 0.01 * window and _sleeps(judge) and _sleeps(program):
-                asleep += window
+            cpu, both = cpu_seconds(program), cpu_seconds(program, judge)
+            if all_sleep(program, judge):
+                asleep += max(0.0, window - (both - before))
             before = both
             if cpu + asleep > timeout or time.monotonic() - start > WALL * timeout:
                 wall = time.monotonic() - start
@@ -312,39 +273,3 @@ def _end(pid, stop, lock, workers):
         with lock:
             for worker in workers:
                 worker.close()
-
-
-def _cpu(pid):
-    return time.clock_gettime((~pid << 3) | 2)  # the kernel's name for a process's CPU clock
-
-
-def _sleeps(pid):
-    """Does a process that uses no CPU wait for something else than a core?"""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] != "R"
-    return True  # not to be seen, so believe the clock
-
-
-def _start_python(module, options, stdin, stdout):
-    """A process that runs `pfppo.sandbox.MODULE.main(options)`: a clean interpreter with nothing of
-    this one's environment. An empty package stands for pfppo.sandbox, so that nothing of this side
-    is in a candidate's process. All of the module's imports happen before `main`: then the path is
-    gone."""
-    code = (
-        "import json, os, sys, types; os.register_at_fork = lambda **hooks: None;"  # cost each fork
-        "name = 'pfppo.sandbox'; package = sys.modules[name] = types.ModuleType(name);"
-        "package.__path__ = [sys.argv[1]];"
-        f"from pfppo.sandbox.{module} import main; package.__path__ = [];"
-        "main(json.loads(sys.argv[2]))"
-    )
-    environment = {
-        "PYTHONHASHSEED": "0",
-        "LANG": "C.UTF-8",
-        "MALLOC_ARENA_MAX": "1",  # each arena of a thread would reserve 64 MB of address space
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
-    }
-    command = [sys.executable, "-P", "-c", code, os.path.dirname(__file__), json.dumps(options)]
-    streams = {"stdin": stdin, "stdout": stdout}
-    return subprocess.Popen(command, env=environment, cwd="/", start_new_session=True, **streams)

@@ -36,10 +36,12 @@ OPERATIONS = {
     "exit": lambda m, error: type(m).__exit__(m, error and type(error), error, None),
     "await": lambda coroutine: importlib.import_module("asyncio").run(coroutine),
     "seed": lambda module, *args: importlib.import_module(module).seed(*args),
-    "set": setattr, "delattr": delattr, "iter": iter, "len": len, "bool": bool, "str": str,
-    "repr": repr, "getitem": operator.getitem, "setitem": operator.setitem,
+    "set": setattr, "delattr": delattr, "iter": iter, "len": len, "bool": bool,
+    "str": str, "repr": repr, "getitem": operator.getitem, "setitem": operator.setitem,
     "delitem": operator.delitem,
 }  # fmt: skip
+
+
 _SMALL = {int, float, str, bool, type(None)}
 
 
@@ -119,19 +121,14 @@ class CandidateLink(Link):
         return items
 
     def serve(self, name, target, args, kwargs):
-        """Answer a question: [value, (args, kwargs) if a call has changed them]."""
-        text = self.text
+        """Answer a question."""
         try:
-            value, changed = self.operations[name](target, *args, **kwargs), None
-            if name == "call" and not {type(v) for v in (*args, *kwargs.values())} <= _SMALL:
-                same = self.dumps([target, args, kwargs]) == text
-                changed = None if same else [args, kwargs]
-            self.send("ok", [value, changed])
-        except BaseException as error:
+            self.respond(functools.partial(self.operations[name], target), args, kwargs)
+        except BaseException as error:  # something in the answer cannot be packed
             try:
-                self.send("raise", error)
-            except Exception:  # something in it cannot be packed
-                self.send("raise", Exception(type(error).__name__))
+                self.send("raise", [error, None])
+            except Exception:
+                self.send("raise", [Exception(type(error).__name__), None])
 
     def live(self, directory):
         """Answer questions until the server ends this process."""
@@ -140,7 +137,7 @@ class CandidateLink(Link):
             try:
                 question, content = self.receive()
             except (MemoryError, RecursionError) as error:  # in reading what the test gives
-                return self.send("raise", error)
+                return self.send("raise", [error, None])
             if question == "load":
                 os.chdir(directory)
             self.serve(question, *content)

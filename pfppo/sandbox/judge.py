@@ -28,11 +28,10 @@ import warnings
 import zlib
 
 from pfppo.sandbox.candidate import Server
-from pfppo.sandbox.proxy import TRUSTED, JudgeLink, Remote
+from pfppo.sandbox.data import METHODS
+from pfppo.sandbox.proxy import METADATA, TRUSTED, JudgeLink, Remote
 from pfppo.sandbox.walls import PR_SET_DUMPABLE, libc, sweep
 
-# An answer that is no string, but has a `startswith` that says yes, is what a test hopes to hear.
-_DATA_METHODS = {m for kind in (str, bytes, int, float, list, tuple, dict, set) for m in dir(kind)}
 _planning = threading.Lock()  # as no two threads may catch warnings
 
 
@@ -43,9 +42,9 @@ class Plan(typing.NamedTuple):
     reference: types.CodeType | None
     entry_point: str
     base: str  # the program's name that must exist
-    names: set  # the program's names that the test may see
-    shared: set  # classes of the reference, other than what is tested, that the test deals in
-    refused: set  # methods of plain data that no class of the reference has
+    reads: set  # global names that the test reads and does not bind
+    used: set  # what it uses of the reference's functions and classes, itself or through others
+    members: dict  # class of the reference's, or "" -> attributes that its text defines and sets
     checks: bool  # does the test define check(candidate)?
     seed: int  # of what the test draws
 
@@ -57,23 +56,15 @@ def plan_of(test, entry_point, reference):
     with _planning, warnings.catch_warnings(action="ignore"):  # of old escapes
         code, trusted = (compile(_bytes(text), "test", "exec") for text in (test, reference))
         top, ref = (symtable.symtable(_bytes(text), "", "exec") for text in (test, reference))
-        nodes = list(ast.walk(ast.parse(_bytes(reference))))
+        tree = ast.parse(_bytes(reference))
     checks = any(child.get_name() == "check" for child in top.get_children())
-    if not reference:
-        bound = {s.get_name() for s in top.get_symbols() if s.is_local()}
-        names = _reads(top) - bound - {*dir(builtins)} | {base} - {""}
-        return Plan(code, None, entry_point, base, names, set(), set(), checks, seed)
+    reads = _reads(top) - {s.get_name() for s in top.get_symbols() if s.is_local()}
     scopes = {s.get_name(): s for s in ref.get_children() if s.get_type() in ("function", "class")}
-    used = _reads(top) & scopes.keys() - {base}
-    for name in (queue := [*used]):  # and what that uses itself
-        queue += _reads(scopes[name]) & scopes.keys() - {base, *queue}
-    classes = [scope for scope in _scopes(ref) if scope.get_type() == "class"]
-    has = {s.get_name() for scope in classes for s in scope.get_symbols() if s.is_local()}
-    has |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-    # Where nothing says what is tested, it is all that the test uses.
-    names, shared = ({base}, {*queue} & {c.get_name() for c in classes}) if base else (used, set())
-    refused = _DATA_METHODS - has
-    return Plan(code, trusted, entry_point, base, names, shared, refused, checks, seed)
+    for name in (used := [*_reads(top) & scopes.keys() - {base}]):  # and what that uses itself
+        used += _reads(scopes[name]) & scopes.keys() - {base, *used}
+    members = _members(ref, tree)
+    trusted = trusted if reference else None
+    return Plan(code, trusted, entry_point, base, reads, {*used}, members, checks, seed)
 
 
 def _bytes(source):
@@ -88,6 +79,25 @@ def _reads(table):
     """The global names that are read in a scope and those within it."""
     symbols = (symbol for scope in _scopes(table) for symbol in scope.get_symbols())
     return {s.get_name() for s in symbols if s.is_global() and s.is_referenced()}
+
+
+def _members(table, tree):
+    """{outermost class: names that its body and the classes in it bind, and attributes that they
+    set}; at "" the attributes that are set elsewhere."""
+    members, tables, nodes = {"": set()}, [(table, "")], [(tree, "")]
+    for table, owner in tables:  # it grows
+        if table.get_type() == "class":
+            owner = owner or table.get_name()
+            bound = {s.get_name() for s in table.get_symbols() if s.is_local()}
+            members[owner] = members.get(owner, set()) | bound
+        tables += [(child, owner) for child in table.get_children()]
+    for node, owner in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            members[owner].add(node.attr)
+        if isinstance(node, ast.ClassDef):
+            owner = owner or node.name
+        nodes += [(child, owner) for child in ast.iter_child_nodes(node)]
+    return members
 
 
 def trusted_names(program, names):
@@ -108,22 +118,23 @@ def trusted_names(program, names):
 def run_test(link, plan, program):
     """The heart: run the test here, with the program there; (outcome, detail)."""
     try:
-        space = _space(plan, link)
+        space, wanted = _space(plan, link)
     except BaseException as error:
         return "exception", f"the reference does not run: {_outcome(link, error)[1]}"
     try:
-        answer = link.ask("load", program, [sorted(plan.names), sorted(link.shared)])
+        answer = link.ask("load", program, [sorted(wanted), sorted(link.shared)])
     except Exception as error:
         return _outcome(link, error, "syntax_error" if isinstance(error, SyntaxError) else None)
     if type(answer) is not dict:
         return "exception", "unreadable answer: no names"
-    names = {name: answer[name] for name in plan.names & answer.keys()}  # and no `all` or `len`
+    names = {name: answer[name] for name in wanted & answer.keys()}  # and no `all` or `len`
+    tested = [names[name] for name in names.keys() & (plan.reads | {plan.base})]
     if plan.base and plan.base not in names:
         return "exception", f"NameError: name '{plan.base}' is not defined"
     try:
         if not plan.reference:
-            names |= trusted_names(program, plan.names - {plan.base})
-        for name in plan.names:
+            names |= trusted_names(program, wanted - {plan.base})
+        for name in wanted:
             space.pop(name, None)
         space.update(names)
         seed = _shared_seeds(link, plan.seed)
@@ -140,23 +151,59 @@ def run_test(link, plan, program):
                     return "wrong_answer", f"the test ended with status {error.code}"
     except BaseException as error:
         return _outcome(link, error)
-    if isinstance(names.get(plan.base), Remote) and not link.calls:  # what is no Remote is known
+    known = tested and not any(isinstance(value, Remote) for value in tested)  # it came by value
+    if not known and not link.calls:
         return "wrong_answer", "the test never called the program"
     return "passed", ""
 
 
 def _space(plan, link):
-    """What a test sees besides the program: the reference's names, in a module of their own."""
+    """What a test sees besides the program: the reference's names, in a module of their own; and
+    the names that are the program's. Without an entry point, these are all but modules."""
     module = sys.modules["reference"] = types.ModuleType("reference")  # dataclasses look for it
     space = module.__dict__
+    names = {plan.base} if plan.base else set()
     if plan.reference:
+        before = {*space, "__builtins__"}
         exec(plan.reference, space)
-    kinds = {name: space[name] for name in plan.shared if isinstance(space.get(name), type)}
-    link.share({n: kind for n, kind in kinds.items() if not issubclass(kind, BaseException)})
-    link.refused = plan.refused
+        bound = {n: value for n, value in space.items() if n not in before}
+        names |= {n for n, v in bound.items() if not plan.base and type(v) is not types.ModuleType}
+        _share(plan, link, {n: v for n, v in bound.items() if isinstance(v, type)})
+    else:
+        names |= plan.reads - {*dir(builtins)}
     space["__name__"] = "__main__"  # the test may be under its guard, or look there for itself
     sys.modules["__main__"] = module
-    return space
+    return space, names
+
+
+def _share(plan, link, kinds):
+    """Which of the reference's classes cross by value, and what the test may ask of all objects
+    that do not: nothing that plain data or a class has that is not the program's to define."""
+    kinds = {n: kind for n, kind in kinds.items() if kind.__module__ == "reference"}
+    base = kinds.get(plan.base)
+    tested = {kind.__name__ for kind in base.__mro__} if base else {plan.base}
+    shared = kinds.keys() - tested if plan.base else set()
+    if base and "." not in plan.entry_point:  # the class itself, with those that only it uses
+        shared &= plan.used
+    if not plan.base or base and "." not in plan.entry_point:
+        tested = (kinds.keys() | plan.members.keys()) - shared
+    else:
+        tested &= kinds.keys()
+    everything = set().union(*plan.members.values(), *map(_attributes, kinds.values()))
+    own = plan.members[""].union(*(plan.members.get(name, ()) for name in tested))
+    own = own.union(*(_attributes(kinds[name]) for name in tested & kinds.keys()))
+    numpy = sys.modules.get("numpy")
+    data = METHODS.union(*(map(dir, (numpy.ndarray, numpy.generic)) if numpy else ()))
+    link.share({n: kinds[n] for n in shared if not issubclass(kinds[n], BaseException)})
+    link.defined, link.foreign = own, everything - own
+    link.refused = set() if "__getattr__" in own else (data | everything) - own - METADATA
+    link.methods = link.refused - link.foreign
+
+
+def _attributes(kind):
+    """What a class or its metaclass has, and `object` has not."""
+    says = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
+    return {*dir(kind), *dir(type(kind))} - {*dir(type)} | ({"__str__"} if says else set())
 
 
 def _shared_seeds(link, seed):

@@ -10,7 +10,9 @@ Not here: the packed form of values, the candidate's end, running the test and t
 """
 
 import collections
+import contextlib
 import functools
+import inspect
 import itertools
 import os
 import threading
@@ -25,7 +27,9 @@ TRUSTED = (  # modules whose names and exceptions a test may have of a program: 
     "re", "statistics", "string", "struct", "textwrap", "time", "types", "typing", "uuid", "zlib",
 )  # fmt: skip
 PURE = {"get", "len", "items", "bool"}  # questions that change nothing
-METHODS = types.FunctionType, types.MethodType, property, type  # of classes, no field replaces them
+ANYBODY_S = {  # abilities of what is no plain data, and of no class: functions, generators, ...
+    "__call__", "__next__", "__await__", "gi_frame", "__enter__", "__exit__",
+}  # fmt: skip
 METADATA = {"__name__", "__qualname__", "__dict__"}  # the only such names that are asked for
 
 
@@ -43,7 +47,7 @@ class Remote:
 
     def __getattr__(self, name):
         link = self._remote
-        if name in link.refused or name.startswith("__") and name not in METADATA:
+        if name.startswith("__") and name not in METADATA or name in link.refused:
             raise AttributeError(f"{name}, of an object that is not plain data")
         if name in link.fields.get(self, ()):
             return link.fields[self][name]
@@ -51,6 +55,8 @@ class Remote:
         link.ahead = min(2 * link.ahead, 1 << 14)  # so that a list of nodes is few questions
         for other, fields in rows:
             link.fields.setdefault(other, {}).update(fields)
+        if isinstance(value, (list, dict, set)):
+            link.borrowed.append((self, name, value, link.dumps(value)))
         if not rows:  # a property, which may do anything
             link.forget()
         return value
@@ -63,15 +69,33 @@ def _ask(operation):
     return lambda self, /, *args, **kwargs: self._remote.ask(operation, self, args, kwargs)
 
 
+def _text(operation):
+    def say(self):
+        """One text for ever, unless it is the tested class's to say."""
+        link = self._remote
+        if (self, operation) not in link.texts or link.may("__str__"):
+            link.texts[self, operation] = _ask(operation)(self)
+        return link.texts[self, operation]
+
+    return say
+
+
 def _iter(self):
-    if hasattr(self, "__next__"):
-        return self
-    return iter(_held(self)) if hasattr(self, "__len__") else _ask("iter")(self)
+    if _is_held(self):
+        return iter(_held(self))
+    plain = hasattr(self, "gi_frame") or not self._remote.may("__iter__")
+    return self if plain and hasattr(self, "__next__") else _ask("iter")(self)
+
+
+def _is_held(self):
+    sized = hasattr(self, "__len__") and hasattr(self, "__iter__") and not hasattr(self, "__next__")
+    return sized and self._remote.defined is None
 
 
 def _held(self):
     """What is in an object that has a length, read at once and kept until the program next acts:
-    else it might be something else each time that the test looks."""
+    else it might be something else each time that the test looks. (Where a reference says what
+    has a length, the object does.)"""
     link = self._remote
     if self not in link.items:
         length, items = _ask("items")(self)
@@ -83,10 +107,18 @@ def _held(self):
 
 def _next(self):
     """The next item. A long iteration is read ahead, by a quarter of what it has had."""
-    ahead, taken = self._remote.queues.get(self, (collections.deque(), 0))
+    link = self._remote
+    ahead, taken = link.queues.get(self, (collections.deque(), 0))
+    if self in link.ended:
+        raise StopIteration
     if not ahead:
-        ahead += _ask("next")(self, max(1, taken // 4) if taken > 64 else 1)
-    self._remote.queues[self] = ahead, taken + 1
+        try:
+            ahead += _ask("next")(self, max(1, taken // 4) if taken > 64 else 1)
+        except StopIteration:
+            if not link.may("__next__"):
+                link.ended.add(self)
+            raise
+    link.queues[self] = ahead, taken + 1
     return ahead.popleft()
 
 
@@ -108,7 +140,7 @@ ABILITIES = {  # of an object, if its class has the method: the candidate says s
     "__call__": _ask("call"),
     "__iter__": _iter,
     "__next__": _next,
-    "__len__": lambda self: len(_held(self)) if hasattr(self, "__iter__") else _ask("len")(self),
+    "__len__": lambda self: len(_held(self)) if _is_held(self) else _ask("len")(self),
     "__contains__": lambda self, item: any(item is part or item == part for part in self),
     "__exit__": _exit,
     "__await__": lambda self: _awaited(self).__await__(),
@@ -122,8 +154,8 @@ def remote_class(name, abilities):
     able = {method: ABILITIES[method] for method in abilities.split() if method in ABILITIES}
     if "gi_frame" in able:  # a generator, to `isinstance` as well
         able["__class__"] = property(lambda self: types.GeneratorType)
-    always = {"setattr": "set", "delattr": "delattr", "str": "str", "repr": "repr"}
-    able |= {f"__{method}__": _ask(operation) for method, operation in always.items()}
+    able |= {"__setattr__": _ask("set"), "__delattr__": _ask("delattr")}
+    able |= {"__str__": _text("str"), "__repr__": _text("repr")}
     able["__doc__"] = property(lambda self: _ask("get")(self, "__doc__", 1)[0])
     return type(name, (Remote,), {"__slots__": (), **able})
 
@@ -138,9 +170,13 @@ class JudgeLink(Link):
         super().__init__(sock)
         self.verdict = verdict  # a socket
         self.raised = []  # exceptions that came from the candidate
-        self.refused = frozenset()  # attributes that the test may not ask for
+        self.refused = set()  # names that the test may not ask of the program's objects
+        self.foreign, self.methods = set(), set()  # of the reference's classes; of plain data alone
+        self.defined = None  # what a reference says that the program's classes may define
         self.calls, self.queues = 0, {}  # questions; what was read ahead of iterators
+        self.ended, self.texts = set(), {}  # iterators; (object, operation): what it said
         self.forget()
+        self.borrowed = []  # (object, field, container, its text), read since the last question
         self.asking = threading.RLock()  # the test may have threads
         self.readers["x"] = self._error_value
 
@@ -168,14 +204,21 @@ class JudgeLink(Link):
         args, kwargs = list(args), kwargs or {}
         with self.asking:
             self.calls += operation not in ("load", "seed")
+            self.give_back()
             try:
                 self.forget(operation)
-                value, changed = self.converse(operation, target, args, kwargs)
+                return self.converse(operation, target, args, kwargs)
             finally:
                 self.forget(operation)
-            if changed:
-                _assign([args, kwargs], changed)
-            return value
+
+    def give_back(self):
+        """Set the fields whose containers the test has changed."""
+        borrowed, self.borrowed = self.borrowed, []
+        for target, name, value, text in borrowed:
+            if self.dumps(value) != text:
+                with contextlib.suppress(Exception):
+                    self.converse("set", target, [name, value], {})
+                self.forget()
 
     def send(self, kind, value):
         try:
@@ -197,11 +240,7 @@ class JudgeLink(Link):
 
     def serve(self, kind, number, args, kwargs):
         """The candidate calls a function that the test gave to it."""
-        try:
-            answer, value = "ok", self.own[number](*args, **kwargs)
-        except BaseException as error:
-            answer, value = "raise", error
-        self.send(answer, value)
+        self.respond(lambda *args, **kwargs: self.own[number](*args, **kwargs), args, kwargs)
 
     def arrived(self, error, kind):
         """What to raise here for what was raised there."""
@@ -222,8 +261,15 @@ class JudgeLink(Link):
         awaitable = isinstance(value, Remote) and hasattr(value, "__await__")
         return _awaited(value) if awaitable else value
 
+    def may(self, name):
+        """Is it the program's to define, in classes of its own?"""
+        return self.defined is None or name in self.defined
+
     def stand_in(self, number, name, abilities):
-        return remote_class(name, abilities)(self)
+        able = [a for a in abilities.split() if a in ANYBODY_S or self.may(a)]
+        if "__next__" in able and "__iter__" in abilities and "__iter__" not in able:
+            able.append("__iter__")
+        return remote_class(name, " ".join(able))(self)
 
     def describe(self, value):
         if callable(value):
@@ -238,19 +284,23 @@ class JudgeLink(Link):
 
     def fill(self, instance, fields):
         kind = type(instance)
-        self._check_fields(fields)
+        self._check_fields(fields, self.methods if kind in self.names else self.refused)
         for name, value in fields.items():
-            if kind not in self.names or isinstance(getattr(kind, name, None), METHODS):
+            holds = _place(kind, name)
+            if holds == "method" or kind not in self.names and not issubclass(kind, Exception):
                 raise ValueError(f"a field in place of {name}")
-            if not name.startswith("__"):
+            if holds == "field":
                 object.__setattr__(instance, name, value)
 
     def named_tuple(self, content):
-        self._check_fields(dict(zip(*content[1:], strict=True)))
-        return super().named_tuple(content)
+        value, fields = super().named_tuple(content), dict(zip(*content[1:], strict=True))
+        if type(value) not in self.names and self.foreign & fields.keys():
+            raise ValueError("a tuple in place of an object of the reference's")
+        self._check_fields(fields, self.refused)
+        return value
 
-    def _check_fields(self, fields):
-        for name in self.refused & fields.keys():
+    def _check_fields(self, fields, methods):
+        for name in methods & fields.keys():
             if isinstance(fields[name], Remote) or callable(fields[name]):
                 raise ValueError(f"an object in place of the method {name}")
 
@@ -267,29 +317,14 @@ class JudgeLink(Link):
         return kind if own else self.errors.setdefault(key, type(kind.__name__, (kind,), {}))
 
 
-def _assign(old, new):
-    """Make a container of the test's equal to what the program left of its copy, in place, and the
-    containers in it; whether that did it."""
-    kind = type(old)
-    if kind is not type(new) or kind not in _CONTAINERS:
-        return False
-    if isinstance(old, dict):
-        kept = {key: old[key] for key in new if key in old and _assign(old[key], new[key])}
-        old.clear()
-        old.update({**new, **kept})
-    elif kind is set:
-        old.clear()
-        old.update(new)
-    else:
-        parts = [a if _assign(a, b) else b for a, b in itertools.zip_longest(old, new)]
-        if kind is tuple:
-            return False
-        old.clear()
-        old.extend(parts[: len(new)])
-    return True
-
-
-_CONTAINERS = (
-    list, tuple, dict, set, bytearray, collections.deque, collections.Counter,
-    collections.OrderedDict, collections.defaultdict,
-)  # fmt: skip
+@functools.lru_cache(1024)
+def _place(kind, name):
+    """What a class has under the name of a field: a "method", or what is "computed" but once."""
+    if name.startswith("__") and name != "__notes__":
+        return "computed"
+    held = inspect.getattr_static(kind, name, None)
+    if isinstance(held, functools.cached_property):
+        return "computed"
+    reads, writes = hasattr(type(held), "__get__"), hasattr(type(held), "__set__")
+    method = callable(held) or isinstance(held, property) or reads and not writes
+    return "method" if method else "field"

@@ -7,73 +7,39 @@ plain data stays where it is and travels as {side: [number, class, abilities]}, 
 either side. So does an instance of a class that both sides have, but its fields are in TABLE: nodes
 that share nodes, or point at themselves, arrive as they were, and any number in one message.
 
-Lists have no number: one that stands twice in a value arrives as two. There is no limit but that of
-memory, which each process has. Not here: what the numbers are asked (candidate.py answers, proxy.py
-asks). Both sides hold this module, and neither trusts the other's copy.
+Lists have no number: one that stands twice in a value arrives as two. But an answer says what is in
+those of the arguments now, and may hold them. There is no limit but that of memory. Not here: plain
+data (data.py), what the numbers are asked (candidate.py answers, proxy.py asks). Both sides hold
+this module, and neither trusts the other's copy.
 """
 
 import builtins
 import collections
-import datetime
-import decimal
 import enum
-import fractions
 import functools
 import json
 import sys
 
+from pfppo.sandbox.data import (
+    ATOMS,
+    PACK,
+    PLAIN,
+    TYPES,
+    UNPACK,
+    containers,
+    flat,
+    is_array,
+    pairs,
+    refill,
+    unchanged,
+)
+
 BIG = 4096  # bits from which an int travels in hex (decimal conversion is quadratic, and capped)
 CHUNK = 1 << 16  # bytes to receive at once: more would be mapped and unmapped by each `recv`
 BY_VALUE = "="  # in place of abilities: the fields are in the table
-_ATOMS = frozenset((float, str, bool, type(None)))
 json_dumps = json.JSONEncoder(check_circular=False).encode  # bound before a candidate can patch it
 
 
-def _flat(mapping):
-    return [part for pair in mapping.items() for part in pair]
-
-
-def pairs(flat):
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-def _parts(*names):
-    return lambda value: [getattr(value, name) for name in names]
-
-
-def _spread(function):
-    return lambda parts: function(*parts)
-
-
-_PLAIN = (  # exact type, tag, to something simpler, and back
-    (tuple, "t", list, tuple),
-    (dict, "d", _flat, pairs),
-    (set, "s", list, set),
-    (frozenset, "S", list, frozenset),
-    (bytes, "b", bytes.hex, bytes.fromhex),
-    (bytearray, "B", bytearray.hex, bytearray.fromhex),
-    (complex, "c", _parts("real", "imag"), _spread(complex)),
-    (range, "r", _parts("start", "stop", "step"), _spread(range)),
-    (slice, "l", _parts("start", "stop", "step"), _spread(slice)),
-    (type({}.keys()), "k", list, lambda v: dict.fromkeys(v).keys()),
-    (type({}.items()), "j", lambda v: _flat(dict(v)), lambda v: pairs(v).items()),
-    (type(...), "e", lambda v: 0, lambda v: ...),
-    (fractions.Fraction, "F", _parts("numerator", "denominator"),
-     lambda v: fractions.Fraction(*map(int, v))),  # of strings it might be long in the making
-    (decimal.Decimal, "D", str, decimal.Decimal),
-    (collections.deque, "q", lambda v: [list(v), v.maxlen], _spread(collections.deque)),
-    (collections.Counter, "u", _flat, lambda v: collections.Counter(pairs(v))),
-    (collections.OrderedDict, "O", _flat, lambda v: collections.OrderedDict(pairs(v))),
-    (collections.defaultdict, "m", lambda v: [v.default_factory, _flat(v)],
-     lambda v: collections.defaultdict(v[0] if isinstance(v[0], type) else None, pairs(v[1]))),
-    (datetime.date, "date", datetime.date.isoformat, datetime.date.fromisoformat),
-    (datetime.time, "time", datetime.time.isoformat, datetime.time.fromisoformat),
-    (datetime.datetime, "datetime", datetime.datetime.isoformat, datetime.datetime.fromisoformat),
-    (datetime.timedelta, "timedelta", _parts("days", "seconds", "microseconds"),
-     _spread(datetime.timedelta)),
-)  # fmt: skip
-_PACK = {kind: (tag, simpler) for kind, tag, simpler, _ in _PLAIN}
-_UNPACK = {tag: back for _, tag, _, back in _PLAIN} | {"i": lambda v: int(v, 16), "I": iter}
 _namedtuple = functools.lru_cache(64)(collections.namedtuple)
 
 
@@ -81,7 +47,7 @@ def _fields(value):
     """[name, value, ...] of an instance, of its __dict__ and its slots."""
     state = object.__getstate__(value)
     fields, slots = state if isinstance(state, tuple) else (state, None)
-    return _flat((fields or {}) | (slots or {}))
+    return flat((fields or {}) | (slots or {}))
 
 
 def _text(error):
@@ -107,13 +73,15 @@ class Link:
         self.shared, self.names = {}, {}  # name -> class that both sides have, and back
         self.errors = {}  # (module, name) -> class of exceptions made for one of the other side's
         self.table, self.tabled = [], set()  # instances whose fields belong to this message; ids
-        self.readers = _UNPACK | {
+        self.lent, self.kept = [], {}  # containers given as arguments; id -> packed, of those taken
+        self.readers = UNPACK | {
             "x": self.error_class,
             "X": self._error,
             "E": lambda v: self.shared[v[0]][v[1]],
-            "T": lambda v: self.shared.get(v) or _builtin_type(v),
+            "T": lambda v: self.shared.get(v) or TYPES.get(v) or _builtin_type(v),
             "n": self.named_tuple,
             "N": _array,
+            "L": lambda k: self.lent[k],
         }
         self.decode = json.JSONDecoder(object_hook=self.unpack).decode
 
@@ -133,17 +101,19 @@ class Link:
     def pack(self, value):
         """A value as JSON can hold it; exact types only, so that no subclass passes for data."""
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             return value
         if kind is int:
             return value if value.bit_length() < BIG else {"i": hex(value)}
+        if id(value) in self.kept:
+            return self.kept[id(value)]
         if kind is list:
             kinds = set(map(type, value))
-            if kinds <= _ATOMS or kinds == {int} and max(map(int.bit_length, value)) < BIG:
+            if kinds <= ATOMS or kinds == {int} and max(map(int.bit_length, value)) < BIG:
                 return value
             return [self.pack(part) for part in value]
-        if kind in _PACK:
-            tag, simpler = _PACK[kind]
+        if kind in PACK:
+            tag, simpler = PACK[kind]
             return {tag: self.pack(simpler(value))}
         if id(value) not in self.refs:
             return self.pack_other(value, kind)
@@ -158,10 +128,11 @@ class Link:
         if isinstance(value, type):
             if issubclass(value, BaseException):
                 return {"x": self._lineage(value)}
-            if value in (self.shared.get(value.__name__), vars(builtins).get(value.__name__)):
+            known = self.shared, TYPES, vars(builtins)
+            if any(names.get(value.__name__) is value for names in known):
                 return {"T": value.__name__}
         if isinstance(value, BaseException):
-            parts = list(value.args), _flat(vars(value)), value.__cause__, str(value)
+            parts = list(value.args), flat(vars(value)), value.__cause__, str(value)
             return {"X": [self._lineage(kind), *map(self.pack, parts)]}
         name = self.names.get(kind)
         if name and isinstance(value, enum.Enum):
@@ -169,15 +140,17 @@ class Link:
         if isinstance(value, tuple) and hasattr(kind, "_fields"):
             fields = [str(field) for field in kind._fields]
             return {"n": [name or kind.__name__, fields, self.pack(list(value))]}
-        for base in (int, float, str, tuple, list, set, frozenset, dict):
-            if isinstance(value, base):
-                exact = getattr(base, f"__{base.__name__}__", base)  # past what a subclass says
-                return self.pack(exact(value))
-        if kind.__module__ == "numpy" and hasattr(value, "dtype"):
-            if value.shape == ():
-                return self.pack(value.item())
-            if value.dtype.kind in "biufc":
-                return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+        base = next((base for base in kind.__mro__ if base in PLAIN), None)
+        if base in PACK:
+            tag, simpler = PACK[base]
+            return {tag: self.pack(simpler(value))}
+        if base:
+            exact = {int: int.__int__, float: float.__float__, str: str.__str__}.get(base, base)
+            return self.pack(exact(value))  # past what a subclass says
+        if is_array(value):
+            return {"N": [value.dtype.str, list(value.shape), value.tobytes().hex()]}
+        if kind.__module__ == "numpy" and getattr(value, "shape", None) == ():
+            return self.pack(value.item())
         number = len(self.own)
         about = (name, BY_VALUE) if name else self.describe(value)
         self.own[number], self.refs[id(value)] = value, {self.side: [number, *about]}
@@ -245,7 +218,8 @@ class Link:
         except Exception:
             error = kind.__new__(kind)
         error.args, error.__cause__ = tuple(args), cause
-        vars(error).update(pairs(fields), _text=text)
+        self.fill(error, pairs(fields))
+        vars(error)["_text"] = text
         return error
 
     def named_tuple(self, content):
@@ -257,16 +231,41 @@ class Link:
 
     # ---- questions and answers
 
-    def converse(self, kind, *content):
-        """Ask the other side; what it answers, or raises. It may ask back before it does."""
-        self.send(kind, list(content))
+    def converse(self, kind, target, args, kwargs):
+        """Ask the other side; what it answers, or raises. It may ask back before it does. Mutable
+        arguments become what it made of them."""
+        self.send(kind, [target, args, kwargs])
+        lent = containers([*args, *kwargs.values()])
         while True:
+            self.lent = lent
             answer, value = self.receive()
-            if answer == "ok":
-                return value
+            if answer not in ("ok", "raise"):
+                self.serve(answer, *value)
+                continue
+            value, changed = value
+            for held, contents in zip(lent, changed, strict=True) if changed else ():
+                if contents is not None:
+                    refill(held, contents)
             if answer == "raise":
                 raise self.arrived(value, kind)
-            self.serve(answer, *value)
+            return value
+
+    def respond(self, function, args, kwargs):
+        """Send what a function returns or raises, and the contents of what it has changed of its
+        mutable arguments."""
+        lent = containers([*args, *kwargs.values()])
+        before = [held.copy() for held in lent]
+        try:
+            answer, value = "ok", function(*args, **kwargs)
+        except BaseException as error:
+            answer, value = "raise", error
+        try:
+            both = zip(lent, before, strict=True)
+            changed = [None if unchanged(*pair) else pair[0].copy() for pair in both]
+            self.kept = {id(held): {"L": k} for k, held in enumerate(lent)}
+            self.send(answer, [value, changed if any(c is not None for c in changed) else None])
+        finally:
+            self.kept = {}
 
     def arrived(self, error, kind):
         return error
@@ -278,14 +277,14 @@ class Link:
     def receive(self):
         """(KIND, value) of the next message. EOFError at the end."""
         while len(self.buffer) < (end := 4 + int.from_bytes(self.buffer[:4], "little")) or end == 4:
-            data = self.sock.recv(CHUNK)
-            if not data:
+            chunk = self.sock.recv(CHUNK)
+            if not chunk:
                 raise EOFError
-            self.buffer += data
+            self.buffer += chunk
         text = self.buffer[4:end].decode()
         del self.buffer[:end]
-        kind, _, self.text = text.partition("\n")
-        return kind, self.loads(self.text)
+        kind, _, text = text.partition("\n")
+        return kind, self.loads(text)
 
 
 def _builtin_type(name):
@@ -298,7 +297,7 @@ def _builtin_type(name):
 def _array(content):
     import numpy
 
-    dtype, shape, data = content
+    dtype, shape, raw = content
     if numpy.dtype(dtype).kind not in "biufc":
         raise ValueError(dtype)
-    return numpy.ndarray(shape, dtype, bytes.fromhex(data)).copy()
+    return numpy.ndarray(shape, dtype, bytes.fromhex(raw)).copy()

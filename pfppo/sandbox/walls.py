@@ -139,14 +139,15 @@ def enter_landlock(paths, directory):
 
 
 # System calls that Python, numpy, threads and asyncio use. All others are refused (EPERM): execve,
-# fork, ptrace, socket, connect, chmod, utime, link, mount, keyctl, bpf, io_uring, memfd_create, ...
+# fork, ptrace, socket, connect, chmod, utime, link, mount, keyctl, bpf, io_uring, memfd_create, and
+# locks: those on files that all have, as /dev/null, would tell others something.
 _ALLOWED = (
-    "17 19-25 29 32 34-35 38 43-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-103 113-115 120-121"
+    "17 19-25 29 34-35 38 43-50 56-57 59 61-68 71-73 78-80 82-83 93-96 98-103 113-115 120-121"
     " 123-124 129 131-139 141 148 150 153 158 160 163-165 167 169 172-179 199 204-212 214-216 220"
     " 222 226-229 232-233 260-261 276 278 283 285 291 293 436 439 449"
     if ARM
-    else "0-28 32-40 44-48 51-56 60-63 72-77 79-85 87 89 96-100 102 104 107-108 110-111 115 118 120"
-    " 127-128 130-131 137-138 140 143 145 149-150 157-158 160 186 202 204 217-218 228-234 247"
+    else "0-28 32-40 44-48 51-56 60-63 72 74-77 79-85 87 89 96-100 102 104 107-108 110-111 115 118"
+    " 120 127-128 130-131 137-138 140 143 145 149-150 157-158 160 186 202 204 217-218 228-234 247"
     " 257-258 262-264 267 269-271 273-274 281 285 290-293 302 316 318 324 326 332 334 436 439 449"
 )
 _OWN_PID = 0x5EC0DE5E  # stands for the candidate's pid in the filter made ahead of time
@@ -156,7 +157,7 @@ _ARGUMENTS = {  # of (calls on x86_64 and aarch64): (argument, its allowed value
     "prlimit": ((302, 261), (0, [0, _OWN_PID])),
     "socketpair": ((53, 199), (1, [1, 0x801, 0x80001, 0x80801])),  # streams; only local ones exist
     "ioctl": ((16, 29), (1, [0x5401, 0x541B, 0x5421, 0x5450, 0x5451])),  # tty? blocking? ...
-    "fcntl": ((72, 25), (1, [0, 1, 2, 3, 4, 5, 6, 7, 1030])),  # not F_SETOWN: signals to others
+    "fcntl": ((72, 25), (1, [0, 1, 2, 3, 4, 1030])),  # no locks; no F_SETOWN: signals to others
     "prctl": ((157, 167), (0, [15, 16])),  # a thread's name
 }
 _THREAD = 0x10000  # the bit of `clone` that makes a thread
@@ -249,6 +250,9 @@ class Walls:
     def confine(self, sock):
         """In the child: everything that makes it a candidate; seccomp last."""
         os.dup2(sock.detach(), 3)
+        null = os.open("/dev/null", os.O_RDWR)  # its own, as flags on it would stay for the next
+        for number in 0, 1, 2:
+            os.dup2(null, number)
         os.closerange(4, 1 << 20)
         seconds = int(self.options["timeout"]) + 2  # a backstop: others read the clock
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
