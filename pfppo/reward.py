@@ -216,6 +216,7 @@ class Slot:
         self.mean, self.std = 0.0, 1.0
 
     def raw(self, answers):
+        """Rewards [B] in the units of the function itself, fp32, on the CPU. Raises UserError."""
         try:
             rewards = torch.as_tensor(self.score(answers), dtype=torch.float32).detach().cpu()
         except UserError:

@@ -249,6 +249,8 @@ def listed(text, option):
 
 
 def main(args, words=()):
+    """Run what is missing of every reward's cells, then write the tables and figures of all. words:
+    options for the runs themselves, as they stood behind `--`. Raises UserError."""
     names = list(FILTERS) if args.filters == "all" else listed(args.filters, "filters")
     rewards, given, tables = listed(args.reward, "reward"), parse_words(words), {}
     for reward in rewards:

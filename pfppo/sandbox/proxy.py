@@ -227,6 +227,7 @@ class JudgeLink(Link):
             self.end("died")  # which is no verdict that it could have wished for
 
     def receive(self):
+        """As `Link.receive`; what cannot be read ends the check, and not with a pass."""
         try:
             return super().receive()
         except MemoryError:
@@ -283,6 +284,7 @@ class JudgeLink(Link):
         return super().pack_other(value, kind)
 
     def fill(self, instance, fields):
+        """Give an object of a shared class its fields; none may stand for a method."""
         kind = type(instance)
         self._check_fields(fields, self.methods if kind in self.names else self.refused)
         for name, value in fields.items():

@@ -176,6 +176,8 @@ class Link:
         return self.decode(value)
 
     def unpack(self, tagged):
+        """The value of {tag: content}: an own object by its number, a stand-in, or data. Raises
+        almost anything, as `loads`."""
         ((tag, content),) = tagged.items()
         if tag == self.side:
             return self.own[content[0]]
