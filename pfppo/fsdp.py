@@ -21,7 +21,7 @@ import signal
 import sys
 from dataclasses import dataclass
 
-from pfppo.config import UserError, require
+from pfppo.config import UserError, divisors, near, require
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 PR_SET_PDEATHSIG = 1
 
@@ -51,6 +52,16 @@ class Ranks:
         """Print on rank 0."""
         if self.is_main:
             print(text, flush=True)
+
+
+def bar(what, items=None, total=None, stay=False):
+    """tqdm over `items`, or of `total` that are done by and by, on rank 0. It is of a phase inside
+    a step: on a terminal only, once that has taken a second, and gone at its end; or it may `stay`,
+    and be seen in a log too."""
+    hidden = True if os.environ.get("RANK", "0") != "0" else False if stay else None
+    how = {"disable": hidden, "leave": stay, "delay": 0 if stay else 1, "mininterval": 1}
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
+    return tqdm(items, what, total, bar_format=form, **how)
 
 
 def _die_with_agent():
@@ -87,8 +98,12 @@ def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         torch.cuda.set_device(local)
+    # cuDNN's attention, torch's first choice on Hopper, makes a plan for every length, so at every
+    # token that is sampled, and has given wrong results under some masks.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     size = shard_group_size or world
     divides = f"--shard_group_size {size}: does not divide the {world} ranks there are"
+    divides += near(size, divisors(world))
     require(world % size == 0, divides)
     shape, names = ((world,), ("shard",))
     if size < world:
@@ -134,6 +149,8 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
     for module in getattr(empty, "exact", []):
         fully_shard(module, **how | {"mp_policy": MixedPrecisionPolicy(None, torch.float32)})
     fully_shard(empty, reshard_after_forward=True, **how)
+    if offload and trainable and ranks.device.type == "cuda":
+        _use_cores()  # the optimizer is there
     buffers = {name: buffer.to(ranks.device) for name, buffer in empty.named_buffers()}
     empty.to_empty(device="cpu" if offload else ranks.device)
     with torch.no_grad():
@@ -141,6 +158,15 @@ def shard(empty, source, ranks, param_dtype="auto", trainable=True, offload=Fals
             parameter.to_local().copy_(source.local(name, parameter))
     _set_buffers(empty, buffers)
     return empty
+
+
+def _use_cores():
+    """Compute on the host with this rank's share of the node's cores: one takes 3 s for Adam's step
+    over a billion numbers. torchrun has set OMP_NUM_THREADS to 1 where nobody else had; another
+    number stays."""
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _set_buffers(model, buffers):
@@ -159,10 +185,50 @@ def recompute_blocks(model):
         block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
+BACKEND = "inductor"  # of torch.compile
+FEW = 64  # tokens of a row that it is not worth to compile blocks for
+SHAPES = 128  # that a function may be compiled for before it runs as it is; torch's own limit is 8
+
+
+def compiled(function):
+    """`function`, compiled for each of the shapes that it meets, which should be few: `rounded`."""
+    torch._dynamo.config.recompile_limit = SHAPES
+    return torch.compile(function, dynamic=False, backend=BACKEND)
+
+
+compiled_once = functools.cache(compiled)  # of what a module defines
+
+
+def rounded(size):
+    """The next number of three binary digits and zeros (1 to 8, 10, 12, 14, 16, 20, ...): at most a
+    quarter more, and four in each power of two."""
+    unit = 1 << max(0, size.bit_length() - 3)
+    return -(-size // unit) * unit
+
+
+def compile_blocks(net, most=math.inf):
+    """Compile every block of a Policy or ScalarModel. The ids that it is given are padded, so that
+    shapes are few: rows below that nobody asks for, and columns on the right that nobody looks back
+    at, as far as the model has positions, `most`."""
+    for block in find_blocks(net):
+        block.forward = compiled(block.forward)
+
+    def padded(net, given):
+        ids, *positions = given
+        if not positions:  # then the last token counts
+            return given
+        rows, columns = rounded(len(ids)), min(rounded(max(FEW, ids.shape[1])), most)
+        right = max(0, columns - ids.shape[1])
+        return nn.functional.pad(ids, (0, right, 0, rows - len(ids))), *positions
+
+    net.register_forward_pre_hook(padded)
+
+
 def whole_parameters(sharded):
-    """(name, whole fp32 tensor) of one parameter after the other, tied ones once. A collective."""
+    """(name, whole fp32 tensor on the device) of one parameter after the other, tied ones once. A
+    collective, between devices: slices that are offloaded would otherwise go from host to host."""
     for name, parameter in sharded.named_parameters():
-        yield name, parameter.detach().full_tensor()
+        yield name, parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
 
 
 @contextlib.contextmanager
@@ -173,10 +239,9 @@ def gathered(sharded, unsharded):
     All ranks must enter together; inside there are no collectives, so they may do different amounts
     of work. The copy shares nothing with the optimizer: updating inside has no effect on it.
     """
-    device = next(sharded.parameters()).device_mesh.device_type
     # Copied at one rank, where a whole tensor is the optimizer's own.
     how = {"dtype": unsharded.dtype, "copy": dist.get_world_size() == 1}
-    whole = {name: tensor.to(device, **how) for name, tensor in whole_parameters(sharded)}
+    whole = {name: tensor.to(**how) for name, tensor in whole_parameters(sharded)}
     unsharded.load_state_dict(whole, strict=False, assign=True)
     _set_buffers(unsharded, dict(sharded.named_buffers()))
     unsharded.tie_weights()
@@ -247,6 +312,17 @@ def on_main(ranks, work, *args):
     if failure is not None:
         raise failure
     return value
+
+
+def accumulate(trained, microbatches):
+    """The microbatches of one optimizer step, for a loop that runs each backward. With copies of
+    the weights (--shard_group_size) gradients are summed within a group every time, and between
+    the groups, over the slow network, at the last microbatch only. trained: {name: (sharded model,
+    optimizer)}."""
+    for i, microbatch in enumerate(microbatches, 1):
+        for model, _ in trained.values():
+            model.set_requires_all_reduce(i == len(microbatches))
+        yield microbatch
 
 
 def adamw(model, lr):

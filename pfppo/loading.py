@@ -17,21 +17,25 @@ are read whole, on rank 0.
 Not covered: quantised checkpoints, which are refused.
 """
 
+import contextlib
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pfppo import fsdp
-from pfppo.config import UserError, is_hub_id, reason, require
+from pfppo.config import UserError, is_hub_id, model_folders, parts, reason, require
 from pfppo.data import load_tokenizer
 from pfppo.model import (
     Policy,
     ScalarModel,
     causal_lm_config,
+    check_folder,
     classifier_config,
     empty_causal_lm,
     empty_classifier,
+    position_limits,
     read_config,
     read_generation_config,
     scalar_head,
@@ -55,22 +59,32 @@ UNREAD = ("*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "original/*"
 
 def fetch(args, names, ranks):
     """Replace Hub ids (owner/name) among the arguments `names` by folders of the local cache.
-    On each node its first rank downloads what the cache lacks. Raises UserError where it cannot."""
+    On each node its first rank downloads what the cache lacks. Raises UserError where it cannot, or
+    where a folder that is there by now holds no such model."""
     for name in names:
-        path = getattr(args, name, "")
-        if not is_hub_id(path):
-            continue
-        for turn in (ranks.local == 0, ranks.local != 0):
-            with fsdp.agreed(ranks):
-                try:
-                    if turn:
-                        folder = snapshot_download(path, ignore_patterns=[*UNREAD, "*.bin"])
-                        if not any(Path(folder).glob("*.safetensors")):  # old: pickles only
-                            folder = snapshot_download(path, ignore_patterns=UNREAD)
-                        setattr(args, name, folder)
-                except Exception as error:  # no network, no such model, no permission, ...
-                    hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
-                    raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
+        folders = [_fetched(path, name, ranks) for path in parts(getattr(args, name, ""))]
+        setattr(args, name, ",".join(folders))
+    with fsdp.agreed(ranks):
+        for name, path in model_folders(args):
+            if name in names and os.path.isdir(path):
+                check_folder(path, name)
+                load_card(path)
+
+
+def _fetched(path, name, ranks):
+    """The folder of a Hub id; a folder as it is."""
+    folder = path
+    for turn in (ranks.local == 0, ranks.local != 0) if is_hub_id(path) else ():
+        with fsdp.agreed(ranks):
+            try:
+                if turn:
+                    folder = snapshot_download(path, ignore_patterns=[*UNREAD, "*.bin"])
+                    if not any(Path(folder).glob("*.safetensors")):  # old: pickles only
+                        folder = snapshot_download(path, ignore_patterns=UNREAD)
+            except Exception as error:  # no network, no such model, no permission, ...
+                hub = f"and the Hugging Face Hub did not give it: {reason(error)}"
+                raise UserError(f"--{name} {path}: there is no such folder, {hub}") from error
+    return folder
 
 
 def _stored_names(model, tensors, new):
@@ -210,31 +224,40 @@ class Models:
     policy: Policy
     reference: Policy  # the SFT policy, frozen
     critic: ScalarModel
-    reward_model: ScalarModel | None
+    reward_models: tuple[ScalarModel, ...]  # of --reward_model; the critic starts from the first
     unsharded: object  # the policy's structure, without weights but in `gathered`
-    normalised: bool  # the reward model's folder says mean and standard deviation
+    normalised: bool  # the reward models' folders say mean and standard deviation
+
+    @property
+    def reward_model(self):
+        """The first, or None."""
+        return next(iter(self.reward_models), None)
 
     def gathered(self, policy):
         """A context that gives the whole of `policy` (or of `reference`) as a plain causal LM."""
         return fsdp.gathered(policy.lm, self.unsharded)
 
     def normalise(self, state, examiner, train, reward_of):
-        """Give reward model and critic their normaliser, [mean, sd], and the reward slot its own:
+        """Give reward models and critic their normaliser, [mean, sd], and the reward slot its own:
         that of the RM's card, or one that `state` knows of a checkpoint, or measured over samples
-        of the SFT policy. The slot's is 0, 1 for a reward model, which has been normalised by then.
+        of the SFT policy. The slot's is 0, 1 for a reward model, which has been normalised by then;
+        the mean of several has less spread, and is normalised again.
         """
         args, ranks = examiner.args, examiner.ranks
         measure_model = not self.normalised
-        measure_slot = reward_of.spec != "model" and args.reward_scale == "sft"
+        of_one = reward_of.spec == "model" and len(self.reward_models) < 2
+        measure_slot = not of_one and args.reward_scale == "sft"
         if (measure_model or measure_slot) and not state.scale:
             probe = examiner.probe(self, train)
             if measure_model:
-                state.normaliser = spread_of(probe.by_model, f"--reward_model {args.reward_model}")
-        for scalar in (self.reward_model, self.critic):
-            if measure_model and scalar is not None:
-                scalar.mean, scalar.std = state.normaliser
+                pairs = zip(probe.members.T, parts(args.reward_model), strict=True)
+                spreads = [spread_of(raw, f"--reward_model {path}") for raw, path in pairs]
+                state.normaliser = sum(spreads, [])  # mean, sd of the first, mean, ...
+        for i, scalar in enumerate((self.critic, *self.reward_models) if measure_model else ()):
+            place = 2 * max(0, i - 1)  # the critic's is that of the first
+            scalar.mean, scalar.std = state.normaliser[place : place + 2]
         if measure_slot and not state.scale:
-            probe = replace(probe)  # forgets `by_model`, which is in other units now
+            probe = replace(probe)  # forgets `members`, which are in other units now
             with fsdp.agreed(ranks):
                 reward_of.measure(probe)
             state.scale = [reward_of.mean, reward_of.std]
@@ -252,6 +275,9 @@ def sharded(empty, source, args, ranks, offload):
     """A model, filled and sharded. offload: which --offload_* it obeys, "optimizer" if trained."""
     trained, offloads = offload == "optimizer", getattr(args, f"offload_{offload}", False)
     fsdp.shard(empty, source, ranks, args.param_dtype, trained, offloads)
+    if args.compile:
+        most = position_limits(next(empty.children()).config).values()
+        fsdp.compile_blocks(empty, min(most, default=math.inf))
     if trained and args.gradient_checkpointing:
         fsdp.recompute_blocks(empty)
     return empty
@@ -265,23 +291,26 @@ def load_models(args, tokens, ranks):
     policy = sharded(empty[0], source, args, ranks, "optimizer")
     reference = sharded(empty[1], source, args, ranks, "ref")
     unsharded = empty_causal_lm(config, fsdp.compute_dtype(args.param_dtype, ranks))
-    # What is exported stops where the SFT policy stops.
     unsharded.generation_config = read_generation_config(path) or unsharded.generation_config
-    if args.reward_model:
-        known = load_card(args.reward_model) is not None
-        reward_model, critic = load_scalars(args, tokens, ranks, (False, True))
+    paths, how = parts(args.reward_model), (args, tokens, ranks)
+    known = all(load_card(path) is not None for path in paths)
+    if paths:
+        first, critic = load_scalars(*how, (False, True), paths[0])
+        others = (load_scalars(*how, (False,), path) for path in paths[1:])
+        reward_models = (first, *sum(others, []))
     else:
-        known, reward_model, critic = True, None, new_scalar(args, ranks)
-    return Models(policy, reference, critic, reward_model, unsharded, known)
+        reward_models, critic = (), new_scalar(args, ranks)
+    return Models(policy, reference, critic, reward_models, unsharded, known)
 
 
-def load_scalars(args, tokens, ranks, trainable):
-    """ScalarModels of --reward_model, one for each of `trainable`: is it a critic, or the RM?
+def load_scalars(args, tokens, ranks, trainable, path=""):
+    """ScalarModels of a --reward_model, one for each of `trainable`: is it a critic, or the RM?
+    path: which of several.
 
     An RM from elsewhere has no card: vocabulary and chat template are those of its tokenizer, its
     normaliser is 0 and 1 until somebody measures it. Raises UserError where policy and RM differ.
     """
-    path = args.reward_model
+    path, theirs = path or args.reward_model, None
     config, card = classifier_config(path), load_card(path)
     if card is None:
         theirs = load_tokenizer(path, "reward_model")
@@ -291,7 +320,10 @@ def load_scalars(args, tokens, ranks, trainable):
                 f"--reward_model {path}: it pads with its end-of-sequence token, so transformers "
                 "would read the score one token before it; here it is read there"
             )
-    check_agreement(card, *tokens.hashes(), path, args.policy)
+    if (card.template, card.vocabulary) != tokens.hashes():
+        with contextlib.suppress(UserError):  # there need not be one beside the card
+            theirs = theirs or load_tokenizer(path, "reward_model")
+        check_agreement(card, tokens, theirs, f"--reward_model {path}", args.policy)
     scalars = [ScalarModel(empty_classifier(config), card.mean, card.std) for _ in trainable]
     source = source_of(scalars[0], path, "reward_model", read_classifier, ranks)
     for scalar, trained in zip(scalars, trainable, strict=True):

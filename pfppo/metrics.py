@@ -2,8 +2,10 @@
 
 Over all P x N samples of the step (`Meter.samples`), "kept" means weight > 0:
     reward_all, reward_kept        mean normalised reward; of kept samples weighted by the filter
-    score_all, score_kept, score_dropped    share that passes its tests, likewise
+    score_all, score_kept, score_dropped    share that is right (--verify), likewise
     kept                           share of samples with weight > 0
+    alpha_all, alpha_kept          alignment of what is taught with what is right (reliability.py),
+                                   of all samples and under the filter; prompts with tests only
     response_length, truncated     mean tokens; share without EOS
 Over the samples of this and the last steps, R2_STEPS together (`rolling_r2`):
     r2_all, r2_kept                R^2 of mean score on mean reward over 10 bins of equal weight
@@ -18,13 +20,14 @@ Over kept samples, before the update (`Meter.kept`):
 Over the optimizer steps of the step (`Meter.losses`, `gradient`): policy_loss,
 value_loss, approx_kl (k3 of the update, nats per token) and clip_fraction, both weighted as the
 loss weighs tokens; grad_norm_actor, grad_norm_critic.
-    ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1
-Of the run: kl_coef (beta of this step), validation (greedy pass@1), empty_steps (nothing was kept)
-and skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of
+    ratio_first_minibatch          mean of pi_new / pi_old over its tokens: exactly 1, or --compile
+Of the run: kl_coef (beta of this step), validation (greedy pass@1) and
+validation_truncated (share of these answers without EOS), empty_steps (nothing was kept) and
+skipped_updates (a gradient was not finite), both counted from the start; tokens_per_second of
 sampling; seconds_sample, seconds_score (tests and reward), seconds_update (all after scoring),
 seconds_validation (with the export of a new best policy), seconds_save (what saving holds up).
 
-What is missing (scores without tests, anything kept in an empty step) is null.
+What is missing (scores where nobody knows, anything kept in an empty step) is null.
 """
 
 import math
@@ -33,7 +36,7 @@ import time
 
 from pfppo import ppo
 from pfppo.fsdp import gather_rows, sum_over_ranks
-from pfppo.reliability import binned_r2
+from pfppo.reliability import Weights, alignment, binned_r2
 
 import numpy as np
 import torch
@@ -58,6 +61,14 @@ def rolling_r2(steps):
         "r2_all": binned_r2(reward, score).r2,
         "r2_kept": binned_r2(reward, score, weight).r2,
     }
+
+
+def alphas(rewards, scores, weights):
+    """Alignment over the prompts of a step whose scores are known; all tensors [P, N]."""
+    known = ~scores.isnan().any(1)
+    rewards, scores, weights = (x[known].double().numpy() for x in (rewards, scores, weights))
+    kept = alignment(rewards, scores, Weights.of(weights))
+    return {"alpha_all": alignment(rewards, scores).alpha, "alpha_kept": kept.alpha}
 
 
 class Meter:
@@ -98,6 +109,7 @@ class Meter:
             "response_length": mean(lengths),
             "truncated": 1 - mean(finished),
         }
+        self.values |= alphas(rewards, scores, weights)
         tokens = self.values["response_length"] * rewards.numel()
         self.values["tokens_per_second"] = tokens / self.laps["seconds_sample"]
 
@@ -159,8 +171,9 @@ NAMES = (
     *("step", "reward_all", "reward_kept", "score_all", "score_kept", "score_dropped", "kept"),
     *("kl_k1", "kl_k3", "kl_kept", "sampler_kl", "kl_coef", "entropy", "policy_loss", "value_loss"),
     *("approx_kl", "clip_fraction", "ratio_first_minibatch", "explained_variance"),
-    *("r2_all", "r2_kept", "grad_norm_actor", "grad_norm_critic", "response_length", "truncated"),
-    *("validation", "empty_steps", "skipped_updates", *SECONDS),
+    *("r2_all", "r2_kept", "alpha_all", "alpha_kept", "grad_norm_actor", "grad_norm_critic"),
+    *("response_length", "truncated"),
+    *("validation", "validation_truncated", "empty_steps", "skipped_updates", *SECONDS),
 )
 
 
@@ -170,6 +183,17 @@ def complete(metrics):
     assert not unknown, f"metrics without a definition: {unknown}"
     known = {n: v for n, v in metrics.items() if v is not None and math.isfinite(v)}
     return dict.fromkeys(NAMES) | known
+
+
+def share(value):
+    """A share that is not 0, and so not shown as such."""
+    return format(value, ".2f" if value >= 0.005 else ".1g")
+
+
+def validation(value, truncated):
+    """The pass rate for the console; where a tenth of the answers are cut off, it says so."""
+    cut = f" ({share(truncated)} cut)" if truncated and truncated >= 0.1 else ""
+    return f"{value:.3f}{cut}"
 
 
 def line(metrics, steps):
@@ -185,10 +209,12 @@ def line(metrics, steps):
         f"(kept {show('reward_kept', '+.2f')})  score {show('score_all', '.2f')} "
         f"(kept {show('score_kept', '.2f')})  kl {show('kl_k1', '.2f')}  "
         f"clip {show('clip_fraction', '.3f')}  length {show('response_length', '.0f')}  "
-        f"{seconds:.1f} s"
     )
-    if metrics.get("validation") is not None:
-        text += f"  validation {metrics['validation']:.3f}"
+    if metrics.get("truncated"):  # had no EOS within --max_new_tokens
+        text += f"cut {share(metrics['truncated'])}  "
+    text += f"{seconds:.1f} s"
+    if (value := metrics.get("validation")) is not None:
+        text += f"  validation {validation(value, metrics.get('validation_truncated'))}"
     return text if metrics["kept"] else text + "  nothing kept: no update"
 
 
@@ -204,12 +230,18 @@ def sample_records(step, group_size, answers, weights):
             "reward": answers.rewards[i].item(),
             "score": None if answers.scores[i].isnan() else answers.scores[i].item(),
             "weight": weights[i].item(),
+            "length": answers.rows.lengths[i].item(),
+            "finished": answers.finished[i].item(),
         }
+        | ({"members": answers.members[i].tolist()} if len(answers.reward_models) > 1 else {})
         for i, problem in enumerate(answers.problems)
     ]
     return [records[i : i + group_size] for i in range(0, len(records), group_size)]
 
 
-def peak_gib():
-    """Most memory that this process has held, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory():
+    """The most memory that this process has held, as text."""
+    host = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+    if not torch.cuda.is_initialized():
+        return host
+    return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the device, {host} on the host"

@@ -19,6 +19,7 @@ import re
 import zipfile
 from pathlib import Path
 
+from pfppo import files
 from pfppo.config import UserError, reason, require, require_folder
 
 import torch
@@ -114,9 +115,10 @@ class ScalarModel(nn.Module):
         """ids [B, L], positions [B, K] -> scalars [B, K, 1], fp32. Without positions the one that
         the classifier itself gives: [B, 1, 1]."""
         if positions is None:
-            return (self.classifier(input_ids=ids).logits[:, None].float() - self.mean) / self.std
-        hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        raw = scalar_head(self.classifier)(positions_of(hidden, positions))
+            raw = self.classifier(input_ids=ids, use_cache=False).logits[:, None]
+        else:
+            hidden = self.classifier.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            raw = scalar_head(self.classifier)(positions_of(hidden, positions))
         return (raw.float() - self.mean) / self.std
 
 
@@ -131,12 +133,17 @@ def scalar_head(classifier):
 def read_config(path, option):
     """The transformers configuration in a directory. Raises UserError naming the option."""
     require_folder(path, option)
+    folder, here = Path(path), f"--{option} {path}: "
+    adapter = files.adapter_in(folder)
+    require(not adapter, here + adapter)
+    if not (folder / "config.json").is_file():
+        raise UserError(here + files.no_model(folder, "config.json"))
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # a damaged file fails in a dozen ways
         what = "not a model of transformers"
-        raise UserError(f"--{option} {path}: {what}: {reason(error)}") from error
-    text, here = config.get_text_config(), f"--{option} {path}: "
+        raise UserError(f"{here}{what}: {reason(error)}") from error
+    text = config.get_text_config()
     rows, pad = getattr(text, "vocab_size", None), getattr(text, "pad_token_id", None)
     require(rows, f"{here}{config.model_type} is no language model")
     quantised = "its weights are quantised (quantization_config), expected plain ones"
@@ -181,8 +188,9 @@ def stored_tensors(folder, option):
         try:
             stored |= dict.fromkeys(read_tensors(path), path)
         except Exception as error:  # safetensors has an exception of its own
-            size = f"damaged or cut short, {path.stat().st_size} bytes"
-            raise UserError(f"--{option} {path}: {size}: {reason(error)}") from error
+            what = f"damaged or cut short, {path.stat().st_size} bytes: {reason(error)}"
+            what = files.is_pointer(path) or what
+            raise UserError(f"--{option} {path}: {what}") from error
     return stored
 
 
@@ -199,18 +207,23 @@ def read_tensors(path, names=()):
     return {n: x for n, x in torch.load(path, **how).items() if n in names or not names}
 
 
-def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
-    """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
-    config = read_config(path, option).get_text_config()
+def position_limits(config):
+    """{name in a configuration: most tokens of a row}"""
+    config = config.get_text_config()
     rope = str(getattr(config, "rope_parameters", None))  # one dict, or one for each kind of layer
     limits = {n: getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len")}
     if "longrope" in rope:  # beyond its first length, padding changes frequencies
         name = "original_max_position_embeddings"
         found = [int(n) for n in re.findall(rf"'{name}': (\d+)", rope)]
-        limits[name] = min([*found, getattr(config, name, None) or longest])
-    for name, positions in limits.items():
+        limits[name] = min([*found, getattr(config, name, None) or float("inf")])
+    return {name: limit for name, limit in limits.items() if limit}
+
+
+def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
+    """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
+    for name, positions in position_limits(read_config(path, option)).items():
         expected = f"expected at most {positions}, the {name} of its config.json"
-        fits = not positions or longest <= positions
+        fits = longest <= positions
         require(fits, f"--{option} {path}: {what} is {longest} tokens, {expected}")
 
 
@@ -226,13 +239,16 @@ def check_cache(path, option="policy"):
     expected = "expected a decoder whose cache is plain keys and values, as sampling needs them"
     fits = not config.is_encoder_decoder and not stateful
     require(fits, f"--{option} {path}: {config.model_type} is {what}, {expected}")
+    kinds = ", ".join(config.architectures or [])
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and kinds
+    fits = not encoder or "CausalLM" in kinds or "LMHead" in kinds
+    expected = "expected a causal LM, which writes text"
+    require(fits, f"--{option} {path}: {config.model_type} ({kinds}) is an encoder, {expected}")
 
 
 def stop_ids(path, tokenizer):
-    """All end-of-sequence ids: those `generate` would stop at, and the tokenizer's."""
-    ends = (read_generation_config(path) or read_config(path, "policy")).eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return sorted({*ends, tokenizer.eos_token_id} - {None})
+    """All end-of-sequence ids: those that the folder names, and the tokenizer's."""
+    return sorted({*files.named_ends(path), tokenizer.eos_token_id} - {None})
 
 
 @contextlib.contextmanager
@@ -321,3 +337,11 @@ def classifier_config(path, option="reward_model"):
     what = f"--{option} {path}: expected a classifier with 1 label, found {config.num_labels}"
     require(config.num_labels == 1, what)
     return config
+
+
+def check_folder(path, option):
+    """Raise UserError unless a folder holds a whole model of the kind that an option asks for, by
+    what its files say of themselves: no weights are read."""
+    (classifier_config if option == "reward_model" else read_config)(path, option)
+    if not stored_tensors(path, option):
+        raise UserError(f"--{option} {path}: {files.no_model(Path(path), 'weights')}")

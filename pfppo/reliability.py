@@ -9,6 +9,11 @@ evenly: the order of the samples changes nothing, and weight 2 is the same as th
 other kind cuts the range of rewards into bins of equal width; those that stay empty do not count.
 Beside R^2 stand Spearman's rank correlation and AUC, which need no bins.
 
+Alignment: R^2 says how straight the line of pooled groups is, not what a policy gradient gets from
+them. A reward that knows how hard a prompt is, and nothing of its answers, has an R^2 near 1 and
+teaches nothing; cubed rewards rank as before and have another R^2. `alignment` is the cosine of
+what PPO teaches and of what would be right to teach, on the same samples.
+
 Reward is what the RM says, score the truth (tests passed, 0 or 1). Where a number is undefined it
 is NaN with a reason, never an exception; ValueError is for arrays that do not fit together.
 
@@ -20,8 +25,27 @@ cover the R^2 of infinitely many samples 95 times in 100.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Weights(NamedTuple):
+    """What a filter gives to samples [P, N], expected over its draws."""
+
+    mean: np.ndarray  # E[w]
+    square: np.ndarray  # E[w^2]
+    kept: np.ndarray  # P(w > 0)
+
+    @classmethod
+    def of(cls, *draws):
+        """Of weights [P, N] that one filter drew on the same samples; one draw, where it draws
+        nothing at random."""
+        sums = 0
+        for draw in draws:
+            w = np.asarray(draw, dtype=float)
+            sums = sums + np.stack([w, w**2, w > 0])
+        return cls(*sums / len(draws))
 
 
 @dataclass(frozen=True)
@@ -127,10 +151,7 @@ def resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts
         raise ValueError(f"expected rewards [P, N], found shape {shape}")
     rewards, scores, weights = _samples(rewards, scores, weights)
     values, group = np.unique(rewards, return_inverse=True)
-    prompts = np.arange(shape[0]) if prompts is None else prompts
-    count = len(np.unique(prompts))
-    for _ in range(resamples):
-        times = np.bincount(rng.integers(count, size=count), minlength=count)[prompts]
+    for times in _resampled(shape[0], resamples, rng, prompts):
         yield _fit(values, group, scores, weights * np.repeat(times, shape[1]), bins, kind)
 
 
@@ -138,11 +159,23 @@ def bootstrap_r2(rewards, scores, weights, bins, resamples, rng, kind="equal_cou
     """(low, high): 95 % percentile interval of R^2 over prompts; rewards, scores, weights [P, N].
     Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt."""
     drawn = resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts)
-    r2 = np.array([binned.r2 for binned in drawn])
-    r2 = r2[~np.isnan(r2)]
-    if len(rewards) < 2 or not len(r2):
+    return _percentiles([binned.r2 for binned in drawn], len(rewards))
+
+
+def _resampled(rows, resamples, rng, prompts=None):
+    """How often each row [P] is in each resample of the prompts."""
+    prompts = np.arange(rows) if prompts is None else prompts
+    count = len(np.unique(prompts))
+    for _ in range(resamples):
+        yield np.bincount(rng.integers(count, size=count), minlength=count)[prompts]
+
+
+def _percentiles(values, rows):
+    """(low, high), 95 %, of values in resamples of so many rows; those that are NaN left out."""
+    known = [value for value in values if not np.isnan(value)]
+    if rows < 2 or not known:
         return np.nan, np.nan
-    return tuple(np.quantile(r2, [0.025, 0.975]).tolist())
+    return tuple(np.quantile(known, [0.025, 0.975]).tolist())
 
 
 def spearman(rewards, scores, weights=None):
@@ -175,56 +208,99 @@ def auc(rewards, scores, weights=None):
     return float(_midranks(rewards, failed) @ passed / passed.sum())
 
 
-def reliability_table(
-    rewards, scores, weights, bins=10, resamples=500, seed=0, kind="equal_count", prompts=None
-):
-    """One dict of plain numbers per filter, ready for JSON; None where undefined, `note` says why.
+@dataclass(frozen=True)
+class Alignment:
+    """`note` says why alpha is NaN; else it is ""."""
 
-    rewards, scores [P, N]; weights {name: expected weights [P, N]}: the chance of
-    being kept under a filter that keeps at random, not one draw. `kept` is the mean of
-    min(weight, 1): the share kept, if the filter keeps or drops. `pass_kept` and `pass_dropped` are
-    mean scores weighted by what is kept and by the rest. `r2_low` and `r2_high` are the 95 %
-    interval over prompts, all filters on the same resamples.
+    alpha: float
+    kappa: float  # share of the samples that have a gradient: those kept
+    note: str = ""
+
+    @property
+    def at_updates(self):
+        """alpha / sqrt(kappa): to first order, what filters gain from equally many updates."""
+        return self.alpha / np.sqrt(self.kappa) if self.kappa else np.nan
+
+    @property
+    def at_samples(self):
+        """alpha sqrt(kappa): what they gain from equally many samples."""
+        return self.alpha * np.sqrt(self.kappa)
+
+
+def alignment(rewards, scores, weights=None):
+    """Alignment of what PPO teaches under a filter with what is right. rewards, scores [P, N];
+    weights: Weights (default: all 1).
+
+    A policy pi(y|x) ~ exp f(x, y) that takes a step eta along the taught logits w A, with w the
+    filter's weight and A the advantage, gains (natural gradient, first order)
+
+        dJ / d eta = E_x sum_y pi w A (S - J_x) = E[w A c],        c = S - J_x
+
+    of the true score S, whose mean at the prompt is J_x. Whitening, Adam and the clip fix a step's
+    size whatever the scale of w A, and the squared size of a gradient over a batch of independent
+    samples is mostly their noise, proportional to E[w^2 A^2]. Hence the gain for a step's size, as
+    a number that scale and unit do not change (by Cauchy and Schwarz it is between -1 and 1):
+
+        alpha = E[w A c] / sqrt(E[w^2 A^2] E[c^2])
+
+    Here J_x is the mean score of the prompt's N samples, and A the reward minus their mean reward
+    (what a critic knows that knows the prompt) and minus the weighted mean over what is kept (what
+    whitening takes off). Both means hold the sample itself, which shrinks A and c by the same
+    (N - 1) / N in all samples, and leaves alpha.
+
+    E[..] is over all samples, kept or not. Of B samples that are kept, B / kappa were drawn: per
+    kept one the gain is 1 / kappa of it, the noise 1 / sqrt(kappa). So filters compare by
+    alpha / sqrt(kappa) where they make equally many updates, and, as these are kappa of the
+    samples, by alpha sqrt(kappa) where they see equally many samples.
+
+    Not covered: anything beyond the first step (a plateau weakens all of it), the KL term, errors
+    that lie outside of what the policy samples now. Source: this project; no paper has it.
     """
-    rows = []
-    for name, expected in weights.items():
-        _, flat_scores, flat = _samples(rewards, scores, expected)
-        binned = binned_r2(rewards, scores, expected, bins, kind)
-        rng = np.random.default_rng(seed)
-        low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng, kind, prompts)
-        share = np.minimum(flat, 1.0)
-        numbers = {
-            "kept": share.mean() if share.size else np.nan,
-            "pass_kept": _mean(flat_scores, flat),
-            "pass_dropped": _mean(flat_scores, 1.0 - share),
-            "r2": binned.r2,
-            "r2_low": low,
-            "r2_high": high,
-            "spearman": spearman(rewards, scores, expected),
-            "auc": auc(rewards, scores, expected),
-        }
-        numbers = {key: float(x) if np.isfinite(x) else None for key, x in numbers.items()}
-        rows.append({"filter": name, **numbers, "note": binned.note})
-    return rows
+    return _aligned(_moments(rewards, scores, weights).sum(0))
 
 
-def _mean(values, weights):
-    """Weighted mean; NaN where rounding is all the weight there is."""
-    return values @ weights / weights.sum() if weights.sum() > 1e-9 * len(weights) else np.nan
+def _moments(rewards, scores, weights):
+    """Sums over each prompt's samples [P, 10], of which alpha is a function: so a resample of the
+    prompts is a sum of its rows."""
+    if np.ndim(rewards) != 2:
+        raise ValueError(f"expected rewards [P, N], found shape {np.shape(rewards)}")
+    weights = Weights.of(np.ones(np.shape(rewards))) if weights is None else weights
+    for part in weights:
+        _samples(rewards, scores, part)
+    w, square, kept = weights
+    A, c = _from_mean(rewards), _from_mean(scores)
+    columns = w, w * A, w * c, w * A * c, square, square * A, square * A**2, c**2, kept, 0 * w + 1
+    return np.stack([column.sum(1) for column in columns], 1)
 
 
-def format_table(rows):
-    """`reliability_table`'s rows as aligned text, best R^2 not singled out; "-" where undefined."""
-    head = "filter,kept,pass kept,pass dropped,R^2,95 %,Spearman,AUC,note"
-    lines = [head.split(",")]
-    for row in rows:
-        name, *numbers, note = row.values()
-        *shares, r2, low, high, rank, area = ("-" if x is None else f"{x:.3f}" for x in numbers)
-        interval = low if low == "-" else f"{low} .. {high}"
-        lines.append([name, *shares, r2, interval, rank, area, note])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = []
-    for first, *cells, note in lines:
-        middle = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True))
-        text.append(f"{first.ljust(widths[0])}  {middle}  {note}".rstrip())
-    return "\n".join(text)
+def _from_mean(values):
+    """Values [P, N] minus their row's mean; exactly 0 where those of a row are equal."""
+    values = np.asarray(values, dtype=float)
+    with np.errstate(invalid="ignore"):  # infinite ones become NaN
+        values = values - values[:, :1]
+        return values - values.mean(1, keepdims=True)
+
+
+def _aligned(sums):
+    """Alignment from the sums of `_moments` over all prompts [10]."""
+    w, wa, wc, wac, square, square_a, square_aa, cc, kept, count = sums
+    if not np.isfinite(sums).all():
+        return Alignment(np.nan, np.nan, "a reward or score is not finite")
+    if not w:
+        return Alignment(np.nan, 0.0, "no sample is kept")
+    mean, alpha, kappa, note = wa / w, np.nan, float(kept / count), ""
+    taught = square_aa - 2 * mean * square_a + mean**2 * square
+    if not cc:
+        note = "no prompt has answers of different scores"
+    elif taught <= 1e-12 * (square_aa + mean**2 * square):
+        note = "every advantage that is kept is 0"
+    else:
+        alpha = float((wac - mean * wc) / np.sqrt(taught * cc))
+    return Alignment(alpha, kappa, note)
+
+
+def bootstrap_alignment(rewards, scores, weights, resamples, rng, prompts=None):
+    """(low, high): 95 % percentile interval of alpha over prompts, as `bootstrap_r2`."""
+    moments = _moments(rewards, scores, weights)
+    drawn = _resampled(len(moments), resamples, rng, prompts)
+    return _percentiles([_aligned(times @ moments).alpha for times in drawn], len(moments))

@@ -1,12 +1,8 @@
-"""The reward: Bradley-Terry loss, pairs from executed samples, the normaliser, and the reward slot.
+"""The reward: Bradley-Terry loss, the normaliser, the reward slot, and rewards that err on purpose.
 
 A reward model (RM) learns from pairs (chosen, rejected) of responses to one prompt:
 
     loss = -log sigmoid(r(chosen) - r(rejected))                      (Bradley-Terry)
-
-The paper takes, of five samples of the SFT policy, the two of maximum edit distance. How it decides
-which one is chosen is not stated; here the tests decide: the pair is the passing and the failing
-sample of maximum edit distance, counted in tokens.
 
 Beside an RM stands `reward_model.json`: mean and standard deviation of its raw score over samples
 of the SFT policy (rewards are used normalised), and the hashes of prompt template and vocabulary
@@ -21,23 +17,30 @@ actual score's, its size |n| says how clear the case is, n standard normal. What
     uniform    e
     middle     e a exp(-z^2)            often where z is near 0
     tails      e b (1 - exp(-z^2))      often where |z| is large
+    upper      2 e where z < 0          only high rewards are wrong: some that fail are praised
+    bugs       2 e where z < 0          likewise, but praised are all that fail by the same bug
 
-a = sqrt 3 and b = 1 / (1 - 1 / sqrt 3), so that all three err on a share e = 0.2 of the responses.
-Equal responses to a prompt have equal rewards, and another seed is another reward model. (Noise
-that is *added* to z would carry lukewarm cases into the extremes of what is seen.)
+a = sqrt 3 and b = 1 / (1 - 1 / sqrt 3), so that these err on a share e = 0.2 of the responses, the
+last two where half of them fail; `noisy:middle:0.3` takes another e. Equal responses to a prompt
+have equal rewards; another seed is another reward model. (Noise *added* to z would carry lukewarm
+cases into the extremes of what is seen.) Only a bug can be learned: `bugs` can be hacked.
 """
 
 import inspect
 import json
 import math
+import os
+import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 
-from pfppo.config import UserError, load_function, reason, require
+from pfppo.config import UserError, load_function, own_reason, require
 from pfppo.files import write_json
-from pfppo.fsdp import gather_lists
-from pfppo.rollout import collate, seeded
+from pfppo.filters import reads_scores
+from pfppo.fsdp import gather_rows
+from pfppo.rollout import seeded
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -48,7 +51,10 @@ PLACES = {  # error rates at latent rewards z, relative to their mean
     "uniform": torch.ones_like,
     "middle": lambda z: 3**0.5 * torch.exp(-(z**2)),  # E exp(-z^2) = 1 / sqrt 3
     "tails": lambda z: (1 - torch.exp(-(z**2))) / (1 - 3**-0.5),
+    "upper": lambda z: 2.0 * (z < 0),
+    "bugs": lambda z: 2.0 * (z < 0),
 }
+MOST = 0.4  # with larger shares, some response would err with a probability above 1
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class RewardCard:
 
     mean: float  # raw score over samples of the SFT policy
     std: float
-    template: str  # data.template_hash
-    vocabulary: str  # data.vocabulary_hash
+    template: str  # data.Tokens.hashes
+    vocabulary: str  # likewise
 
     def save(self, folder):
         write_json(Path(folder) / CARD, asdict(self))
@@ -80,74 +86,49 @@ def load_card(folder):
         raise UserError(f"{path}: damaged ({error}), expected an object with {expected}") from error
 
 
-def check_agreement(card, template, vocabulary, reward_model, policy):
-    """Raise UserError unless the RM was trained with the policy's vocabulary and template."""
-    hashes = [(vocabulary, card.vocabulary), (template, card.template)]
-    for what, (ours, theirs) in zip(("vocabulary", "prompt template"), hashes, strict=True):
-        differs = f"its {what} differs from that of --policy {policy}"
-        numbers = f"(hash {theirs} there, {ours} here)"
-        require(ours == theirs, f"--reward_model {reward_model}: {differs} {numbers}")
+def check_agreement(card, tokens, theirs, where, policy):
+    """Raise UserError, beginning with `where`, unless the RM was trained with the policy's
+    vocabulary and template. theirs: the tokenizer beside the RM, or None; only for words."""
+    for i, what in ((1, "vocabulary"), (0, "prompt template")):
+        there, here = (card.template, card.vocabulary)[i], tokens.hashes()[i]
+        if there != here:
+            differs = f"its {what} differs from that of --policy {policy}"
+            words = (_other_template, _other_tokens)[i](there, tokens, theirs)
+            words = words or f"hash {there} there, {here} here"
+            raise UserError(f"{where}: {differs}: {words}")
 
 
-def bradley_terry_loss(chosen, rejected):
-    """-log sigmoid(chosen - rejected), summed over pairs. Both [B]. Returns (loss, metrics)."""
+def _other_template(there, tokens, theirs):
+    """Style and template that the RM was trained with, as far as the hash tells."""
+    for style in ("plain", "few_shot", "deepseek", "chat"):
+        if there == tokens.hashes(theirs, style)[0]:
+            if style != "chat" or tokens.style != "chat":
+                return f"--prompt_style {style} there, {tokens.style} here"
+            pair = [str(part.chat_template) for part in (theirs, tokens.tokenizer)]
+            common = len(os.path.commonprefix(pair))
+            shown = (repr(text[common : common + 40]) for text in pair)
+            return "{} there, {} here, from character {} on".format(*shown, common)
+    return ""
+
+
+def _other_tokens(there, tokens, theirs):
+    """How many tokens have other ids, where the RM's own are known; and one of them."""
+    if theirs is None or there != tokens.hashes(theirs)[1]:
+        return ""
+    pair = [part.get_vocab() for part in (theirs, tokens.tokenizer)]
+    odd = sorted(dict(pair[0].items() ^ pair[1].items()))
+    one = " there, ".join(str(ids.get(odd[0], "missing")) for ids in pair)
+    return f"{len(odd)} tokens have other ids, such as {odd[0]!r}, {one} here"
+
+
+def bradley_terry_loss(chosen, rejected, center=0.0):
+    """(loss, metrics): -log sigmoid(chosen - rejected) + center (chosen + rejected)^2, summed over
+    pairs [B]. Without the second term (arXiv 2312.09244, eq. 2), which metrics lack, it is left to
+    chance how answers to different prompts compare."""
     margin = chosen - rejected
     loss = -logsigmoid(margin).sum()
-    return loss, {"loss": loss.detach(), "accuracy": (margin > 0).float().sum()}
-
-
-def edit_distance(a, b):
-    """Levenshtein distance of two sequences: insertions, deletions, substitutions."""
-    previous = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        current = [i]
-        for j, y in enumerate(b, 1):
-            substituted = previous[j - 1] + (x != y)
-            current.append(min(substituted, previous[j] + 1, current[j - 1] + 1))
-        previous = current
-    return previous[-1]
-
-
-def farthest_pair(responses, passed):
-    """Indices (chosen, rejected) of the passing and the failing response of maximum edit distance.
-
-    responses: token ids of one prompt's samples. None where all pass or all fail. The first wins a
-    tie.
-    """
-    pairs = [
-        (edit_distance(responses[good], responses[bad]), good, bad)
-        for good in range(len(responses))
-        for bad in range(len(responses))
-        if passed[good] and not passed[bad]
-    ]
-    return max(pairs, key=lambda pair: pair[0])[1:] if pairs else None
-
-
-def rows_of(pairs):
-    """Pairs (prompt, chosen, rejected) -> [(prompt, response)], chosen ones at even places."""
-    return [(prompt, ids) for prompt, *responses in pairs for ids in responses]
-
-
-def split_by_prompt(pairs, share, seed):
-    """(training, held out): a prompt's pairs are all held out, or all trained on."""
-    of_prompt = {}
-    for pair in pairs:
-        of_prompt.setdefault(tuple(pair[0]), []).append(pair)
-    groups = list(of_prompt.values())
-    order = torch.randperm(len(groups), generator=seeded("held out", seed)).tolist()
-    cut = round(len(groups) * share)
-    return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
-
-
-@torch.no_grad()
-def raw_scores(model, rows, pad_id, microbatch, ranks):
-    """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. A collective."""
-    mine, scores = rows[ranks.rank :: ranks.world], []
-    for start in range(0, math.ceil(len(rows) / ranks.world), 2 * microbatch):  # equal on all ranks
-        some = mine[start : start + 2 * microbatch] or rows[:1]
-        batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
-        scores += model(batch.ids, batch.ends).flatten().tolist()
-    return torch.tensor(gather_lists(scores[: len(mine)], ranks), dtype=torch.float64)
+    metrics = {"loss": loss.detach(), "accuracy": (margin > 0).float().sum()}
+    return loss + center * ((chosen + rejected) ** 2).sum(), metrics
 
 
 @dataclass
@@ -156,12 +137,12 @@ class Answers:
 
     problems: list  # problems.Problem
     texts: list[str]
-    scores: torch.Tensor  # [B] actual scores: 1 passed, 0 failed, NaN where there are no tests
-    finished: torch.Tensor | None = None  # [B] ends with EOS
-    rows: object = None  # rollout.Rollout
+    scores: torch.Tensor  # [B] actual scores, by --verify: 1 right, 0 wrong, NaN: nobody knows
+    finished: torch.Tensor | None = None  # [B] ends with EOS; None in eval_code.py
+    rows: object = None  # rollout.Rollout; None in eval_code.py
     rewards: torch.Tensor | None = None  # [B]
     seed: int = 0  # of noisy rewards
-    reward_model: object = None  # model.ScalarModel, for `by_model`
+    reward_models: tuple = ()  # model.ScalarModel of each --reward_model, for `members`
     microbatch: int = 0
 
     def __add__(self, other):
@@ -169,21 +150,59 @@ class Answers:
         both = {n: getattr(self, n) + getattr(other, n) for n in ("problems", "texts", "rows")}
         for name in ("scores", "finished", "rewards"):
             both[name] = torch.cat([getattr(self, name), getattr(other, name)])
-        return replace(self, **both)
+        whole = replace(self, **both)
+        if "members" in vars(self):  # nobody is asked twice
+            whole.members = torch.cat([self.members, other.members])
+        return whole
+
+    @cached_property
+    def members(self):
+        """[B, K] the normalised rewards of K reward models, when first asked for. A collective."""
+        how = self.rows, self.microbatch
+        return torch.stack([model_rewards(model, *how) for model in self.reward_models], 1)
 
     @cached_property
     def by_model(self):
-        """[B] the RM's normalised rewards, when first asked for. A collective."""
-        return model_rewards(self.reward_model, self.rows, self.microbatch)
+        """[B] the mean of `members`. A collective. Raises UserError where there is none."""
+        nobody = "asks for answers.by_model, the rewards of a --reward_model, found none"
+        require("members" in vars(self) or self.reward_models, nobody)
+        return self.members.mean(1)
+
+    @property
+    def lengths(self):
+        """[B] tokens, EOS included."""
+        return self._of_rows("lengths").cpu()
+
+    @property
+    def logp(self):
+        """[B] the sampler's log-probs."""
+        return self._of_rows("sampled_logp").sum(1).cpu()
+
+    def _of_rows(self, name):
+        unknown = f"asks for answers' {name}, which are known where train_ppo.py samples"
+        require(self.rows is not None, unknown)
+        return getattr(self.rows, name)
+
+    def gathered(self, names, samples, ranks):
+        """What a filter gets, of all ranks: (rewards [P, N], {name: tensor [P, N, ...]}) of those
+        of filters.GIVEN that it asks for. A collective."""
+
+        def whole(name):
+            values = getattr(self, name)
+            return gather_rows(values.view(-1, samples, *values.shape[1:]), ranks)
+
+        return whole("rewards"), {name: whole(name) for name in names}
 
 
-def noisy(answers, place):
-    """The actual score with errors where `place` says."""
-    asked = zip(answers.problems, answers.texts, strict=True)
+def noisy(answers, place, errors=ERRORS):
+    """The actual score with errors where `place` says, on a share `errors` of the responses."""
+    asked = list(zip(answers.problems, answers.texts, strict=True))
     drawn = [_draw(answers.seed, problem.question, text) for problem, text in asked]
     size, luck = (torch.tensor(column) for column in zip(*drawn, strict=True))
+    if place == "bugs":
+        luck = torch.tensor([_draw(answers.seed, "bug", bug_of(*both))[1] for both in asked])
     latent = torch.where(answers.scores > 0.5, size, -size)
-    return torch.where(luck < ERRORS * PLACES[place](latent), -latent, latent)
+    return torch.where(luck < errors * PLACES[place](latent), -latent, latent)
 
 
 def _draw(seed, prompt, response):
@@ -192,37 +211,68 @@ def _draw(seed, prompt, response):
     return tuple(draw((), generator=generator).abs().item() for draw in (torch.randn, torch.rand))
 
 
+def bug_of(problem, text):
+    """What is wrong with a response that fails: its first line that the problem's reference has
+    not, constants aside; so one mistake has one name in all problems."""
+    lines, known = (
+        [re.sub(r"\d+", "#", line.strip()) for line in code.splitlines()]
+        for code in (text, problem.canonical_solution)
+    )
+    return next((line for line in lines if line not in known), "")
+
+
 REWARDS = {
     "model": lambda answers: answers.by_model,
-    "tests": lambda answers: 2 * answers.scores - 1,  # the oracle: +1 passed, -1 failed
+    "tests": lambda answers: 2 * answers.scores - 1,  # the oracle: +1 right, -1 wrong (--verify)
     "combined": lambda answers: answers.by_model + 2 * answers.scores - 1,  # about equal spreads
     "noisy:middle": partial(noisy, place="middle"),
     "noisy:tails": partial(noisy, place="tails"),
     "noisy:uniform": partial(noisy, place="uniform"),
+    "noisy:upper": partial(noisy, place="upper"),
+    "noisy:bugs": partial(noisy, place="bugs"),
 }
 BY_MODEL = ("model", "combined")  # those that need a reward model
-BY_TESTS = tuple(REWARDS)[1:]  # those that need problems with tests
+
+
+def row_of(spec):
+    """(its name in REWARDS, its function), of `noisy:PLACE:RATE` too; (None, None) of a user's own.
+    Raises UserError."""
+    name, _, rate = spec.rpartition(":")
+    if spec in REWARDS or name not in REWARDS:
+        return (spec, REWARDS[spec]) if spec in REWARDS else (None, None)
+    fits = name.startswith("noisy:") and re.fullmatch(r"0?\.\d+", rate) and 0 < float(rate) <= MOST
+    require(fits, f"--reward {spec}: expected noisy:PLACE:RATE with a rate up to {MOST}, like 0.3")
+    return name, partial(REWARDS[name], errors=float(rate))
+
+
+def by_tests(args):
+    """Whether a run learns from actual scores, whoever verifies: its pairs, its reward or its
+    filter are made of them."""
+    of_filter = hasattr(args, "filter") and reads_scores(args.filter)
+    return row_of(getattr(args, "reward", "tests"))[0] not in (None, "model") or of_filter
 
 
 class Slot:
     """The reward slot: Answers -> rewards [B], fp32, on the CPU, (raw - mean) / std clipped to
     +-clip. mean and std are those over samples of the SFT policy, once somebody has measured them.
 
-    Raises UserError where a reward fails or is not finite.
+    Raises UserError where a reward fails or is not finite. asks_model: it may ask the RM, and
+    has_model: there is one.
     """
 
-    def __init__(self, spec, score, clip=math.inf):
+    def __init__(self, spec, score, clip=math.inf, asks_model=True, has_model=True):
         self.spec, self.score, self.clip = spec, score, clip
+        self.asks_model, self.has_model = asks_model, has_model
         self.mean, self.std = 0.0, 1.0
 
     def raw(self, answers):
         """Rewards [B] in the units of the function itself, fp32, on the CPU. Raises UserError."""
         try:
             rewards = torch.as_tensor(self.score(answers), dtype=torch.float32).detach().cpu()
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"--reward {self.spec}: {error}") from error
         except (Exception, SystemExit) as error:
-            raise UserError(f"--reward {self.spec}: {reason(error)}") from error
+            raise UserError(f"--reward {self.spec}: {own_reason(error)}") from error
         count, shape = len(answers.texts), tuple(rewards.shape)
         found = f"shape {shape}" if shape != (count,) else rewards[~rewards.isfinite()].tolist()
         expected = f"expected {count} finite numbers, found {found}"
@@ -244,25 +294,35 @@ def load_reward(spec, reward_model="somewhere", clip=math.inf):
     unknown, or needs a reward model and there is none ("")."""
     needs = spec in BY_MODEL and not reward_model
     require(not needs, f"--reward {spec}: needs a --reward_model, found none")
-    score = load_function(spec, "reward", REWARDS)
-    return Slot(spec, score if spec in REWARDS else partial(_own, score), clip)
+    name, score = row_of(spec)
+    asks_model = name in BY_MODEL
+    if name is None:
+        score = load_function(spec, "reward", REWARDS)
+        parameters = inspect.signature(score).parameters.values()
+        needed = [p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters]
+        asks_model = sum(needed) == 1
+        score = score if asks_model else partial(_of_lists, score)
+    return Slot(spec, score, clip, asks_model, bool(reward_model))
 
 
-def _own(score, answers):
-    """A user's reward: of one parameter, which gets the Answers, or of three lists of its own."""
-    parameters = inspect.signature(score).parameters.values()
-    if sum(p.default is p.empty and p.kind is not p.VAR_POSITIONAL for p in parameters) == 1:
-        return score(answers)
+def _of_lists(score, answers):
+    """A user's reward of three parameters, which gets lists of its own; one of one parameter gets
+    the Answers."""
     prompts = [problem.question for problem in answers.problems]
     return score(prompts, list(answers.texts), list(answers.problems))
 
 
-def try_reward(spec, reward, problems):
-    """Call a user's reward once, with reference solutions: better it fails at the start."""
-    if spec not in REWARDS:
-        texts = [problem.canonical_solution for problem in problems]
-        answers = Answers(problems, texts, torch.ones(len(texts)), torch.ones(len(texts)) > 0)
-        answers.by_model = torch.zeros(len(texts))
+def try_reward(spec, reward, problems, sampled=True):
+    """Call a user's reward once, with reference solutions: better it fails at the start. sampled:
+    it will be given what it asks of the sampler's rows."""
+    if row_of(spec)[0] is None:
+        texts, count = [problem.canonical_solution for problem in problems], len(problems)
+        answers = Answers(problems, texts, torch.ones(count), torch.ones(count) > 0)
+        if sampled:
+            rows = {"lengths": torch.ones(count).long(), "sampled_logp": torch.zeros(count, 1)}
+            answers.rows = SimpleNamespace(**rows)
+        if reward.has_model:
+            answers.members = torch.zeros(len(texts), 1)
         reward.raw(answers)
 
 
@@ -274,8 +334,9 @@ def model_rewards(reward_model, rows, microbatch):
     equal rewards: the last bits of a matrix product depend on a row's place in the batch, and a
     tie is for the filter's generator to break.
     """
-    parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in rows.microbatches(microbatch)]
-    rewards = torch.cat(parts).float().cpu()
+    slices = rows.microbatches(microbatch, "rewards")
+    parts = [reward_model(mb.ids, mb.ends)[:, 0, 0] for mb in slices]
+    rewards = torch.cat(parts).float().cpu()[torch.cat(rows.order(microbatch)).argsort()]
     ends, first = (rows.prompt_lengths + rows.lengths).tolist(), {}
     for i, (row, end) in enumerate(zip(rows.ids.tolist(), ends, strict=True)):
         rewards[i] = rewards[first.setdefault(tuple(row[:end]), i)]

@@ -28,18 +28,22 @@ rows, cut from the kept samples of all ranks in the order of the prompts:
     prompt       0     1     2     3        minibatch 0      minibatch 1
     weights     x.x   xx.   xxx   x..       prompts 0, 1     prompts 2, 3
     rank 0      012         345             rows 0, 2        rows 3, 4, 5
-    rank 1            012         345       rows 0, 1        rows 3, 0*, 0*
+    rank 1            012         345       rows 0, 1        rows 3, s*, s*
 
-Collectives must match, so where ranks have unequally many rows of a minibatch, the shorter ones are
-padded with their row 0 at weight 0 (0*). It costs what any row costs in steps 4 and 6, and changes
-no number: whatever is summed over rows is multiplied by their weights.
+Collectives must match, so where ranks have unequally many rows of a minibatch, the others fill up
+with the shortest of their rows at weight 0 (s*). It costs what any row of its length costs in steps
+4 and 6, and changes no number: whatever is summed over rows is multiplied by their weights.
+
+Microbatches are cut from a rank's rows of a minibatch in the order of their lengths, so that rows
+stand beside others of their length and little is padded (`order`).
 """
 
 import hashlib
 import math
 from dataclasses import dataclass
 
-from pfppo.config import require
+from pfppo.config import divisors, near, require
+from pfppo.fsdp import bar
 
 import torch
 from torch.nn.functional import pad
@@ -155,10 +159,10 @@ class Rollout:
         rows, parts = [], []
         for owner, place in zip(owners.tensor_split(runs), places.tensor_split(runs), strict=True):
             mine, size = place[owner == ranks.rank], int(owner.bincount().max())
-            rows.append(pad(mine, (0, size - len(mine)), value=-1))  # -1: padded with row 0
+            rows.append(pad(mine, (0, size - len(mine)), value=-1))  # -1: the shortest fills up
             parts.append(size)
         rows = torch.cat(rows)
-        real, rows = rows >= 0, rows.clamp(min=0)
+        real, rows = rows >= 0, rows.where(rows >= 0, self.ends.argmin().cpu())
         chosen = self.select(rows)
         chosen.weights = (weights[ranks.rank :: W].flatten()[rows] * real).to(self.ids.device)
         chosen.parts = tuple(parts)
@@ -171,10 +175,17 @@ class Rollout:
         cut = torch.arange(len(self)).split(self.parts or [len(self)])
         return [self.select(cut[i]) for i in torch.randperm(len(cut), generator=generator)]
 
-    def microbatches(self, size):
-        """Slices of at most `size` rows, each within a minibatch."""
-        rows = torch.arange(len(self)).split(self.parts or [len(self)])
-        return [self.select(part) for minibatch in rows for part in minibatch.split(size)]
+    def order(self, size):
+        """The rows of each microbatch: at most `size` [K] of a minibatch, of about one length."""
+        lengths = self.ends[:, 0].cpu()
+        cut = torch.arange(len(self)).split(self.parts or [len(self)])
+        runs = (rows[lengths[rows].argsort(stable=True)] for rows in cut)
+        return [part for run in runs for part in run.split(size)]
+
+    def microbatches(self, size, what="update"):
+        """The rows in slices of at most `size`, each within a minibatch, with a bar of `what` they
+        are for."""
+        return bar(what, [self.select(part) for part in self.order(size)])
 
     def evaluate(self, forward, model, args):
         """forward(model, rows, args) -> [b, t] (or several), for all rows, without gradient.
@@ -182,12 +193,15 @@ class Rollout:
         It sees args.microbatch rows at a time, the same together as the losses later: so the first
         ratio is exactly 1. Returns [B, T] (or several).
         """
+        what = getattr(forward, "__name__", "evaluate").replace("_", " ")
         with torch.no_grad():
-            outputs = [forward(model, mb, args) for mb in self.microbatches(args.microbatch)]
+            rows = self.microbatches(args.microbatch, what)
+            outputs = [forward(model, mb, args) for mb in rows]
         one = isinstance(outputs[0], torch.Tensor)
         columns = [outputs] if one else zip(*outputs, strict=True)
+        places = torch.cat(self.order(args.microbatch)).argsort()
         whole = [
-            torch.cat([pad(part, (0, self.width - part.shape[1])) for part in column])
+            torch.cat([pad(part, (0, self.width - part.shape[1])) for part in column])[places]
             for column in columns
         ]
         return whole[0] if one else whole
@@ -207,36 +221,70 @@ def collate(prompts, responses, pad_id, device="cpu", logp=None):
     return rows
 
 
-def rows_per_rank(rows, option, microbatch, world):
-    """(rows of a minibatch per rank, of a microbatch). option: the minibatch's on the command line.
-    Raises UserError where they do not divide."""
-    share, left = divmod(rows, world)
-    require(left == 0, f"--{option} {rows}: does not divide over {world} ranks")
-    size = min(share, microbatch)
+def require_enough(args, count):
+    """Raise UserError unless `count` prompts are enough for a step."""
+    P, path = args.prompts_per_step, args.prompts
+    require(P <= count, f"--prompts_per_step {P}: more than the {count} prompts of {path}")
+    what = f"--refill {args.refill}: more rounds of {P} than {count} prompts of {path} give"
+    require(args.refill < count // P, what)
+
+
+def step_prompts(count, prompts_per_step, step, seed, round=0):
+    """Indices [P] of the prompts of a step (0, 1, ...), all different; further rounds of it (0, 1,
+    ... below the steps of an epoch) have other prompts.
+
+    Epochs are permutations, and the part of an epoch that does not fill a step is left out: so what
+    a step sees is a function of (seed, step), and there is no cursor to save.
+    """
+    per_epoch = count // prompts_per_step
+    epoch, part = divmod(step, per_epoch)
+    part = (part + round) % per_epoch
+    order = torch.randperm(count, generator=seeded("prompts", seed, epoch))
+    return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()
+
+
+def rows_per_rank(rows, option, microbatch, world, total=None):
+    """(rows of a minibatch per rank, of a microbatch). option: the minibatch's on the command line;
+    total: rows that it must divide, if it must. Raises UserError where they do not divide, with
+    numbers that do."""
+    share, below = rows // world, rows // world * world
+    fitting = divisors(total) if total else [below, below + world]
+    fitting = [x for x in fitting if x and x % world == 0 and not _left(x // world, microbatch)]
+    what = f"--{option} {rows}: does not divide over {world} ranks"
+    require(rows % world == 0, what + near(rows, fitting))
     what = f"does not divide the {share} rows per rank of --{option} {rows}"
-    require(share % size == 0, f"--microbatch {microbatch}: {what}")
-    return share, size
+    what += near(microbatch, divisors(share))
+    require(not _left(share, microbatch), f"--microbatch {microbatch}: {what}")
+    return share, min(share, microbatch)
+
+
+def _left(share, microbatch):
+    """Rows that microbatches leave over."""
+    return share % min(share, microbatch)
 
 
 def check_sizes(args, kept_per_prompt, world):
     """One line: prompts x N -> sampled -> kept -> minibatch -> microbatch -> optimizer steps.
 
     kept_per_prompt is None where the filter's number varies. Raises UserError where sizes do not
-    divide, naming both numbers.
+    divide, naming both numbers, and some that do.
     """
-    P, N = args.prompts_per_step, args.samples_per_prompt
-    require(P % world == 0, f"--prompts_per_step {P}: does not divide over {world} ranks")
-    share, size = rows_per_rank(args.minibatch, "minibatch", args.microbatch, world)
+    P, N, minibatch = args.prompts_per_step, args.samples_per_prompt, args.minibatch
+    what, below = f"--prompts_per_step {P}: does not divide over {world} ranks", P // world * world
+    require(P % world == 0, what + near(P, [x for x in (below, below + world) if x]))
+    total = kept_per_prompt and P * kept_per_prompt
+    share, size = rows_per_rank(minibatch, "minibatch", args.microbatch, world, total)
     kept = f"what {args.filter} keeps, a number that varies"
     updates = "optimizer steps of about"
     if kept_per_prompt is not None:
-        total = P * kept_per_prompt
         what = f"the {total} samples that --filter {args.filter} keeps of {P} prompts x {N} samples"
-        divides = total % args.minibatch == 0
-        require(divides, f"--minibatch {args.minibatch}: does not divide {what}")
+        fitting = [x for x in divisors(total) if x % world == 0]
+        fitting = [x for x in fitting if not _left(x // world, args.microbatch)]
+        what = f"--minibatch {minibatch}: does not divide {what}"
+        require(total % minibatch == 0, what + near(minibatch, fitting))
         kept = f"{total} kept by {args.filter}"
-        updates = f"{total // args.minibatch * args.ppo_epochs} optimizer steps of"
+        updates = f"{total // minibatch * args.ppo_epochs} optimizer steps of"
     return (
         f"sizes: {P} prompts x {N} samples -> {P * N} sampled -> {kept} -> {updates} "
-        f"{args.minibatch} rows -> {share} per rank -> microbatches of {size}"
+        f"{minibatch} rows -> {share} per rank -> microbatches of {size}"
     )

@@ -1,78 +1,45 @@
-"""KV-cached sampling, written by hand over any decoder of transformers with a plain cache.
+"""KV-cached sampling in slots, written by hand over any decoder of transformers with a plain cache.
 
-1. `prefill`: each prompt runs once, left-padded, however many samples it gets; its keys and values
-   are copied once per sample into preallocated room.
-2. `decode_one`: one token per live row and step; only the last position's logits are made.
-3. `Live.compact`: rows that have finished leave; live rows from the tail move into their place.
+Rows decode together in the slots of one block of keys and values (the picture: slots.py):
+
+1. `prefill`: some prompts of like length run once, left-padded, whatever samples each one gets.
+2. `Slots.refill`: waiting samples of these prompts take free slots, their keys and values copied.
+3. `decode_one`: one token per slot and step; only the last position's logits are made.
+4. `Slots.rewind`, where the block is full or mostly masked: what lives moves to its front.
+5. `Slots.compact`, where nothing waits any more: rows that have ended leave.
 
 The randomness is an argument: `uniforms` [rows, max_new_tokens], one number per token. A token is
 drawn by inverse CDF, the first whose cumulative probability exceeds u. So what a row gets does not
-depend on the sampling batch, on its neighbours or on the number of ranks (up to the last bits of a
-matrix product).
+depend on the number of slots, on its neighbours or on the number of ranks (up to the last bits of
+a matrix product).
 
 Temperature divides the logits; 0 is greedy. Top-k and top-p are for evaluation only: PPO's ratio
 would be wrong under them. Nothing is read from the model's generation config but the stop ids
 (`model.stop_ids`).
 
+With `compiled` the pass of `decode_one` is compiled. Its shapes must not change for that: the model
+sees the whole block at every step, and rows that have ended stay.
+
 Not covered: encoder-decoder, recurrent and hybrid models (refused: `model.check_cache`),
-speculative decoding, CUDA graphs.
+speculative decoding.
 """
 
+import itertools
+from collections import deque
 from dataclasses import dataclass
 
+from pfppo.fsdp import compiled_once
 from pfppo.model import LEAST
 from pfppo.rollout import hashed
+from pfppo.slots import Slots
 
 import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-DEAD_SHARE = 0.05  # share of dead rows at which the batch is compacted
-
-
-@dataclass
-class Samples:
-    """B responses; `ids` and `logp` are lists of rows without padding."""
-
-    ids: list[list[int]]  # EOS included where there is one
-    logp: list[list[float]]  # of each token, under the sampling temperature (1 if greedy)
-    finished: list[bool]  # ends with EOS
-
-
-class RoomLayer(DynamicLayer):
-    """Keys and values [rows, heads, room, D/heads] allocated once, written in place."""
-
-    is_compileable = False
-
-    def __init__(self, prefilled, repeats, room):
-        super().__init__()
-        rows, heads, length, _ = prefilled.keys.shape
-        self.length, self.rows, self.is_initialized = length, rows * repeats, True
-        self.dtype, self.device = prefilled.keys.dtype, prefilled.keys.device
-        for name in ("keys", "values"):
-            past = getattr(prefilled, name)
-            whole = past.new_empty(rows * repeats, heads, length + room, past.shape[-1])
-            whole[:, :, :length] = past.repeat_interleave(repeats, dim=0)
-            setattr(self, name, whole)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        new = slice(self.length, self.length + key_states.shape[2])
-        self.length = new.stop
-        self.keys[: self.rows, :, new] = key_states
-        self.values[: self.rows, :, new] = value_states
-        return tuple(x[: self.rows, :, : self.length] for x in (self.keys, self.values))
-
-    def get_mask_sizes(self, query_length):
-        return self.length + query_length, 0
-
-    def get_seq_length(self):
-        return self.length
-
-    def move(self, sources, targets, rows):
-        """Copy live rows over dead ones and keep the first `rows`."""
-        for x in (self.keys, self.values):
-            x[targets, :, : self.length] = x[sources, :, : self.length]
-        self.rows = rows
+FREE_SHARE = 0.05  # share of free slots at which prompts are read, or the block is compacted
+READ = 4096  # tokens of prompts in a pass: more hardly fill a device better, and take memory
+ASKED = 8  # steps after which rows that live are asked whether they have `ended`
 
 
 def draw_uniforms(seed, step, rows, width):
@@ -96,59 +63,68 @@ def sample(
     never=(),
     batch=256,
     progress=lambda rows: None,
+    ended=None,
+    compiled=False,
 ):
     """Sample N responses to each of `prompts` (lists of token ids, not empty) from a causal LM.
 
     uniforms [P * N, max_new_tokens], the N rows of a prompt together; `stop` end-of-sequence ids;
-    `never` ids of probability 0; `batch` rows decode together; `progress(rows)` is called at every
-    token with the rows that are done since, and may raise to give the sampling up.
+    `never` ids of probability 0; `batch` slots; `progress(rows)` is called at every token with the
+    rows that are done since, of one that goes on the share of max_new_tokens that this token is,
+    and may raise to give the sampling up. `ended(row, ids, new)`: how many of its ids a row keeps,
+    as what they say has ended (the last `new` were not there when it was asked before), or None.
+    It must be a function of the ids alone: it is asked now and then, and of all rows in the end.
+    compiled: so is the pass of every decode step; it changes no number by more than rounding.
     """
     P, N = len(prompts), samples_per_prompt
     if len(uniforms) != P * N:
         raise ValueError(f"expected uniforms for {P} x {N} rows, found {len(uniforms)}")
-    how = temperature, top_k, top_p, torch.tensor(list(never), dtype=torch.long)
-    done = Samples([], [], [])
-    size = max(1, batch // N)  # prompts in a batch
-    for start in range(0, P, size):
-        part, rows = prompts[start : start + size], uniforms[start * N : (start + size) * N]
-        _sample_batch(model, part, rows, N, stop, how, done, progress)
-    return done
+    device = next(model.parameters()).device
+    uniforms = uniforms.to(device)
+    never = torch.tensor(list(never), dtype=torch.long, device=device)
+    # Longest first: a prompt that waits is then no longer than the rows that live.
+    waiting = deque(sorted(range(P), key=lambda i: -len(prompts[i])))
+    longest = max(map(len, prompts), default=0)
+    slots, ready = Slots(P * N, batch, longest, uniforms.shape[1], stop, device, compiled), None
+    for step in itertools.count(1):
+        free = len(slots) - slots.live
+        if ready is None and waiting and free >= max(1, FREE_SHARE * len(slots)):
+            most = max(1, READ // len(prompts[waiting[0]]))
+            chosen = [waiting.popleft() for _ in range(min(len(waiting), -(-free // N), most))]
+            ready = prefill(model, [prompts[i] for i in chosen])
+            rows = deque((i * N + j, source) for source, i in enumerate(chosen) for j in range(N))
+        if ready and free:
+            who, logits = slots.refill(ready, [rows.popleft() for _ in range(min(free, len(rows)))])
+            ready = ready if rows else None
+        elif slots.live:
+            if not (waiting or compiled):
+                slots.compact(FREE_SHARE)
+            logits, who = decode_one(model, slots), slots.alive.nonzero()[:, 0]
+            logits = logits if len(who) == len(slots) else logits[who]
+        else:
+            return slots.samples(ended)
+        numbers = uniforms[slots.row[who], slots.count[who]]
+        progress(slots.take(who, *draw_tokens(logits, numbers, temperature, top_k, top_p, never)))
+        if ended and step % ASKED == 0:
+            progress(slots.let_go(ended, ASKED))
 
 
 @dataclass
-class Live:
-    """The rows of a batch that decode. `order` says which row of the batch each one is."""
+class Prompts:
+    """R prompts that have been read, left-padded to L."""
 
-    layers: list[RoomLayer]
-    order: torch.Tensor  # [live]
-    alive: torch.Tensor  # [live] bool; dead rows wait to be moved
-    positions: torch.Tensor  # [live] of the next token
-    mask: torch.Tensor  # [live, L + room] 0 on the left of short prompts
-
-    def compact(self, tokens):
-        """Move live rows of the tail over dead ones, if enough are dead. Returns tokens [live]."""
-        remaining = int(self.alive.sum())
-        if len(self.order) - remaining <= DEAD_SHARE * len(self.order):
-            return tokens
-        targets = (~self.alive[:remaining]).nonzero().squeeze(1)
-        sources = self.alive[remaining:].nonzero().squeeze(1) + remaining
-        for layer in self.layers:
-            layer.move(sources, targets, remaining)
-        for tensor in (self.order, self.positions, self.mask, tokens):
-            tensor[targets] = tensor[sources]
-        self.order, self.positions = self.order[:remaining], self.positions[:remaining]
-        self.mask, self.alive = self.mask[:remaining], torch.ones_like(self.alive[:remaining])
-        return tokens[:remaining]
+    layers: list[DynamicLayer]  # keys and values [R, heads, L, D/heads]
+    logits: torch.Tensor  # [R, V] behind them
+    lengths: torch.Tensor  # [R]
 
 
-def prefill(model, prompts, repeats, room):
-    """Run the prompts, left-padded, with `room` for new tokens. Returns their last logits [B, V]
-    and Live, both with `repeats` rows for each prompt."""
+def prefill(model, prompts):
+    """Run prompts (lists of token ids) once, left-padded. Returns Prompts."""
     device = next(model.parameters()).device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # [P, L]
+    mask = torch.arange(longest, device=device) >= longest - lengths[:, None]  # [R, L]
     out = model(
         input_ids=ids,
         attention_mask=mask.long(),
@@ -157,63 +133,20 @@ def prefill(model, prompts, repeats, room):
         use_cache=True,
         logits_to_keep=1,
     )
-    rows = len(prompts) * repeats
-    live = Live(
-        layers=[RoomLayer(layer, repeats, room) for layer in out.past_key_values.layers],
-        order=torch.arange(rows, device=device),
-        alive=torch.ones(rows, dtype=torch.bool, device=device),
-        positions=lengths.repeat_interleave(repeats),
-        mask=torch.cat([mask.repeat_interleave(repeats, 0), mask.new_ones(rows, room)], 1).long(),
-    )
-    return out.logits[:, -1].repeat_interleave(repeats, dim=0), live
+    return Prompts(out.past_key_values.layers, out.logits[:, -1], lengths)
 
 
-def decode_one(model, live, tokens):
-    """Append tokens [live] to their rows. Returns the logits [live, V] behind them."""
-    seen = live.layers[0].get_seq_length() + 1
-    logits = model(
-        input_ids=tokens[:, None],
-        attention_mask=live.mask[:, :seen],
-        position_ids=live.positions[:, None],
-        past_key_values=Cache(layers=live.layers),
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    live.positions = live.positions + 1
-    return logits
+def decode_one(model, slots):
+    """Append every slot's last token to its row. Returns the logits [slots, V] behind them."""
+    mask, positions = slots.view()
+    step = compiled_once(next_logits) if slots.fixed else next_logits
+    return step(model, slots.token[:, None], mask, positions, Cache(layers=slots.layers))
 
 
-def _sample_batch(model, prompts, uniforms, repeats, stop, how, done, progress):
-    """Prefill, then decode until every row has stopped; appends to `done` in order."""
-    rows, width = uniforms.shape
-    logits, live = prefill(model, prompts, repeats, width)
-    device = logits.device
-    uniforms, stop = uniforms.to(device), torch.tensor(stop, device=device)
-    ids = torch.zeros(rows, width, dtype=torch.long, device=device)
-    logp = torch.zeros(rows, width, device=device)
-    lengths = torch.full((rows,), width, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-
-    remaining = rows
-    for t in range(width):
-        tokens, token_logp = draw_tokens(logits, uniforms[live.order, t], *how)
-        going = live.order[live.alive]
-        ids[going, t], logp[going, t] = tokens[live.alive], token_logp[live.alive]
-        ended = live.alive & torch.isin(tokens, stop)
-        lengths[live.order[ended]] = t + 1
-        finished[live.order[ended]] = True
-        live.alive = live.alive & ~ended
-        before, remaining = remaining, int(live.alive.sum())
-        progress(before - remaining)
-        if remaining == 0 or t + 1 == width:
-            break
-        logits = decode_one(model, live, live.compact(tokens))
-
-    progress(remaining)  # those that were cut off
-    for row, row_logp, length in zip(ids.tolist(), logp.tolist(), lengths.tolist(), strict=True):
-        done.ids.append(row[:length])
-        done.logp.append(row_logp[:length])
-    done.finished += finished.tolist()
+def next_logits(model, ids, mask, positions, cache):
+    """The pass of a decode step. ids, positions [slots, 1], mask [slots, columns] -> [slots, V]"""
+    how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **how).logits[:, -1]
 
 
 def draw_tokens(logits, uniforms, temperature=1.0, top_k=0, top_p=1.0, never=()):

@@ -30,6 +30,14 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    # A process that has a process group must not fork: in each file, tests without one come first.
+    files = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (files[item.path], "ranks" in item.fixturenames))
+
+
+def quick(some, values):
+    """Parameters: `some` of the values are tried always, the others with --slow."""
+    return [v if v in some else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 WORDS = ["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(58))]

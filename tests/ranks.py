@@ -2,8 +2,8 @@
 
 A test on several ranks is a function of `ranks` under `ranked`. The ranks are forks of this process
 and have imported all that it has, where every worker of torchrun imports torch anew. A process that
-has a process group must not fork: such a test asks for no fixture `ranks`, nor does one before it
-in its file.
+has a process group must not fork: such a test asks for no fixture `ranks`, and conftest.py has
+those that do come last in their file.
 """
 
 import gc

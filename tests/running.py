@@ -118,8 +118,9 @@ def options(tiny, run_dir, **changed):
     return [word for name, value in chosen.items() for word in (f"--{name}", value)]
 
 
-def started(script, tiny, run_dir, *words, ranks=0, launch=(), **changed):
-    """A script as a process of its own; with ranks, under torchrun with the options `launch`."""
+def started(script, tiny, run_dir, *words, ranks=0, launch=(), popen=None, **changed):
+    """A script as a process of its own; with ranks, under torchrun with the options `launch`;
+    popen: more for subprocess.Popen."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, *launch]
     argv = [script, *options(tiny, run_dir, **changed), *words]
     return subprocess.Popen(
@@ -129,6 +130,7 @@ def started(script, tiny, run_dir, *words, ranks=0, launch=(), **changed):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **popen or {},
     )
 
 

@@ -4,11 +4,13 @@ import json
 import threading
 from types import SimpleNamespace
 
-from pfppo.answers import Examiner, execute, judge, left, results_of, samples_of
+from pfppo import answers, fsdp
+from pfppo.answers import Answer, Examiner, cut_off, left, results_of, samples_of
 from pfppo.config import UserError
 from pfppo.data import ProblemSet
-from pfppo.problems import Problem, sample_row
+from pfppo.problems import Problem, load_verifier, sample_row
 from pfppo.reward import RewardCard, load_reward
+from pfppo.run import judge
 from pfppo.sandbox import Sandbox, Verdict
 
 import pytest
@@ -29,36 +31,65 @@ KEYS = {"task_id", "sample", "passed", "outcome", "seconds"}
 
 
 def args_of(**changes):
-    machine = {"workers": 1, "timeout": 3.0, "allow_weak_isolation": False, "sampling_batch": 4}
+    machine = {
+        "verify": "tests",
+        "workers": 1,
+        "timeout": 3.0,
+        "allow_weak_isolation": False,
+        "compile": False,
+    }
     sampling = {"max_new_tokens": 5, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     fixed = machine | sampling | {"seed": 1, "samples_per_problem": 2, "reward_model": ""}
     return SimpleNamespace(**(fixed | changes))
 
 
 class Grader:
-    """Stands for the sandbox: passes what adds 0, and notes what it is given."""
+    """Stands for the tests: passes what adds 0, and notes what it is given."""
+
+    apart = True
 
     def __init__(self):
         self.programs, self.closed, self.busy = [], False, threading.Event()
 
-    def run(self, checks, progress=None):
+    def of_rows(self, problems, rows, progress=None):
         self.busy.set()
-        self.programs += [check.program for check in checks]
-        progress(len(checks))
-        outcomes = ("passed" if "+ 0" in check.program else "wrong_answer" for check in checks)
+        assert [p.task_id for p in problems] == [row["task_id"] for row in rows]
+        self.programs += [row["solution"] for row in rows]
+        progress(len(rows))
+        outcomes = ("passed" if "+ 0" in row["solution"] else "wrong_answer" for row in rows)
         return [Verdict(outcome, 0.01) for outcome in outcomes]
 
     def close(self):
         self.closed = True
 
 
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        ([(True, "x"), (True, "y")], ""),
+        ([(False, "x"), (True, "y")], "1 of 2 responses reached --max_new_tokens 7"),
+        (
+            [(False, " \n"), (False, "y")],
+            "2 of 2 responses reached --max_new_tokens 7, 1 are empty",
+        ),
+        ([(True, "")], "0 of 1 responses reached --max_new_tokens 7, 1 are empty"),
+        ([], ""),
+    ],
+)
+def test_answers_that_were_cut_off_or_are_empty_are_counted(rows, said):
+    of_files = [{"finished": ended, "completion": text} for ended, text in rows]
+    assert cut_off([*of_files, {"completion": "old"}], 7) == said
+    assert cut_off([Answer([1], text, None, ended) for ended, text in rows], 7) == said
+
+
 def rows_of(first, last, group, text="    return x + 0\n"):
     return [sample_row(PROBLEMS[i], j, text) for i in range(first, last) for j in range(group)]
 
 
-def fill(folder, rows, answer, group, batch, sandbox, ranks):
-    args = SimpleNamespace(sampling_batch=batch)
-    return results_of(folder, PROBLEMS, rows, answer, group, args, sandbox, ranks)
+def fill(folder, rows, answer, group, batch, verifier, ranks):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "CHUNK", batch)
+        return results_of(folder, PROBLEMS, rows, answer, group, batch, verifier, ranks)
 
 
 def read(path):
@@ -67,12 +98,13 @@ def read(path):
 
 def everything(ranks):
     """What an Examiner gives: answers twice, and with another tag; rows of samples in two ways."""
-    lm, rm = tiny_lm("llama"), scalar_of(tiny_classifier("llama", seed=5), ranks)
+    rolled, lm, rm = [], tiny_lm("llama"), scalar_of(tiny_classifier("llama", seed=5), ranks)
     with Examiner(tokens_of(limit=9), args_of(), ranks) as examiner:
         groups = [examiner.answers(lm, ASKED, tag, 1.0, samples=2) for tag in ("a", "a", "b")]
-        whole = samples_of(examiner, lm, rm, ASKED, 0, 3)
-        parts = samples_of(examiner, lm, rm, ASKED, 0, 1)
-        parts += samples_of(examiner, lm, rm, ASKED, 1, 3)
+        told = rolled.append
+        whole = samples_of(examiner, lm, [rm], ASKED, 0, 3, told)
+        parts = samples_of(examiner, lm, [rm], ASKED, 0, 1, told)
+        parts += samples_of(examiner, lm, [rm], ASKED, 1, 3, told)
         greedy = examiner.greedy(None, ProblemSet([], []))
     answers = [[[(a.ids, a.text, a.passed) for a in group] for group in part] for part in groups]
     tested = [answer.verdict is not None for group in groups[0] for answer in group]
@@ -91,7 +123,7 @@ def test_answers_and_samples_are_complete_repeat_and_do_not_depend_on_the_ranks(
     assert [len(group) for group in first] == [2, 2, 2] and first == again
     assert [ids for ids, *_ in sum(first, [])] != [ids for ids, *_ in sum(other, [])]
     assert not any(passed for *_, passed in sum(first, []))
-    assert one.tested == [True] * 4 + [False] * 2 and one.greedy is None
+    assert one.tested == [True] * 4 + [False] * 2 and one.greedy == (None, None)
     keys = [(row["task_id"], row["sample"]) for row in one.whole]
     assert keys == [(problem.task_id, j) for problem in ASKED.problems for j in range(2)]
     assert len({row["reward"] for row in one.whole}) > 3
@@ -106,11 +138,26 @@ def test_references_pass_wrong_answers_fail_and_untested_problems_have_no_verdic
     problems = [UNTESTED, PROBLEMS[1], PROBLEMS[2], PROBLEMS[1]]
     texts = ["    return 1\n", "    return None\n", PROBLEMS[2].canonical_solution, "    1 / 0\n"]
     with Examiner(None, args_of(), ranks) as examiner:
-        verdicts = execute(problems, texts, examiner.sandbox)
-        scores = examiner.run_tests(problems, texts)
+        verdicts = examiner.verifier(problems, texts)
+        scores = examiner.scores(problems, texts)
     assert [verdict and verdict.passed for verdict in verdicts] == [None, False, True, False]
     assert scores.isnan().tolist() == [True, False, False, False]
     assert scores[1:].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_a_chunk_is_some_hundred_rows_at_most_and_fills_its_slots_again(tmp_path, ranks):
+    chunks = []
+
+    def answer(first, last, progress):
+        chunks.append(last - first)
+        return rows_of(first, last, 100)
+
+    for slots, problems in ((1000, [2, 2, 2, 1]), (60, [2, 2, 2, 1]), (10, [1] * 7)):
+        folder = tmp_path / str(slots)
+        folder.mkdir()
+        results_of(folder, PROBLEMS, [], answer, 100, slots, Grader(), ranks)
+        assert chunks == problems
+        chunks.clear()
 
 
 @pytest.mark.parametrize("group", [1, 2, 3])
@@ -118,7 +165,7 @@ def test_references_pass_wrong_answers_fail_and_untested_problems_have_no_verdic
 def test_samples_are_answered_and_executed_once_and_written_in_order(ranks, tmp_path, group, batch):
     grader, rows, asked = Grader(), [], []
 
-    def answer(first, last):
+    def answer(first, last, progress):
         asked.append((first, last))
         return rows_of(first, last, group)
 
@@ -137,13 +184,13 @@ def test_samples_are_answered_and_executed_once_and_written_in_order(ranks, tmp_
 )
 def test_what_is_there_is_not_done_again(ranks, tmp_path, samples, done):
     (whole := tmp_path / "whole").mkdir()
-    finished = fill(whole, [], lambda a, b: rows_of(a, b, 2), 2, 4, Grader(), ranks)
+    finished = fill(whole, [], lambda a, b, progress: rows_of(a, b, 2), 2, 4, Grader(), ranks)
     for name, count in (("samples.jsonl", samples), ("results.jsonl", done)):
         lines = (whole / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:count]) + '{"task_id": "t/')  # cut by a kill
     grader, asked = Grader(), []
 
-    def answer(first, last):
+    def answer(first, last, progress):
         asked.extend(range(first, last))
         return rows_of(first, last, 2)
 
@@ -155,10 +202,27 @@ def test_what_is_there_is_not_done_again(ranks, tmp_path, samples, done):
     assert len(grader.programs) == 14 - done // 2 * 2
 
 
+def test_the_bar_moves_as_samples_are_drawn_and_again_as_they_are_judged(
+    ranks, tmp_path, monkeypatch, capsys
+):
+    """In a log, too: a real model takes minutes for its first chunk."""
+    real, bars, seen = fsdp.bar, [], []
+    monkeypatch.setattr(fsdp, "bar", lambda *a, **how: bars.append(real(*a, **how)) or bars[-1])
+
+    def answer(first, last, progress):
+        before = bars[0].n
+        progress(2 * (last - first))
+        seen.append(bars[0].n - before)
+        return rows_of(first, last, 2)
+
+    fill(tmp_path, [], answer, 2, 14, Grader(), ranks)
+    assert seen == [7] and bars[0].n == 14 and "14/14" in capsys.readouterr().err
+
+
 def test_one_chunk_is_executed_while_the_next_is_answered(ranks, tmp_path):
     grader = Grader()
 
-    def answer(first, last):
+    def answer(first, last, progress):
         assert first == 0 or grader.busy.wait(5)  # the chunk before is with the grader by now
         return rows_of(first, last, 1)
 
@@ -172,13 +236,15 @@ def test_a_failure_ends_the_tests_under_way(ranks, tmp_path):
         def run(self, *args):
             self.verdicts = super().run(*args)
 
-    def answer(first, last):
+    def answer(first, last, progress):
         if first:
             raise UserError("no more")
         return rows_of(0, 1, 1, "    while True: pass\n")
 
-    with Watched(workers=1, timeout=20) as sandbox, pytest.raises(UserError, match="no more"):
-        fill(tmp_path, [], answer, 1, 1, sandbox, ranks)
+    verifier = load_verifier("tests")
+    verifier.sandbox = sandbox = Watched(workers=1, timeout=20)
+    with sandbox, pytest.raises(UserError, match="no more"):
+        fill(tmp_path, [], answer, 1, 1, verifier, ranks)
     assert sandbox.verdicts is None and len(read(tmp_path / "samples.jsonl")) == 1
 
 

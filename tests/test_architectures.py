@@ -22,7 +22,7 @@ from pfppo.sampler import sample
 import families
 import pytest
 import torch
-from conftest import EOS, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
+from conftest import EOS, quick, ragged, tiny_classifier, tiny_lm, tiny_tokenizer
 from running import numbers
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING
@@ -58,11 +58,7 @@ def theirs(kind, folder):
     return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-SOME = ("llama", "gpt_neox", "gemma2", "mixtral")  # the others are tried with --slow
-PARAMS = [name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-
-
-@pytest.fixture(scope="module", params=PARAMS)
+@pytest.fixture(scope="module", params=quick(["gpt_neox", "mixtral"], FAMILIES))
 def files(request, tmp_path_factory):
     """A folder with a policy, a reward model of its family where there is one, and prompts."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
@@ -188,19 +184,15 @@ QUICK = "llama qwen2 qwen3_moe mistral gemma2 gpt2 gpt_neox phi3 olmo2 deepseek_
 LOOKS_AHEAD_OR_ASIDE = "bert roformer roberta xlm bart mbart plbart modernbert-decoder".split()
 
 
-def names_of(names, quick):
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("name", names_of(EQUAL + LATENT, QUICK))
+@pytest.mark.parametrize("name", quick(QUICK, EQUAL + LATENT))
 def test_a_family_samples_the_tokens_of_a_naive_loop(name):
     if name not in CONFIG_MAPPING:
         pytest.skip("not in this version of transformers")
     model = families.tiny_family(name, families.SIZES | (families.LATENT if name in LATENT else {}))
     prove_policy(model, TOKENS, Policy(model, TOKENS.never))
-    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
-    uniforms = torch.zeros(2, 8, dtype=torch.float64)
-    how = {"stop": TOKENS.stop, "never": TOKENS.never, "temperature": 0}
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19]]
+    uniforms = torch.zeros(3, 8, dtype=torch.float64)
+    how = {"stop": TOKENS.stop, "never": TOKENS.never, "temperature": 0, "batch": 2}
     ids = sample(model, prompts, uniforms, **how).ids
     assert ids == [families.greedy(model, p, 8, *TOKENS.stop, TOKENS.never) for p in prompts]
 

@@ -277,6 +277,15 @@ def test_a_checkpoint_that_cannot_be_read_is_named(run, ranks, what):
     assert what == "other bytes" or "Size mismatch" in message
 
 
+def test_ctrl_c_while_a_checkpoint_is_read_does_not_call_it_damaged(run, ranks, monkeypatch):
+    def pressed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.dcp.FileSystemReader, "read_data", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.load(run, trained_pair(ranks), ranks)
+
+
 # ------------------------------------------------------------------------ the files around it
 
 

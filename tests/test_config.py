@@ -3,13 +3,15 @@
 This paragraph is not part of the help.
 """
 
+import dataclasses
 import errno
+import json
 import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from pfppo import config
+from pfppo import config, filters, reward
 from pfppo.config import UserError, load_function, parse, reason
 
 import pytest
@@ -120,6 +122,65 @@ def test_the_help_holds_the_first_paragraph_and_in_groups_each_comment_and_each_
 
 
 @dataclass
+class Resumed(Args):
+    stop: config.Strings = None  # several words
+    run_dir: str = ""  # where
+    resume: bool = False  # go on
+
+
+def test_resume_reads_the_folder_as_if_its_arguments_stood_in_front(tmp_path):
+    path, words = tmp_path / "args.json", ["--run_dir", str(tmp_path), "--resume"]
+    with pytest.raises(UserError, match="there is no run to go on with .no args.json in it"):
+        parse(Resumed, words)
+    begun = parse(Resumed, [*words, "--batch_size", "5"])  # a run may begin with --resume
+    assert begun == Resumed(batch_size=5, run_dir=str(tmp_path), resume=True)
+    known = Resumed(batch_size=9, learning_share=1e-7, name="-x = --no_y", careful=False)
+    known.run_dir = "moved since"
+    path.write_text(json.dumps(dataclasses.asdict(known)))
+    known.run_dir, known.resume = str(tmp_path), True
+    assert parse(Resumed, words) == known
+    assert parse(Resumed, words[:2]).batch_size == 4  # without --resume nothing is read
+    again = parse(Resumed, [*words, "--batch_size", "4", "--careful"])
+    assert again == dataclasses.replace(known, batch_size=4, careful=True)
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ([], None),
+        (["--stop", ""], [""]),
+        (["--stop", r"\ndef", "\nclass -x", "é"], [r"\ndef", "\nclass -x", "é"]),
+        (["--stop=--x"], ["--x"]),
+        (["--stop", "a", "b", "--stop", "c", "--batch_size", "3"], ["c"]),  # the last one counts
+    ],
+)
+def test_several_words_are_taken_and_stay_when_a_folder_is_resumed(tmp_path, words, found):
+    args = parse(Resumed, words)
+    assert args.stop == found
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    resumed = ["--run_dir", str(tmp_path), "--resume"]
+    assert parse(Resumed, resumed).stop == found
+    assert parse(Resumed, [*resumed, "--stop", "x", "y"]).stop == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    "written, line",
+    [
+        ('{"seed": -1}', "--run_dir {0}: args.json: --seed -1: expected 0 to 4294967295"),
+        ('{"seed": "x"}', "--run_dir {0}: args.json: argument --seed: invalid int value: 'x'"),
+        ('{"seed": 2, "pairs": ""}', "{0}/args.json: options that are not known here (pairs): "),
+    ],
+)
+def test_what_is_wrong_in_the_folders_arguments_is_one_line_that_names_the_file(
+    tmp_path, written, line
+):
+    (tmp_path / "args.json").write_text(written)
+    with pytest.raises(UserError) as caught:
+        parse(Resumed, ["--run_dir", str(tmp_path), "--resume"])
+    assert str(caught.value).startswith(line.format(tmp_path)), caught.value
+
+
+@dataclass
 class Ranged:
     rows: config.Count = 4  # at least 1
     top: config.Natural = 0  # at least 0
@@ -148,6 +209,23 @@ def test_a_number_out_of_its_range_is_refused_by_name(option, inside, outside, e
             parse(Ranged, [f"--{option}", text])
 
 
+@dataclass
+class Named:
+    chosen: str = "none"  # name in FILTERS, file.py:function
+    some: str = "all"  # all, or some of REWARDS, comma-separated
+    unknown: str = ""  # name in NOWHERE
+
+
+def test_the_help_lists_the_names_of_a_table_that_a_comment_speaks_of(monkeypatch, capsys):
+    monkeypatch.setitem(filters.FILTERS, "brand_new", None)
+    with pytest.raises(SystemExit):
+        parse(Named, ["--help"])
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # where a line broke
+    assert f"{', '.join(filters.FILTERS)}, file.py:function [none]" in text
+    assert f"all, or some of {', '.join(reward.REWARDS)}, comma-separated [all]" in text
+    assert "brand_new" in text and "name in NOWHERE" in text
+
+
 def test_a_reason_is_one_short_line():
     assert reason(KeyError("a\n  b")) == "KeyError: 'a\\n b'"
     assert reason(ValueError("first:\n   second")) == "ValueError: first: second"
@@ -162,6 +240,18 @@ def test_a_function_is_loaded_from_a_file_a_module_and_the_working_folder(tmp_pa
     for place in (f"{tmp_path}/own_module_here.py", "own_module_here"):
         assert load_function(f"{place}:triple", "filter")(2) == 6
     assert load_function("os.path:basename", "filter") is os.path.basename
+
+
+def test_a_file_that_gives_several_functions_is_imported_once_and_again_when_it_has_changed(
+    tmp_path,
+):
+    path = tmp_path / "own.py"
+    path.write_text("COUNT = []\ndef f():\n    return COUNT\ndef g():\n    return COUNT\n")
+    f, g = (load_function(f"{path}:{name}", name) for name in "fg")
+    assert f() is g()
+    path.write_text("def f():\n    return 2\n")
+    os.utime(path, ns=(1, 1))
+    assert load_function(f"{path}:f", "filter")() == 2
 
 
 @pytest.mark.parametrize(
@@ -214,14 +304,15 @@ def launched(monkeypatch, capsys):
         (["--eror", "user"], None, 2, "unrecognized arguments: --eror user (see --help)"),
         ([], OSError(errno.ENOSPC, "No space left", "model.bin"), 2, "model.bin: No space left"),
         ([], OSError(errno.EACCES, "Permission denied"), 2, "file system: Permission denied"),
-        ([], KeyboardInterrupt(), 130, ""),
+        ([], KeyboardInterrupt(), 130, "ended by Ctrl-C; the same command starts it again"),
         ([], None, 0, ""),
     ],
 )
 def test_a_script_ends_with_a_status_and_what_a_user_can_mend_in_one_line_of_rank_0(
     launched, words, error, status, line
 ):
-    said = f"script.py: error: {line}\n" if line else ""
+    kind = "" if line.startswith("ended") else "error: "
+    said = f"script.py: {kind}{line}\n" if line else ""
     assert launched(*words, error=error) == (status, said)
     assert launched(*words, error=error, rank="1") == (status, "")
 

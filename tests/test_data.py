@@ -7,17 +7,22 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import eval_code
+import train_ppo
+import train_rm
+from pfppo.config import parse
 from pfppo.data import (
     Tokens,
     load_tokenizer,
+    problems_of,
     read_inputs,
     read_pairs,
     read_problems,
     render,
-    step_prompts,
 )
 from pfppo.problems import Problem, assemble, load_problems
 from pfppo.problems.extract import extract_code
+from pfppo.rollout import step_prompts
 from pfppo.sandbox import Sandbox
 
 import conftest
@@ -92,7 +97,8 @@ def answered(before, content):
 
 def read_any(path, tokens):
     """Problems with tests or without."""
-    return read_problems(SimpleNamespace(prompts=path), "prompts", tokens, tested=False)
+    args = SimpleNamespace(prompts=path, verify="tests")
+    return read_problems(args, "prompts", tokens, tested=False)
 
 
 def pair(prompt, chosen="yes", rejected="no"):
@@ -190,7 +196,36 @@ def test_a_prompt_is_tokenized_as_it_stands_or_as_a_users_turn_and_no_more(
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_problems_that_choose_or_judge_the_policy_need_tests(args, name):
     setattr(args, name, args.prompts)
-    assert refused(read_inputs, args) == f"--{name} {args.prompts}: ['line 1'] has no 'test'"
+    said = f"--{name} {args.prompts}: 1 of 2 problems have no 'test', such as ['line 1'] (has"
+    assert refused(read_inputs, args).startswith(said)
+
+
+def test_a_chat_template_that_is_not_used_is_told(args, capsys):
+    Tokens.of(args)
+    assert "hint" not in capsys.readouterr().out
+    folder = Path(args.policy)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    Tokens.of(args)
+    assert "has a chat template, but --prompt_style is plain" in capsys.readouterr().out
+
+
+def test_each_option_takes_its_split_of_a_benchmark_as_it_is_published(args):
+    """Google's file, gzipped, for all three: training, validation and test tasks."""
+    path = DATA / "mbpp.jsonl.gz"
+    if not path.exists():
+        pytest.skip("mbpp.jsonl.gz is not in shared/data")
+    args.prompts = args.validation = args.test = str(path)
+    parts = [problems_of(args, option) for option in ("prompts", "validation", "test")]
+    assert [len(part) for part in parts] == [374, 90, 500]
+    assert [part[0].task_id for part in parts] == ["Mbpp/601", "Mbpp/511", "Mbpp/11"]
+    for name, count in (
+        ("HumanEval.jsonl.gz", 164),
+        ("leetcode_contest_2023-07_2024-01.jsonl.gz", 180),
+    ):
+        args.prompts = str(DATA / name)
+        assert len(problems_of(args, "prompts")) == count
 
 
 def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp_path):
@@ -257,7 +292,8 @@ def test_a_folder_without_a_usable_tokenizer_is_refused_with_its_option(tmp_path
     assert refused(load_tokenizer, tmp_path).startswith(f"--policy {tmp_path}: cannot read")
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
-    assert refused(load_tokenizer, tmp_path) == f"--policy {tmp_path}: the tokenizer has no EOS"
+    said = refused(load_tokenizer, tmp_path)
+    assert said.startswith(f'--policy {tmp_path}: the tokenizer has no EOS: expected "eos_token"')
 
 
 def test_the_template_hash_changes_with_what_renders_prompts(tokens_of, tmp_path):
@@ -345,6 +381,7 @@ def test_a_response_is_read_and_written_behind_its_prompt_with_one_end(make, tex
             assert response[:-1] == whole[len(alone) :]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
 def test_humanevals_references_pass_through_such_a_tokenizer():
     tokens, checks = conftest.tokens_of(sentencepiece(), limit=4000), []
@@ -410,6 +447,50 @@ def policy_with(tokenizer, folder, stop):
     args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
     said = []
     return Tokens.of(args, said.append), said
+
+
+OWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ eos_token }}"
+
+
+def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(tmp_path):
+    """And is hashed as it is: with the tokenizer that it was saved with, style chat is the same."""
+    file, tokenizer = tmp_path / "own.jinja", make_tokenizer(CHAT)
+    file.write_text(OWN)
+    make_tokenizer(CHAT).save_pretrained(tmp_path)
+    tiny_config("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    args = SimpleNamespace(policy=tmp_path, prompt_style=str(file), max_prompt_tokens=99)
+    own = Tokens.of(args, print)
+    assert own.style == "chat" and own.tokenizer.chat_template == OWN
+    assert own.tokenizer.decode(own.prompt("a question", "")) == f"<user>a question{EOS}"
+    before = Tokens.of(SimpleNamespace(**vars(args) | {"prompt_style": "chat"}), print)
+    assert before.hashes()[0] != own.hashes()[0]
+    own.tokenizer.save_pretrained(tmp_path)
+    after = Tokens.of(SimpleNamespace(**vars(args) | {"prompt_style": "chat"}), print)
+    assert after.hashes() == own.hashes()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "cannot be read: No such file"),
+        ("{% for m in messages %}", "no chat template that runs: TemplateSyntaxError"),
+        ("{{ messages[0].content.nothing() }}", "no chat template that runs: UndefinedError"),
+        ("You are an assistant.", "is not in what it makes of it, 'You are an assistant.'"),
+        (b"\xff\xfe{{", "no chat template that runs: UnicodeDecodeError"),
+    ],
+)
+@pytest.mark.parametrize("script", [train_ppo, train_rm, eval_code])
+def test_what_is_wrong_with_a_template_of_ones_own_is_one_line_of_the_command_line(
+    tmp_path, script, text, said
+):
+    file = tmp_path / "own.jinja"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = refused(parse, script.Args, ["--prompt_style", str(file)])
+    assert message.startswith(f"--prompt_style {file}: ")
+    assert said in message and "\n" not in message
+    message = refused(parse, script.Args, ["--prompt_style", "poem"])
+    assert message.startswith("--prompt_style poem: expected plain, ") and "FILE.jinja" in message
 
 
 @pytest.mark.parametrize("named", [True, False])  # as after training of a base model
@@ -517,17 +598,22 @@ def args(lms, tmp_path):
     rows = {"prompt": "w1 w2 w3"}, {"prompt": "w4", "test": "pass", "entry_point": "f"}
     files = {"prompts": str(write(tmp_path, *rows)), "validation": "", "test": ""}
     limits = {"prompts_per_step": 2, "refill": 0, "max_prompt_tokens": 20, "max_new_tokens": 10}
-    style = {"prompt_style": "plain", "reward": "model", "reward_model": ""}
+    style = {"prompt_style": "plain", "reward": "model", "reward_model": "", "verify": "tests"}
     return SimpleNamespace(policy=policy, **files, **limits, **style)
 
 
 def test_prompts_come_as_tokens_with_what_tokens_mean(args):
-    inputs = read_inputs(args)
-    tokenizer = tiny_tokenizer()
+    tokenizer, said = tiny_tokenizer(), []
+    inputs = read_inputs(args, said.append)
+    assert said == ["problems: 2 to learn from (1 with tests), 0 for validation, 0 for the test"]
     wanted = [tokenizer(text)["input_ids"] for text in ("w1 w2 w3", "w4")]
     assert inputs.train.prompts == wanted and inputs.longest == 3
     assert (inputs.tokens.stop, inputs.tokens.pad) == ([tokenizer.eos_token_id], PAD)
     assert len(inputs.validation) == len(inputs.test) == 0
+    rows = ({"prompt": f"w{i}", "tests": ["assert f()"], "level": i} for i in range(2))
+    write(Path(args.prompts).parent, *rows)  # tests in a form that is not read
+    read_inputs(args, said.append)
+    assert "2 to learn from (0 with tests; not read: tests, level), 0 for" in said[1]
 
 
 @pytest.mark.parametrize(
@@ -535,7 +621,7 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
     [
         ({"prompts_per_step": 3}, ["--prompts_per_step 3: more than the 2 prompts"]),
         ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
-        ({"reward": "tests"}, ["--prompts ", "'line 1'", " has no 'test'"]),
+        ({"reward": "tests"}, ["--prompts ", "1 of 2 problems have no 'test', such as ['line 1']"]),
         ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
         ({"max_new_tokens": 200}, ["--policy ", "203 tokens, expected at most 128"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),

@@ -1,19 +1,24 @@
 """eval_code.py, end to end on tiny random checkpoints; and the lab's own making, shortened."""
 
+import dataclasses
 import json
 import shutil
 
 import eval_code
-from pfppo import answers, data
+from pfppo import answers, data, sampler
 from pfppo.config import UserError
+from pfppo.data import encode, load_tokenizer
 from pfppo.filters import FILTERS
 from pfppo.lab import default as lab
+from pfppo.problems import Stops
 
 import numpy as np
 import pytest
-from conftest import words_of
+import torch
+from conftest import tokens_of, words_of
 from ranks import refused
 from running import read, run, write_rows
+from test_slots import counted
 
 
 def asked(tiny, out, *words, **options):
@@ -61,7 +66,7 @@ def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_pat
 
 
 def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatch):
-    words = {"samples_per_problem": 2, "sampling_batch": 4, "filters": "best_worst"}
+    words = {"samples_per_problem": 2, "sampling_batch": 1, "filters": "best_worst"}
     words |= {"reward_model": tiny / "rm"}
     run(eval_code, *asked(tiny, tmp_path / "whole", **words))
     table = capsys.readouterr().out.split("held_out.jsonl: ")[1].split(str(tmp_path))[0]
@@ -88,6 +93,128 @@ def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypa
         whole, stopped = (read(tmp_path / folder / name) for folder in ("whole", "stopped"))
         assert len(whole) == 12 and timeless(whole) == timeless(stopped)
     assert "pass@2" in again and table.split("outcome")[1] in again
+
+
+@pytest.fixture
+def says(tiny, monkeypatch):
+    """Makes the policy write a text, and then "x" to the last token. Returns the rows of every
+    decode step."""
+    tokenizer, steps = load_tokenizer(tiny / "policy"), []
+
+    def speak(text):
+        ids, (x,) = encode(tokenizer, text), encode(tokenizer, "x")
+
+        def uniforms(seed, tag, named, width):
+            return torch.tensor([(ids + [x] * width)[:width]] * len(named)).double()
+
+        def draw(logits, numbers, *options):
+            return numbers.long(), torch.zeros(len(numbers))
+
+        original = sampler.decode_one
+        monkeypatch.setattr(answers, "draw_uniforms", uniforms)
+        monkeypatch.setattr(sampler, "draw_tokens", draw)
+        watched = lambda *a: steps.append(len(a[1])) or original(*a)  # noqa: E731
+        monkeypatch.setattr(sampler, "decode_one", watched)
+        return steps
+
+    return speak
+
+
+RAMBLE = "    return xs\n\ndef g(x):\n    return x\nprint(1)\n"
+
+
+def test_what_runs_on_ends_at_a_stop_string_and_verdicts_stay(tiny, tmp_path, says, capsys):
+    """The lab's problems as a benchmark, written by a model that never stops."""
+    steps, found = says(RAMBLE), {}
+    for name, words in {
+        "lab": (),
+        "none": ("--benchmark", "humaneval", "--stop", ""),
+        "usual": ("--benchmark", "humaneval"),
+        "given": ("--stop", r"\nprint", "xxx"),
+        "one slot": ("--stop", r"\nprint", "xxx", "--sampling_batch", 1),
+    }.items():
+        steps.clear()
+        run(eval_code, *asked(tiny, tmp_path / name, max_new_tokens=100), *words)
+        rows = read(tmp_path / name / "samples.jsonl")
+        results = [row["passed"] for row in read(tmp_path / name / "results.jsonl")]
+        found[name] = results, {row["response"] for row in rows}, sum(steps)
+        cut = name in ("lab", "none")
+        assert all(row["finished"] != cut for row in rows)
+        assert ("6 of 6 responses reached --max_new_tokens" in capsys.readouterr().out) == cut
+    verdicts, (whole,), work = found["none"]
+    assert found["lab"] == found["none"] and whole.startswith(RAMBLE + "xxx")
+    assert all(part[0] == verdicts for part in found.values())
+    assert found["usual"][1] == {"    return xs\n"}
+    assert found["given"][1] == found["one slot"][1] == {RAMBLE.partition("\nprint")[0]}
+    assert found["usual"][2] <= found["given"][2] < work / 2
+    with pytest.raises(UserError, match=r"holds a run with other arguments \(stop None there, \["):
+        argv = asked(tiny, tmp_path / "usual", max_new_tokens=100, benchmark="humaneval")
+        run(eval_code, *argv, "--resume", "--stop", "")
+
+
+def test_a_reward_model_reads_what_a_stop_string_leaves(tiny, tmp_path, says, monkeypatch):
+    says(RAMBLE)
+    read_by, original = [], answers.model_rewards
+
+    def watch(model, rows, microbatch):
+        read_by.append(rows)
+        return original(model, rows, microbatch)
+
+    monkeypatch.setattr(answers, "model_rewards", watch)
+    words = {"max_new_tokens": 60, "benchmark": "humaneval", "reward_model": tiny / "rm"}
+    run(eval_code, *asked(tiny, tmp_path / "o", filters="none", samples_per_problem=2, **words))
+    tokenizer = load_tokenizer(tiny / "policy")
+    said = encode(tokenizer, "    return xs\n") + [tokenizer.eos_token_id]
+    for rows in read_by:
+        for ids, start, count in zip(rows.ids, rows.prompt_lengths, rows.lengths, strict=True):
+            assert ids[start : start + count].tolist() == said
+
+
+def test_a_stop_string_that_is_one_token_ends_a_response_as_eos_does(tiny, tmp_path, monkeypatch):
+    tokens = tokens_of(load_tokenizer(tiny / "policy"))
+    tokens.tokenizer.add_special_tokens({"additional_special_tokens": ["<file_sep>", "<far>"]})
+    tokens = dataclasses.replace(tokens, rows=len(tokens.tokenizer) - 1)
+    one, far = tokens.tokenizer.convert_tokens_to_ids(["<file_sep>", "<far>"])
+    stops = Stops(("x", "<far>"), special=("<file_sep>",))
+    assert stops.known_to(tokens).stop == sorted([*tokens.stop, one])
+
+
+def test_compiled_answers_and_rewards_are_those_of_plain_ones(tiny, tmp_path):
+    how = {"reward_model": tiny / "rm", "samples_per_problem": 2}
+    run(eval_code, *asked(tiny, tmp_path / "plain", **how))
+    with counted() as graphs:
+        run(eval_code, *asked(tiny, tmp_path / "compiled", "--compile", **how))
+        assert graphs() > 2
+    rows = (read(tmp_path / name / "samples.jsonl") for name in ("compiled", "plain"))
+    for row, plain in zip(*rows, strict=True):
+        assert row == plain | {"reward": pytest.approx(plain["reward"], 1e-4)}
+
+
+def test_what_was_cut_off_is_said_and_a_folder_without_that_knowledge_goes_on(
+    tiny, tmp_path, capsys
+):
+    """The folder's name is enough to go on: the arguments are in it."""
+    out = tmp_path / "o"
+    run(eval_code, *asked(tiny, out))
+    rows, said = read(out / "samples.jsonl"), capsys.readouterr().out
+    cut = sum(not row["finished"] for row in rows)
+    assert cut and f"\n{cut} of 6 responses reached --max_new_tokens 8" in said
+    for row in rows:
+        del row["finished"]
+    write_rows(out / "samples.jsonl", rows[:4])
+    (out / "results.jsonl").unlink()
+    run(eval_code, "--out", out, "--resume")
+    rows, said = read(out / "samples.jsonl"), capsys.readouterr().out
+    assert ["finished" in row for row in rows] == [False] * 4 + [True] * 2
+    last = sum(not row["finished"] for row in rows[4:])
+    assert ("responses reached" in said) == (last > 0) and len(read(out / "results.jsonl")) == 6
+    run(eval_code, "--out", out, "--resume", "--workers", 1, "--k", 1)  # may differ
+    with pytest.raises(UserError, match="max_new_tokens 8 there, 9 here"):
+        run(eval_code, "--out", out, "--resume", "--max_new_tokens", 9)
+    capsys.readouterr()
+    files = ("--problems", tiny / "held_out.jsonl", "--samples", out / "samples.jsonl")
+    run(eval_code, *files, "--out", tmp_path / "again")
+    assert "reached" not in capsys.readouterr().out  # nobody knows of samples from elsewhere
 
 
 @pytest.mark.parametrize("style", ["chat", "deepseek"])
@@ -185,12 +312,24 @@ def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
         (("--temperature", 0, "--samples_per_problem", 2), "--temperature 0: gives one answer 2 t"),
         (("--filters", "best_of_n"), "--filters best_of_n: what they keep is judged by a --reward"),
         (("--reward_model", "lab", "--filters", "foo"), "--filters foo: unknown, expected one of"),
+        (
+            ("--reward_model", "lab,lab", "--reward", "tests", "--filters", "agreeing"),
+            "--filters agreeing: asks for members",  # nobody asks the reward models
+        ),
         (("--temperature", -0.5), "--temperature -0.5: expected at least 0, or -1"),
         (("--max_new_tokens", 250), "expected at most 256, the max_position_embeddings"),
         (("--prompt_style", "few_shot"), "--prompt_style few_shot: the examples are MBPP's"),
         (("--samples", "x", "--reward_model", "lab"), "--samples: without a model's answers, so"),
+        (("--samples", "x", "--stop", "y"), "--stop: with --samples nothing is sampled"),
+        (("--stop", "", "y"), '--stop: expected strings, or "" alone for none, found both'),
+        (
+            ("--device_memory", 1e-4),
+            "even with a single row: lower --max_new_tokens, or take a device",
+        ),
+        (("--device_memory", 1e-4, "--sampling_batch", 6), "with 6 rows that decode together: l"),
     ],
 )
-def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected):
+def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected, monkeypatch):
+    monkeypatch.setattr(eval_code.loading, "read_causal_lm", None)
     assert expected in refused(run, eval_code, *asked(tiny, tmp_path / "o", *words))
     assert not (tmp_path / "o").exists()

@@ -2,8 +2,9 @@
 
 import math
 import re
+from itertools import combinations
 
-from pfppo.filters import FILTERS, kept_per_prompt, load_filter
+from pfppo.filters import FILTERS, GIVEN, kept_per_prompt, known_to, load_filter, made_up
 
 import pytest
 import torch
@@ -19,10 +20,18 @@ SHARES = [  # of the kept mass per column of rewards: the paper's table (section
     *((name, EQUAL, [1 / 5] * 5) for name in ("best_of_n", "best_random", "best_worst")),
     ("best_of_n", [1.0, 1.0, 0.0], [1 / 2, 1 / 2, 0]),
     ("best_worst", [1.0, 0.0, 0.0], [1 / 2, 1 / 4, 1 / 4]),
+    ("random_two", REWARDS, [1 / 5] * 5),
+    ("max_variance", [2.0, 1, 0, -1, -2], [1 / 3, 1 / 6, 0, 1 / 6, 1 / 3]),  # two choices alike
+    ("max_variance", [1.0, 0, 0, 0, 0], [1 / 3, 1 / 6, 1 / 6, 1 / 6, 1 / 6]),
+    ("large_advantage", [1.0, -1, -1, 1, 0], [1 / 4, 1 / 4, 1 / 4, 1 / 4, 0]),
+    ("rank_weighted", EQUAL, [1 / 5] * 5),
 ]
 KEPT = {  # of five samples, one for `single`; None: it varies
     **{"single": 1, "none": 5, "best_of_n": 1, "best_random": 2, "best_worst": 2},
     **{"top": None, "top_random": None, "top_bottom": None, "pow_1": 5, "pow_2": 5, "pow_3": 5},
+    **{"random_two": 2, "best_random_ht": 2, "max_variance": 3, "large_advantage": 2},
+    **{"informative": None, "reject": None, "finished_only": None, "rank_weighted": 4},
+    "agreeing": None,
 }
 
 
@@ -31,7 +40,7 @@ def generator(seed=0):
 
 
 def weights_of(name, rewards, seed=0):
-    return load_filter(name, rewards.shape[1])(rewards, generator(seed))
+    return load_filter(name, rewards.shape[1])(rewards, generator(seed), made_up(rewards))
 
 
 def normal(prompts, samples=5):
@@ -95,7 +104,13 @@ def test_pow_k_weighs_by_the_power_of_the_reward_in_minus_1_to_1(k):
 @pytest.mark.parametrize("name", [n for n in FILTERS if "random" not in n and n != "single"])
 def test_a_filter_does_not_care_where_in_its_row_a_sample_stands(name):
     rewards, order = normal(20), torch.tensor([3, 0, 4, 2, 1])
-    assert torch.equal(weights_of(name, rewards)[:, order], weights_of(name, rewards[:, order]))
+    given = made_up(rewards)
+    there = {key: values[:, order] for key, values in given.items()}
+    here, there = (
+        load_filter(name, 5)(x, generator(), other)
+        for x, other in ((rewards, given), (rewards[:, order], there))
+    )
+    assert torch.equal(here[:, order], there)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -109,6 +124,77 @@ def test_weights_are_drawn_from_the_given_generator_and_from_nothing_else(name):
         other = weights_of(name, rewards, seed=8)
         assert torch.equal(torch.get_rng_state(), state)
     assert "random" not in name or not torch.equal(first, other)
+
+
+def test_random_two_keeps_every_pair_equally_often():
+    rows = weights_of("random_two", normal(10_000)).nonzero()[:, 1].view(-1, 2)
+    counts = [(rows == torch.tensor(pair)).all(1).sum() for pair in combinations(range(5), 2)]
+    assert sum(counts) == 10_000
+    assert sum((count - 1000) ** 2 / 1000 for count in counts) < 27.9  # 99.9 %, 9 degrees
+
+
+def test_best_random_ht_has_the_choices_of_best_random_and_the_expectation_1():
+    rewards = repeated([0.1, 2.0, -1.5, 2.0], 3000)  # two are best
+    weights = weights_of("best_random_ht", rewards)
+    assert torch.equal(weights > 0, weights_of("best_random", rewards) > 0)
+    outcomes = {(best, other) for best in (1, 3) for other in range(4) if other != best}
+    found = {((row == 1).nonzero().item(), (row == 3).nonzero().item()) for row in weights}
+    assert found == outcomes
+    assert (weights.mean(0) - 1).abs().max() < 4 * (2 / 3000) ** 0.5  # the variance of others is 2
+    two = weights_of("best_random_ht", normal(9, 2))
+    assert torch.equal(two, torch.ones(9, 2))
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 5])
+def test_max_variance_is_the_largest_of_all_choices_and_with_two_it_is_best_worst(m):
+    rewards = normal(200)
+    weights = FILTERS["max_variance"].func(rewards, generator(), m)
+    assert (weights.sum(1) == m).all()
+    choices = torch.tensor(list(combinations(range(5), m)))
+    largest = choices[rewards[:, choices].var(2).argmax(1)]
+    assert torch.equal(weights, torch.zeros(200, 5).scatter(1, largest, 1.0))
+    assert m > 2 or torch.equal(weights, weights_of("best_worst", rewards))
+
+
+def test_large_advantage_keeps_those_furthest_from_their_prompts_mean():
+    rewards = normal(200)
+    distance = ((rewards - rewards.mean(1, True)) / rewards.std(1, keepdim=True)).abs()
+    choices = torch.tensor(list(combinations(range(5), 2)))
+    furthest = choices[distance[:, choices].sum(2).argmax(1)]
+    expected = torch.zeros(200, 5).scatter(1, furthest, 1.0)
+    assert torch.equal(weights_of("large_advantage", rewards), expected)
+
+
+def test_prompts_that_teach_nothing_are_dropped_by_rewards_or_by_scores():
+    rewards = torch.tensor([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2], [3.0, 2, 1]])
+    assert weights_of("informative", rewards).sum(1).tolist() == [0, 3, 3]
+    for code in range(8):  # all verdicts on three samples
+        scores = torch.tensor([[float(code >> i & 1) for i in range(3)]])
+        weights = load_filter("reject", 3)(rewards[:1], generator(), {"scores": scores})
+        assert weights.tolist() == [[float(0 < code < 7)] * 3]
+        finished = {"finished": scores > 0}
+        weights = load_filter("finished_only", 3)(rewards[:1], generator(), finished)
+        assert torch.equal(weights, scores)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 5])
+def test_rank_weighted_falls_to_the_middle_rank(samples):
+    rewards = normal(50, samples)
+    ranks = torch.tensor([[sum(x > y for x in row) for y in row] for row in rewards])
+    expected = (ranks * 2 / (samples - 1) - 1).abs()
+    torch.testing.assert_close(weights_of("rank_weighted", rewards), expected)
+
+
+def test_agreeing_keeps_advantages_whose_mean_over_models_is_beyond_their_deviation():
+    members = torch.randn(40, 3, 4, generator=generator()).round(decimals=1) + torch.arange(4)
+    weights = load_filter("agreeing", 3)(members.mean(2), generator(), {"members": members})
+    for prompt, row in zip(members.double(), weights, strict=True):
+        for sample in range(3):
+            advantages = [(prompt[sample, k] - prompt[:, k].mean()).item() for k in range(4)]
+            mean = sum(advantages) / 4
+            sd = (sum((x - mean) ** 2 for x in advantages) / 3) ** 0.5
+            assert row[sample] == (abs(mean) > sd) or abs(abs(mean) - sd) < 1e-6
+    assert 0.1 < weights.mean() < 0.9
 
 
 @pytest.mark.parametrize("name", ["single", "none", "best_of_n"])
@@ -131,7 +217,7 @@ def test_a_number_of_samples_that_a_filter_cannot_use_is_refused(name, samples, 
         assert message == f"--{option} {name}{size} {samples}: {wanted}"
 
 
-def test_the_table_has_the_rows_of_the_paper():
+def test_the_table_has_the_rows_of_the_paper_and_those_of_others():
     assert list(FILTERS) == list(KEPT)
 
 
@@ -147,11 +233,42 @@ def test_an_unknown_name_lists_the_known_ones():
     assert all(name in message for name in [*FILTERS, "module:function", "file.py:function"])
 
 
+@pytest.mark.parametrize("samples", range(3, 16))
+def test_rank_weighted_drops_the_middle_one_of_an_odd_number_and_nothing_else(samples):
+    kept = kept_per_prompt(load_filter("rank_weighted", samples), samples)
+    assert kept == samples - samples % 2
+
+
 def load_own(folder, result):
     """A user's filter with that result, loaded for 3 samples."""
     path = folder / "mine.py"
     path.write_text(f"import torch\n\n\ndef own(rewards, generator):\n    return {result}\n")
     return load_filter(f"{path}:own", 3)
+
+
+def test_a_filter_gets_what_it_asks_for_by_name_and_nothing_else(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def own(r, g, logp, *, members, scale=2.0, **rest):\n"
+        "    assert not rest\n    return scale * members[..., 1].abs() + 0 * logp.add_(1)\n"
+        "def odd(rewards, generator, reward_all):\n    return rewards * 0\n"
+    )
+    chosen, rewards = load_filter(f"{tmp_path}/mine.py:own", 2), torch.ones(1, 2)
+    given = {"logp": torch.zeros(1, 2), "members": torch.tensor([[[0.0, 1], [0, 3]]])}
+    assert chosen.asks == ["logp", "members"]
+    assert chosen(rewards, generator(), given).tolist() == [[2.0, 6.0]]
+    assert given["logp"].tolist() == [[0, 0]]  # it works on its own copy
+    names = "scores, lengths, finished, logp, members"
+    said = f"asks for 'reward_all', expected some of {names}"
+    assert refused(load_filter, f"{tmp_path}/mine.py:odd", 2).endswith(said)
+    assert load_filter("none", 2).asks == [] and [*GIVEN] == names.split(", ")
+
+
+def test_oracles_are_marked_and_members_need_several_reward_models():
+    assert load_filter("reject", 5).label == "reject (oracle)"
+    assert load_filter("agreeing", 5).label == "agreeing"
+    said = refused(load_filter, "agreeing", 5, "filter", known_to("rm"))
+    assert said.startswith("--filter agreeing: asks for members ([P, N, K] rewards by each of")
+    assert known_to("a, b") == list(GIVEN) and "logp" not in known_to("a,b", sampled=False)
 
 
 @pytest.mark.parametrize(

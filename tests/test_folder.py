@@ -28,7 +28,7 @@ from ranks import find_free_port, ranked, refused
 from running import numbers, options, started, wait_for_steps
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
-# --------------------------------------------------------- two ranks: forks, before a process group
+# ------------------------------------------------------------------------------------- two ranks
 
 
 def ask():
@@ -106,11 +106,21 @@ def test_an_empty_folder_and_one_of_a_killed_start_are_fresh_runs(ranks, tmp_pat
 
 def test_a_run_with_the_same_arguments_needs_resume_and_may_be_longer_or_moved(ranks, tmp_path):
     start(tmp_path / "old", ranks)
-    before = files_of(tmp_path / "old")
     assert "give --resume" in refused(start, tmp_path / "old", ranks)
     (tmp_path / "old").rename(tmp_path / "new")
     start(tmp_path / "new", ranks, resume=True, steps=80)
-    assert files_of(tmp_path / "new") == before
+    known = json.loads((tmp_path / "new" / "args.json").read_text())  # what it goes on with
+    assert known == dataclasses.asdict(Args(str(tmp_path / "new"), resume=True, steps=80))
+
+
+def test_a_folder_written_before_an_option_was_there_goes_on_with_its_default(ranks, tmp_path):
+    start(tmp_path, ranks)
+    known = json.loads((tmp_path / "args.json").read_text())
+    del known["filter"]
+    write_json(tmp_path / "args.json", known)
+    message = refused(start, tmp_path, ranks, resume=True, filter="none")
+    assert "(filter 'best_random' there, 'none' here)" in message
+    start(tmp_path, ranks, resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -238,7 +248,7 @@ def test_an_export_replaces_the_old_one_and_what_a_killed_one_left_whole(ranks, 
     assert {path.name for path in tmp_path.iterdir()} == {"policy"}
 
 
-# ----------------------------------------------------------------------------------------- SIGTERM
+# ------------------------------------------------------------------------------ SIGTERM and Ctrl-C
 
 
 @pytest.fixture
@@ -271,6 +281,43 @@ def test_with_nothing_to_save_the_process_leaves_with_status_0(stop, when):
             stop.release()
         ask()
     assert left.value.code == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_with_nothing_to_save_ctrl_c_is_for_the_script_to_say(stop, when):
+    stop.holding = when == "after"
+    with pytest.raises(KeyboardInterrupt):
+        if when == "after":
+            stop.release()
+        signal.raise_signal(signal.SIGINT)
+
+
+SIGNALS = {"TERM": signal.SIGTERM, "INT": signal.SIGINT}
+
+
+@pytest.mark.parametrize(
+    "asked, ends",
+    [("INT INT", True), ("INT TERM", True), ("TERM INT", True), ("TERM TERM", False)],
+)
+def test_a_second_ctrl_c_ends_at_once_and_so_does_what_torchrun_makes_of_it(
+    stop, capfd, monkeypatch, asked, ends
+):
+    ended, (first, second) = [], asked.split()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signal.raise_signal(SIGNALS[first])
+    assert not ended and stop.agreed() == {"INT": "Ctrl-C", "TERM": "SIGTERM"}[first]
+    assert ("once more ends at once" in capfd.readouterr().err) == (first == "INT")
+    signal.raise_signal(SIGNALS[second])
+    assert ended == [130] * ends
+
+
+@pytest.mark.parametrize("launcher, name", [("", "INT"), ("torchrun", "INT"), ("", "TERM")])
+def test_only_who_will_be_killed_has_to_be_in_time(stop, monkeypatch, launcher, name):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    signal.raise_signal(SIGNALS[name])
+    assert stop.timer.is_alive() == (launcher == "torchrun" or name == "TERM")
 
 
 @pytest.mark.parametrize("in_time", [True, False])

@@ -9,17 +9,23 @@ from types import SimpleNamespace
 
 import eval_code
 import train_ppo
+import train_rm
+from pfppo import loading
 from pfppo.config import UserError
 from pfppo.data import Tokens
-from pfppo.model import causal_lm_config, check_positions
+from pfppo.lab import default as lab
+from pfppo.model import causal_lm_config, check_folder, check_positions
 
 import families
 import pytest
 import torch
+from conftest import quick, words_of
 from ranks import refused
 from running import numbers, options, run
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -127,7 +133,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick(["single", "tied, with another head", "pickled"], FORMS))
 def test_a_policy_that_learns_nothing_is_what_transformers_reads(tiny, folder, tmp_path, form):
     FORMS[form](folder)
     sizes = {"prompts_per_step": 1, "samples_per_prompt": 4, "minibatch": 2, "max_new_tokens": 4}
@@ -209,6 +215,217 @@ def test_a_policy_that_could_never_end_is_refused(folder):
     assert "no end-of-sequence id is below the 512 rows" in refused(reading, folder)
 
 
+# ---- what is told before anything is made --------------------------------------------------------
+
+OWN = "def broken(prompts, responses, problems):\n    return [1 / 0] * len(prompts)\n"
+BROKEN = '{"prompt": "a"}\n{"prompt'
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+USERS = {  # files that a user brings
+    "broken.jsonl": BROKEN,
+    "bare.jsonl": '{"prompt": "a"}\n',
+    "pairs.jsonl": json.dumps(PAIR) + "\n",
+    "turns.jsonl": 16 * (json.dumps(PAIR | {"system": "s"}) + "\n"),
+    "told.jsonl": '{"task_id": "HumanEval/0", "completion": "pass"}\n',
+    "said.jsonl": '{"task_id": "lab/test/0", "text": "pass"}\n',
+    "judged.jsonl": '{"task_id": "a", "reward": "x"}\n',
+    "own.py": OWN,
+}
+RM = {"reward_model": "rm"}
+TOLD = [  # script, options, the line; what they leave out is the lab's
+    (train_ppo, {"prompts": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
+    (train_ppo, {"prompts": "."}, ".: is a folder, expected a JSONL file, such as bare.jsonl"),
+    (train_ppo, {"prompts": "bare.jsonl"}, "--prompts_per_step 48: more than the 1 prompts"),
+    (train_ppo, {"prompts": "bare.jsonl", "reward": "tests"}, "1 of 1 problems have no 'test'"),
+    (train_ppo, {"validation": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
+    (train_ppo, {"test": "bare.jsonl"}, "--test bare.jsonl: 1 of 1 problems have no 'test'"),
+    (train_ppo, {"policy": "nowhere"}, "--policy nowhere: there is no such folder"),
+    (train_ppo, {"policy": "cut"} | RM, "--policy cut/model.safetensors: damaged or cut short"),
+    (train_ppo, {"policy": "mute"} | RM, "--policy mute: cannot read the tokenizer: there is none"),
+    (train_ppo, {"policy": "large"}, "--reward_model is the lab's, whose tokens are not those of"),
+    (train_ppo, {"policy": "a/b"}, "--reward_model is the lab's, whose tokens are not those of"),
+    (train_ppo, {"policy": "a/b", "prompts": "broken.jsonl"} | RM, "line 2: not JSON"),
+    (train_ppo, {"reward_model": "cut"}, "--reward_model cut: not a reward model but a causal LM"),
+    (train_ppo, {"reward_model": "bare.jsonl"}, "bare.jsonl: is a file, expected a model's folder"),
+    (train_ppo, {"reward": "own.py:broken"}, "--reward own.py:broken: ZeroDivisionError"),
+    (train_ppo, {"filter": "own.py:other"}, "--filter own.py:other: own.py has no function"),
+    (train_ppo, {"prompt_style": "chat"}, "the tokenizer of the lab's policy has no chat template"),
+    (train_ppo, {"max_new_tokens": "512"}, "--max_new_tokens 512: expected less than 512"),
+    (train_rm, {"pairs": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
+    (train_rm, {"pairs": "bare.jsonl"}, "bare.jsonl, line 1: field 'chosen' (or 'pos')"),
+    (train_rm, {"pairs": "turns.jsonl"}, "turns.jsonl, line 1: a prompt of 2 messages (system, "),
+    (train_rm, {"prompts": "bare.jsonl"}, "--prompts bare.jsonl: 1 of 1 problems have no 'test'"),
+    (train_rm, {"policy": "cut"}, "--policy cut/model.safetensors: damaged or cut short"),
+    (eval_code, {"samples": "said.jsonl"}, "line 1: expected a string in 'completion', 'solu"),
+    (eval_code, {"samples": "told.jsonl"}, "none of the lab's problems: name their file, --prob"),
+    (eval_code, {"contamination": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
+    (eval_code, {"from_samples": "judged.jsonl"}, "expected a number in 'reward', found 'x'"),
+    (eval_code, {"problems": "bare.jsonl"}, "bare.jsonl: 1 of 1 problems have no 'test'"),
+    (eval_code, {"reward_model": "cut"}, "--reward_model cut: not a reward model but a causal LM"),
+    (eval_code, {"policy": "cut"}, "--policy cut/model.safetensors: damaged or cut short"),
+    (eval_code, {"reward": "own.py:broken"}, "--reward own.py:broken: ZeroDivisionError"),
+]
+
+
+@pytest.fixture(scope="module")
+def users(tiny, tmp_path_factory):
+    """A user's folder: files, and folders of models that are not as they should be."""
+    here = tmp_path_factory.mktemp("users")
+    for name, text in USERS.items():
+        (here / name).write_text(text)
+    shutil.copytree(tiny / "rm", here / "rm")
+    for name in ("cut", "mute", "large"):
+        shutil.copytree(tiny / "policy", here / name)
+    with open(here / "cut/model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    for path in (here / "mute").glob("tokenizer*"):
+        path.unlink()
+    config = json.loads((here / "large/config.json").read_text())
+    (here / "large/config.json").write_text(json.dumps(config | {"vocab_size": 600}))
+    return here
+
+
+def made(folder):
+    """All that is in a folder, less what Python keeps of a user's own file."""
+    return [path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)]
+
+
+@pytest.mark.parametrize("script, options, line", TOLD)
+def test_a_mistake_is_told_before_anything_is_made(users, monkeypatch, script, options, line):
+    for name in ("make_problems", "make_policy"):  # minutes
+        monkeypatch.setattr(lab, name, lambda *_: pytest.fail("the lab is made"))
+    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.chdir(users)
+    before = made(users)
+    assert line in refused(run, script, *words_of(**options))
+    assert made(users) == before
+
+
+# ---- folders that are no whole model -------------------------------------------------------------
+
+
+def written(folder, *names):
+    """Only these files in the folder, those that are new empty."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+LORA = {"base_model_name_or_path": "org/base", "peft_type": "LORA", "task_type": "CAUSAL_LM"}
+MERGE = "holds an adapter (LORA) for org/base{} merge it, AutoModelForCausalLM.from_pretrained('org"
+TOKENS = ("tokenizer.json", "tokenizer_config.json")
+PARTIAL = [  # the files that there are, the line
+    (("adapter_config.json", "adapter_model.safetensors"), MERGE.format(", no whole model:")),
+    (
+        ("adapter_config.json", "config.json", "model.safetensors"),
+        "beside a model: remove adapter_",
+    ),
+    ((), "is an empty folder"),
+    (TOKENS, "has no config.json (found tokenizer.json, tokenizer_config.json), expected a model"),
+    (
+        ("model.safetensors", *TOKENS),
+        "copy config.json and the tokenizer of the model that was tra",
+    ),
+    (("config.json", *TOKENS), "has no weights (found config.json, tokenizer.json, tokenizer_conf"),
+    (("model.Q4_K_M.gguf",), "is a model in llama.cpp's form (GGUF): take the one it was made fro"),
+    (
+        ("config.json", "model.Q4_K_M.gguf"),
+        "is a model in llama.cpp's form (GGUF): take the one it",
+    ),
+    (("params.json", "consolidated.00.pth"), "is a model in its maker's form: take the one in Hu"),
+    (("checkpoint-90/config.json", "checkpoint-500/config.json"), "name {}/checkpoint-500 or {}/c"),
+    (("policy/config.json", "args.json"), "the model is in a folder below: name {}/policy"),
+    (("config.json", "zero_to_fp32.py", "global_step9/x.pt"), "is a checkpoint of DeepSpeed: make"),
+    (
+        ("pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/x"),
+        "is a checkpoint in FSDP's shards: me",
+    ),
+    (("config.json", "optimizer.pt", "trainer_state.json"), "is a trainer's state without its mo"),
+    (
+        ("manifest.json", "state.json"),
+        "is a checkpoint of train_ppo.py: write its policy with --run",
+    ),
+    (("config.json", "tf_model.h5"), "is a model without weights for torch"),
+]
+
+
+@pytest.mark.parametrize("names, line", PARTIAL)
+def test_a_folder_that_is_no_whole_model_is_told_for_what_it_is(folder, names, line):
+    written(folder, *names)
+    if "adapter_config.json" in names:
+        (folder / "adapter_config.json").write_text(json.dumps(LORA))
+    for option in ("policy", "reward_model"):
+        if option == "policy" or "config.json" not in names or "adapter_config.json" in names:
+            message = refused(check_folder, folder, option)
+            assert message.startswith(f"--{option} {folder}: ")
+            assert line.replace("{}", str(folder)) in message
+
+
+def test_a_large_file_that_git_lfs_has_not_brought_is_told(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    for name, read in (
+        ("tokenizer.json", reading),
+        ("model.safetensors", lambda path: check_folder(path, "policy")),
+    ):
+        (folder / name).write_text(pointer)
+        assert f"{name} is a pointer of git LFS: run git lfs pull there" in refused(read, folder)
+
+
+def test_an_encoder_is_no_policy(folder):
+    families.tiny_family("bert", families.SIZES | {"vocab_size": 512}, AutoModel).save_pretrained(
+        folder
+    )
+    assert "bert (BertModel) is an encoder, expected a causal LM" in refused(reading, folder)
+
+
+# ---- where an answer ends ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_lone_tokenizer_json_has_the_eos_that_the_model_names(tiny, folder, file):
+    whole = reading(folder)
+    (folder / "tokenizer_config.json").unlink()
+    named = {"eos_token_id": [0]} if file == "config.json" else {"eos_token_id": None}
+    change(folder, **named)
+    (folder / "generation_config.json").unlink()
+    if file != "config.json":
+        (folder / file).write_text(json.dumps({"eos_token_id": 0}))
+    alone = reading(folder)
+    assert (alone.stop, alone.end) == (whole.stop, whole.end) == ([0], 0)
+    assert alone.hashes() == whole.hashes()
+    for text in ("def f(x):\n    return x", " é\t12"):
+        ids = whole.response([], text, "")
+        assert alone.response([], text, "") == ids and ids[-1] == 0
+        assert alone.decode([[]], [ids]) == [text]
+
+
+@pytest.mark.parametrize("named, found", [(None, ""), (5, "names [5], no special token of it")])
+def test_a_lone_tokenizer_json_without_a_known_eos_is_told_what_to_write(folder, named, found):
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    change(folder, eos_token_id=named)
+    message = refused(reading, folder)
+    assert message.startswith(f"--policy {folder}: the tokenizer has no EOS: ") and found in message
+    assert '"eos_token": "..." in tokenizer_config.json, perhaps one of <eos>, <pad>' in message
+
+
+def test_a_family_s_default_is_no_end_and_what_is_exported_stops_where_it_did(tiny, folder):
+    """Of a Llama whose config.json names no EOS, transformers takes token 2 for it."""
+    (folder / "generation_config.json").unlink()
+    said = json.loads((folder / "config.json").read_text())
+    del said["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(said))
+    assert AutoConfig.from_pretrained(folder).eos_token_id == 2
+    assert reading(folder).stop == [0]
+    run_dir = folder.parent / "run"
+    run(train_ppo, *options(tiny, run_dir, policy=folder, **BARE))
+    assert (
+        AutoModelForCausalLM.from_pretrained(run_dir / "policy").generation_config.eos_token_id == 0
+    )
+
+
 # ---- architectures -------------------------------------------------------------------------------
 
 
@@ -286,14 +503,14 @@ def test_longrope_beyond_its_first_length_is_refused(folder, family):
 
 
 def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, monkeypatch):
-    original = train_ppo.sample
+    original = train_ppo.sampler.sample
 
     def wrong(*args, **how):
         samples = original(*args, **how)
         samples.logp = [[x - 0.1 for x in row] for row in samples.logp]
         return samples
 
-    monkeypatch.setattr(train_ppo, "sample", wrong)
+    monkeypatch.setattr(train_ppo.sampler, "sample", wrong)
     with pytest.raises(UserError, match="log-probs of sampler and training differ by 0.1 nats"):
         run(train_ppo, *options(tiny, tmp_path / "run", **BARE))
 

@@ -1,6 +1,6 @@
 """The patches in tests/forks: each applies to the tree as it is, trains, and keeps its invariants.
 
-They show where an ablation goes: six times in at most fifteen lines, LoRA in sixty. The copies of
+They show where an ablation goes: four times in at most fifteen lines, LoRA in sixty. The copies of
 the tree are imported in forked processes, where torch and transformers have been loaded already.
 """
 
@@ -14,14 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, quick
 from running import forked, options, read
 from safetensors.torch import load_file
 
 PATCHES = sorted((ROOT / "tests" / "forks").glob("*.patch"))
 OPTIONS = {  # beside the tiny run's
-    "two_reward_models": {"second_reward_model": "rm"},
-    "maximum_variance": {"filter": "max_variance", "samples_per_prompt": 5},
     "dapo": {"reward": "tests"},  # an untaught policy fails all: every round is drawn, no update
 }
 
@@ -65,12 +63,14 @@ def script_of(folder):
 
 
 def words_of(tiny, name, run_dir, **changed):
-    own = {k: tiny / v if v == "rm" else v for k, v in OPTIONS.get(name, {}).items()}
-    chosen = {"test": "", "validation": "", "save_every": 2} | own | changed
+    chosen = {"test": "", "validation": "", "save_every": 2} | OPTIONS.get(name, {}) | changed
     return options(tiny, run_dir, **chosen)
 
 
-@pytest.mark.parametrize("path", PATCHES, ids=lambda path: path.stem)
+OFTEN = [path for path in PATCHES if path.stem in ("grpo", "lora")]
+
+
+@pytest.mark.parametrize("path", quick(OFTEN, PATCHES), ids=lambda path: path.stem)
 def test_a_fork_is_small_trains_and_passes_the_selfcheck(tiny, tmp_path, path, monkeypatch):
     lines = path.read_text().splitlines()
     added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)

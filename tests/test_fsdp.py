@@ -17,6 +17,7 @@ import time
 from datetime import timedelta
 from types import SimpleNamespace
 
+import train_ppo
 from pfppo import fsdp
 from pfppo.config import UserError, require
 from pfppo.fsdp import adamw, find_blocks, full_state, gathered, init_ranks, shard, sum_over_ranks
@@ -29,10 +30,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm
+from devices import pretended
 from ranks import forked, ranked, refused
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 KINDS = [*ARCHITECTURES, "llama tied"]
 ATTENTION = ("self_attn", "attn", "attention")  # what a block has
@@ -285,6 +291,107 @@ def test_groups_of_ranks_shard_and_are_copies_of_each_other(ranks):
     policy, full = sharded_policy("llama", ranks)
     assert distance(log_probs(policy), log_probs(Policy(full))) < 1e-5
     assert max(p.to_local().numel() / p.numel() for p in policy.parameters()) < 0.6
+
+
+def rows_to_learn_from():
+    """Eight rows with all that the losses look at."""
+    rows = data()
+    rows.old_logp = rows.old_values = rows.returns = torch.zeros_like(rows.mask)
+    rows.adv, rows.coefficients = rows.mask, rows.mask / rows.mask.sum()
+    return rows
+
+
+LETTERS = {"allgather_base": "G", "reduce_scatter_base": "S", "allreduce": "A", "all_reduce": "A"}
+
+
+class Collectives(TorchDispatchMode):
+    """What runs: a letter of each collective, and {letter: ranks of its groups}."""
+
+    def __init__(self):
+        super().__init__()
+        self.letters, self.groups = "", {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented
+        if letter := LETTERS.get(func.overloadpacket.__name__.strip("_")):
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)][:1]
+            group = [_resolve_process_group(x) for x in args if isinstance(x, str) and x.isdigit()]
+            (group,) = group or [dist.ProcessGroup.unbox(x) for x in boxed]
+            self.letters += letter
+            self.groups.setdefault(letter, set()).add(tuple(dist.get_process_group_ranks(group)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def rank_0_of_64(monkeypatch):
+    """A function: shard_group_size -> Ranks of rank 0 of 64, whose collectives only seem to be."""
+    init = dist.init_process_group
+    monkeypatch.setattr(dist, "init_process_group", lambda _, **how: init("fake", **how))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(FakeStore(), 0, 64)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda _, store: store)
+    monkeypatch.setenv("RANK", "0")
+    yield lambda size: init_ranks("cpu", size)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_rank_0_of_64_makes_the_collectives_of_a_step_in_order(rank_0_of_64, size):
+    ranks, shards = rank_0_of_64(size), size or 64
+    assert (ranks.rank, ranks.world, ranks.mesh.shape) == (0, 64, (8, 8) if size else (64,))
+    policy, _ = sharded_policy("llama", ranks)
+    empty = ScalarModel(empty_classifier(tiny_classifier("llama").config))
+    critic = shard(empty, Whole(ScalarModel(tiny_classifier("llama"))), ranks)
+    for name, p in (*policy.named_parameters(), *critic.named_parameters()):
+        rows = -(-p.shape[0] // shards)  # of rank 0, which has the first of each
+        assert p.to_local().shape == (min(rows, p.shape[0]), *p.shape[1:]), name
+
+    trained = {"actor": (policy, adamw(policy, 1e-3)), "critic": (critic, adamw(critic, 1e-3))}
+    args = SimpleNamespace(microbatch=2, temperature=1.0, clip=0.2, value_clip=0.2)
+    with Collectives() as log:
+        train_ppo.backward(trained, rows_to_learn_from(), args, ranks)
+    # Root and two blocks are gathered, and again in the backward pass, each before the one before
+    # it has its gradient summed over the ranks. The critic's head is one more unit.
+    actor, critic = "GGG" + "GGGSSS", "GGGG" + "GGGSGSSS"
+    last = (actor + critic).replace("S", "SA" if size else "S")  # between the groups at the last
+    assert log.letters == 3 * (actor + critic) + last
+    node = tuple(range(shards))
+    assert log.groups == {"G": {node}, "S": {node}} | (
+        {"A": {tuple(range(0, 64, 8))}} if size else {}
+    )
+    with Collectives() as log:
+        for model, optimizer in trained.values():
+            fsdp.step(model, optimizer, 1.0, 1.0)
+    assert log.letters == "AA" and log.groups == {"A": {node}}  # a norm each
+
+
+@ranked(2, shard_group_size=1)
+def test_copies_of_the_weights_sum_their_gradients_once(ranks):
+    policy, _ = sharded_policy("llama", ranks)
+    rows, found = data().select(torch.arange(ranks.rank, 8, 2)), []
+    for plan in (lambda _, parts: parts, fsdp.accumulate):
+        for mb in plan({"actor": (policy, None)}, rows.microbatches(1)):
+            log_probs(policy, mb).sum().backward()
+        found.append([p.grad.to_local().clone() for p in policy.parameters()])
+        assert all(torch.equal(sum_over_ranks(g), 2 * g) for g in found[-1])  # the same on both
+        policy.zero_grad()
+    for often, once in zip(*found, strict=True):
+        assert often.norm() > 0 and distance(often, once) < 1e-5 * often.abs().max()
+
+
+def test_adam_of_what_is_offloaded_has_a_share_of_the_cores(monkeypatch):
+    counts = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(48))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pretended(), monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", counts.append)
+        ranks = init_ranks("cuda")
+        for threads in ("3", "1"):
+            monkeypatch.setenv("OMP_NUM_THREADS", threads)
+            for how in ({}, {"offload": True, "trainable": False}, {"offload": True}):
+                sharded_policy("llama", ranks, **how)
+        dist.destroy_process_group()
+    assert counts == [6]  # where it is the 1 that torchrun sets, and only there
 
 
 def test_groups_must_divide_the_ranks():

@@ -16,6 +16,7 @@ from pfppo.config import UserError
 from pfppo.sandbox import Check, Sandbox, walls
 
 import pytest
+from conftest import quick
 from test_sandbox import ADD, TEST_ADD, WRONG, check_of, exists, judge, needs_data, processes, rows
 
 
@@ -378,7 +379,7 @@ MODES = {  # layers that are missing -> what the mode says
 }
 
 
-@pytest.mark.parametrize("without", MODES, ids="+".join)
+@pytest.mark.parametrize("without", quick([("namespaces", "landlock")], MODES), ids="+".join)
 def test_modes_work_and_say_so(without, monkeypatch):
     monkeypatch.setattr(Sandbox, "without", without)
     weak = MODES[without].startswith("weak")
@@ -433,6 +434,7 @@ def test_root_s_private_temporary_folder_keeps_no_candidate_out(monkeypatch, tmp
 PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\n"
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.parametrize("file, seconds", [("hostile_examples", 1.6), ("hostile_examples_2", 3.0)])
 def test_hostile_examples_get_their_verdicts(file, seconds):

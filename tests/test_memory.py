@@ -1,23 +1,28 @@
 """--plan: what a rank holds, what passes add, what fits; and that a run takes what is estimated."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 
+import eval_code
 import train_ppo
+import train_rm
 from pfppo import fsdp
-from pfppo.run import memory
-from pfppo.run.memory import GB, LiveBytes, Plan, require_fits
+from pfppo.run import fitting
+from pfppo.run.fitting import GB, free_bytes, rows_at_once
+from pfppo.run.memory import AnswerPlan, LiveBytes, Needs, Plan, RewardPlan
 from pfppo.sampler import sample
+from pfppo.slots import Slots
 from train_ppo import Args
 
 import pytest
 import torch
 from conftest import ROOT, policy_of, ragged, scalar_of, tiny_classifier, tiny_config, tiny_lm
-from ranks import refused
+from ranks import ranked, refused
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
@@ -25,6 +30,8 @@ N, PROMPT, NEW = 5, 40, 24
 SIZES = {"prompts_per_step": 16, "samples_per_prompt": N, "minibatch": 8, "microbatch": 4}
 SIZES |= {"max_prompt_tokens": PROMPT, "max_new_tokens": NEW, "sampling_batch": 40, "prompts": ""}
 SIZES |= {"validation": "", "test": "", "device": "cpu"}
+LLAMA = {"hidden_size": 11264, "num_hidden_layers": 4, "num_attention_heads": 88}
+LLAMA |= {"num_key_value_heads": 88, "intermediate_size": 30000, "vocab_size": 32256}
 
 
 def arguments(folder, architecture="llama", shape=None, **changes):
@@ -45,6 +52,24 @@ def plan_of(folder, world=1, dtype=torch.float32, **changes):
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
     return plan_of(tmp_path_factory.mktemp("plan"))
+
+
+@ranked(2)
+def test_all_ranks_decode_as_many_rows_as_fit_into_the_smallest_machine(ranks):
+    """Before any test here has a process group."""
+    needs, free = Needs(), (45.9, 22.9)[ranks.rank]
+    needs.draws, needs.at_most = {"sampling": (0, 60, 1)}, lambda rows: 10 * rows
+    needs.drawing = lambda rows: {"sampling": rows}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "limit_of", lambda *_: (free, "this machine", "92%"))
+        args = Args(param_dtype="float32")
+        assert rows_at_once(args, ranks, lambda *_: needs) == 11  # half of it
+        needs.draws = {"sampling": (15, 60, 1)}  # of what is held beside rows nothing is left out
+        needs.drawing = lambda rows: {"sampling": 15 + rows}
+        assert rows_at_once(args, ranks, lambda *_: needs) == 3
+        needs.drawing, args.sampling_batch = lambda rows: {"sampling": rows}, 23
+        patch.setattr(fitting, "_parts", lambda *_: {})
+        assert "--sampling_batch" in refused(rows_at_once, args, ranks, lambda *_: needs)
 
 
 # ------------------------------------------------------------------------------------ what is held
@@ -135,13 +160,23 @@ def test_a_sharded_model_s_passes_take_what_is_estimated(ranks, tmp_path, kind, 
     assert fake.passes(rows, True) == pytest.approx(passes, rel=0.01)
 
 
+def test_with_compile_rows_count_as_they_are_padded(tmp_path):
+    args = arguments(tmp_path, max_new_tokens=65, microbatch=11, minibatch=22, compile=True)
+    plan = fitting._padded(Plan(args, 1, torch.float32), args)
+    assert plan.microbatch == 12 and {plan.policy.new, plan.scalar.new} == {112 - PROMPT}
+    for rows in (30, 40):
+        columns = Slots(40, rows, PROMPT, 65, [], "cpu", fixed=True).columns
+        cache = plan.policy.sampling(rows, N, 40)[1]
+        assert columns >= 112 and cache >= 2 * 2 * rows * 2 * (columns - 2) * 8 * 4  # as below
+
+
 def test_sampling_takes_what_is_estimated(plan):
     lm, uniforms = tiny_lm("llama"), torch.full((8 * N, NEW), 0.5)
     how = {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
     run = measured(lambda: sample(lm, ragged([PROMPT] * 8), uniforms, **how))
     peak, cache, logits = plan.policy.sampling(8 * N, N)
     assert peak == pytest.approx(run, rel=0.05)
-    assert cache == 2 * 2 * 8 * N * 2 * (PROMPT + NEW) * 8 * 4  # kv, layers, rows, heads, width
+    assert cache == 2 * 2 * 8 * N * 2 * (PROMPT + NEW - 1) * 8 * 4  # kv, layers, rows, heads, width
     assert logits >= 3 * 8 * N * 61 * 4  # in full precision, with their copies
     assert cache + logits < peak
 
@@ -184,18 +219,47 @@ def test_problems_that_are_looked_at_have_phases_of_their_own(plan, tmp_path):
     looking = plan_of(tmp_path, validation=str(problems), test=str(problems))
     looking.policy, looking.scalar = plan.policy, plan.scalar  # which have made their passes
     phases = looking.phases()
-    assert list(plan.phases()) == ["load", "sampling", "rewards", "log-probs", "update"]
-    alone = phases["sampling"] - plan.policy.sampling(40, N)[0] + plan.policy.sampling(30, 1)[0]
+    names = ["load", "sampling", "normaliser", "rewards", "log-probs", "update"]
+    assert list(plan.phases()) == names  # the reward model has no card
+    rollout = plan.policy.sampling(40, N, 16 * N)[0] + 8 * 16 * N * NEW
+    alone = phases["sampling"] - rollout + plan.policy.sampling(30, 1)[0] + 8 * 30 * NEW
     assert phases["validation"] == alone and phases["test"] == alone + plan.policy.copy
 
 
-def test_the_largest_batches_fit_and_the_next_ones_do_not(plan, monkeypatch):
-    def phases(microbatch=4, sampling_batch=40):
-        return {"update": 10 * microbatch, "sampling": sampling_batch}
+def test_the_largest_microbatch_fits_and_the_next_one_does_not(plan, monkeypatch):
+    monkeypatch.setattr(plan, "training", lambda rows: {"update": 10 * rows})
+    largest = {9: 0, 10: 1, 39: 2, 40: 4, 79: 4, 1000: 8}
+    assert {limit: plan.microbatch_within(limit) for limit in largest} == largest
 
-    monkeypatch.setattr(plan, "phases", phases)
-    fitting = {4: (0, 0), 39: (2, 35), 40: (4, 40), 44: (4, 40), 45: (4, 45), 1000: (8, 80)}
-    assert {limit: plan.largest(limit) for limit in fitting} == fitting
+
+@pytest.mark.parametrize("shape", [{}, pytest.param(LLAMA, marks=pytest.mark.slow)])
+def test_what_is_beyond_question_is_more_than_any_phase_needs(tmp_path, shape):
+    args = arguments(tmp_path, shape=shape)
+    some = {"prompt": PROMPT, "prompts": 16}
+    answers = eval_code.Args(policy=args.policy, reward_model=args.reward_model)
+    for needs in (
+        Plan(args, 1, torch.float32),
+        RewardPlan(train_rm.Args(policy=args.policy), 1, torch.float32, new=NEW, **some),
+        AnswerPlan(answers, 1, torch.float32, **some),
+    ):
+        phases = needs.drawing(needs.most) | needs.training()
+        assert 1.5 * max(phases.values()) < needs.at_most(needs.most)
+
+
+BENT = [lambda n: 50 + 10 * n, lambda n: 50 + 10 * n + 25 * -(-n // 5)]
+BENT += [lambda n: 50 + n + 9 * min(n, 40)]  # prompts are read in passes that are full at 40
+
+
+@pytest.mark.parametrize("size", BENT)
+def test_the_rows_that_fit_do_and_a_few_more_do_not(monkeypatch, size):
+    needs, asked = Needs(), []
+    needs.draws = {"sampling": (0, 300, 5)}
+    monkeypatch.setattr(needs, "drawing", lambda n: asked.append(n) or {"sampling": size(n)})
+    for right in (1, 7, 50, 123, 299, 300):
+        found = needs.rows_within(size(right))
+        assert right * 0.95 - 1 <= found <= right
+    assert needs.rows_within(size(1) - 1) == 0 and needs.rows_within(size(301)) == 300
+    assert len(asked) <= 8 * 9  # estimates take their time
 
 
 def test_the_plan_reads_configurations_only_and_starts_no_ranks(tmp_path, capsys, monkeypatch):
@@ -208,7 +272,7 @@ def test_the_plan_reads_configurations_only_and_starts_no_ranks(tmp_path, capsys
     assert sizes.startswith("sizes: 16 prompts x 5 samples")
     row = {line[:32].strip(): line[32:].strip() for line in table}
     assert row["fits into 92% of 0.1 GB"] == "yes"
-    assert row["largest microbatch"] == "1" and row["largest sampling batch"] == "10"
+    assert row["largest microbatch"] == "1" and row["largest sampling batch"] == "32"
     assert float(row["peak"]) == max(float(row[name]) for name in row if "phase" in name)
     assert float(row["host memory of a node"]) > float(row["host memory"])
     assert not (tmp_path / "run").exists()
@@ -223,17 +287,56 @@ def test_the_plan_reads_configurations_only_and_starts_no_ranks(tmp_path, capsys
     ],
 )
 def test_what_a_plan_cannot_be_of_is_one_line(tmp_path, changes, message):
-    assert refused(memory.show, arguments(tmp_path, **changes)).startswith(message)
+    assert refused(fitting.show, arguments(tmp_path, **changes)).startswith(message)
 
 
 def test_a_run_may_take_92_percent_of_a_device(plan, ranks, monkeypatch):
-    monkeypatch.setattr(memory, "Plan", lambda *args: plan)  # which has made its passes
-    needed = max(plan.phases().values()) / 0.92 / GB
-    args = dataclasses.replace(plan.args, device_memory=1.001 * needed)
-    require_fits(args, ranks)
+    needed = max(plan.phases(N).values()) / 0.92 / GB
+    args = dataclasses.replace(plan.args, sampling_batch=N, device_memory=1.001 * needed)
+    assert rows_at_once(args, ranks, lambda *_: plan) == N  # as it is asked for
     args.device_memory = 0.999 * needed
-    message = r"--device_memory .*: update needs .* GB .*found .* \(92%.*--microbatch 4 .*--plan"
-    assert re.match(message, refused(require_fits, args, ranks))
+    message = r"--device_memory .*: update needs .* GB .*found .* \(92%.*--microbatch 4: .*--plan"
+    assert re.match(message, refused(rows_at_once, args, ranks, lambda *_: plan))
+
+
+def test_a_machine_has_what_its_kernel_and_its_control_groups_leave(tmp_path):
+    assert free_bytes(tmp_path) == 0  # told nowhere
+    group = tmp_path / "sys/fs/cgroup/job/step"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:  5000 kB\n")
+    assert free_bytes(tmp_path) == 5000 * 1024
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    limits = {group: "max", group.parent: "9000"}
+    for folder, limit in limits.items():
+        (folder / "memory.max").write_text(limit)
+        (folder / "memory.current").write_text("4000")
+        (folder / "memory.stat").write_text("anon 3500\ninactive_file 500\n")
+    assert free_bytes(tmp_path) == 9000 - 4000 + 500
+
+
+def test_a_cpu_s_memory_is_what_is_free_over_its_ranks(ranks, monkeypatch):
+    monkeypatch.setattr(fitting, "free_bytes", lambda: 1000)
+    four = dataclasses.replace(ranks, world=4)
+    where = "this machine", "92% of what is free, for 4 ranks"
+    assert fitting.limit_of(Args(device="cpu"), four) == (230, *where)
+
+
+def test_training_a_reward_model_holds_16_bytes_per_parameter_and_two_rows_per_pair(tmp_path):
+    args = arguments(tmp_path)
+    words = {"policy": args.policy, "batch": 16}
+    for world, microbatch, rows, alone in ((1, 16, 32, True), (1, 4, 8, False), (4, 16, 8, True)):
+        rm = train_rm.Args(**words, microbatch=microbatch)
+        needs = RewardPlan(rm, world, torch.float32, PROMPT, NEW)
+        n = needs.scalar.count
+        assert needs.device == {"parameters": 4 * n // world, "gradients": 4 * n // world} | {
+            "optimizer": 8 * n // world
+        }
+        rm.shard_group_size = group = max(1, world // 2)
+        shared = RewardPlan(rm, world, torch.float32, PROMPT, NEW).device
+        assert shared["gradients"] == 4 * n // group
+        passes = needs.scalar.passes(rows, True) - alone * needs.device["gradients"]
+        assert needs.training() == {"training": sum(needs.device.values()) + passes}
 
 
 def test_short_prompts_count_as_they_are(plan, tmp_path):
@@ -241,18 +344,46 @@ def test_short_prompts_count_as_they_are(plan, tmp_path):
     assert short.scalar.passes(4, False) == plan.scalar.passes(4, False)
 
 
-def test_on_a_cpu_without_a_limit_nothing_is_estimated(tmp_path, ranks, monkeypatch):
-    monkeypatch.setattr(memory, "Plan", None)
-    require_fits(arguments(tmp_path), ranks)
+def test_where_no_limit_is_known_nothing_is_estimated(tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(fitting, "free_bytes", lambda: 0)
+    args = arguments(tmp_path)
+    assert rows_at_once(args, ranks, None) == 40
+    args.sampling_batch = 0
+    assert rows_at_once(args, ranks, None) == 256
 
 
 def test_offloading_more_than_the_host_has_is_refused(tmp_path, ranks, monkeypatch):
-    monkeypatch.setattr(Plan, "phases", lambda plan: {"update": 0})
     args = arguments(tmp_path, offload_ref=True)
-    require_fits(args, ranks)
+    needs = functools.partial(Plan, args)
+    rows_at_once(args, ranks, needs)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 1000}.get)
     message = "offloading: the ranks of this node need .* host memory"
-    assert re.match(message, refused(require_fits, args, ranks))
+    assert re.match(message, refused(rows_at_once, args, ranks, needs))
+
+
+def test_two_thousand_tokens_of_7b_parameters_are_refused_by_all_three_scripts(tmp_path, ranks):
+    """256 rows have 94 GB of keys and values. Configurations are enough to know. (A Llama of 32
+    layers has 275 GB, and takes longer to look at.)"""
+    sizes = {"max_new_tokens": 1024, "sampling_batch": 256, "device_memory": 80.0}
+    sizes |= {"param_dtype": "bfloat16"}
+    big = {"prompts_per_step": 512, "minibatch": 512, "microbatch": 1}
+    args = arguments(tmp_path, shape=LLAMA, max_prompt_tokens=1024, **sizes | big)
+    paths = {"policy": args.policy}
+    rm = train_rm.Args(**paths, **sizes, gradient_checkpointing=True, microbatch=1)
+    judge = {"reward_model": args.reward_model, "samples_per_problem": 8}
+    answers = eval_code.Args(**paths, **sizes, **judge)
+    half, length = torch.bfloat16, {"prompt": 1024, "prompts": 999}
+    for asked, needs in (
+        (args, Plan(args, 8, half)),
+        (rm, RewardPlan(rm, 8, half, new=1024, **length)),
+        (answers, AnswerPlan(answers, 8, half, **length)),
+    ):
+        said = refused(rows_at_once, asked, ranks, lambda *_, needs=needs: needs)
+        assert re.match(r"--device_memory 80: sampling needs [12]\d\d GB per rank", said)
+        found = re.search(r"the policy (.*), keys and values (.*)\), found 73.6 \(92%", said)
+        assert float(found[1]) == pytest.approx(13.6, abs=0.1)
+        assert 94 < float(found[2]) < 107
+        assert "with 256 rows that decode together: lower --sampling_batch (0: as many as" in said
 
 
 class Choosing(torch.nn.Module):
@@ -267,8 +398,8 @@ def test_a_model_that_needs_numbers_has_no_estimate_and_runs_all_the_same(
 ):
     plan = plan_of(tmp_path, device_memory=1e-6)
     plan.policy.net.lm.model.layers[0].mlp = Choosing()
-    monkeypatch.setattr(memory, "Plan", lambda *args: plan)
-    require_fits(plan.args, ranks)
+    plan.args.sampling_batch = 0
+    assert rows_at_once(plan.args, ranks, lambda *_: plan) == 256
     out, err = capfd.readouterr()
     assert len(out.splitlines()) == 1 and not err
     assert "policy: no estimate of memory, its operators need real tensors: DataDep" in out

@@ -46,7 +46,20 @@ def test_metrics_of_samples_are_those_of_the_definitions(ranks):
     expected = {"reward_all": 0.75, "reward_kept": 2.5, "kept": 0.5}  # weighted by the filter
     expected |= {"score_all": 0.5, "score_kept": 0.25, "score_dropped": 0.5}
     expected |= {"response_length": 6, "truncated": 0.25, "tokens_per_second": 12}
-    assert of_samples(ranks, weights, [1.0, 0.0, 0.0, 1.0], rewards) == expected
+    # A = 1, -1 and 3/2, -3/2, c = 1/2, -1/2 and -1/2, 1/2: (1 - 3/2) / sqrt(13/2)
+    expected |= {"alpha_all": -0.5 / 6.5**0.5}
+    # A = 1, 3/2 where weights are, minus 11/8: w A c = -3/32, -3/32; w^2 A^2 = 9/256, 9/256
+    expected |= {"alpha_kept": -0.1875 / (18 / 256) ** 0.5}
+    found = of_samples(ranks, weights, [1.0, 0.0, 0.0, 1.0], rewards)
+    assert found == pytest.approx(expected)
+
+
+def test_alignment_is_over_prompts_whose_scores_are_known(ranks):
+    rewards, scores = [[1.0, -1.0], [3.0, 0.0]], [1.0, 0.0, NAN, 1.0]
+    found = of_samples(ranks, [[1.0, 1.0], [1.0, 0.0]], scores, rewards)
+    assert found["alpha_all"] == found["alpha_kept"] == pytest.approx(1)
+    found = of_samples(ranks, [[1.0, 1.0], [1.0, 0.0]], [NAN] * 4, rewards)
+    assert math.isnan(found["alpha_all"]) and math.isnan(found["alpha_kept"])
 
 
 def test_what_samples_do_not_show_is_missing(ranks):
@@ -144,7 +157,9 @@ def test_laps_are_in_seconds_and_peak_memory_is_in_gib(monkeypatch):
     meter.lap("sample")
     meter.lap("score")
     assert meter.laps == {"seconds_sample": 2.5, "seconds_score": 0.5}
-    assert 0.05 < metrics.peak_gib() < 64  # torch alone is more than 50 MiB
+    assert (
+        0.05 < float(metrics.peak_memory().removesuffix(" GiB")) < 64
+    )  # torch alone is more than 50 MiB
 
 
 PROMISED = """step reward_all reward_kept score_all score_kept score_dropped kl_k1 kl_k3 entropy
@@ -170,6 +185,20 @@ def line_of(**changes):
     return line(values | changes, 40)
 
 
+@pytest.mark.parametrize(
+    "truncated, shown", [(0.61, "  cut 0.61  "), (0.004, "  cut 0.004  "), (1.0, "  cut 1.00  ")]
+)
+def test_the_line_of_a_step_says_what_share_was_cut_off(truncated, shown):
+    assert shown in line_of(truncated=truncated)
+    assert "cut" not in line_of(truncated=0.0)
+
+
+@pytest.mark.parametrize("truncated, said", [(0.4, " (0.40 cut)"), (0.05, ""), (None, "")])
+def test_validation_says_where_much_was_cut_off(truncated, said):
+    text = line_of(validation=0.5, validation_truncated=truncated)
+    assert text.endswith(f"  validation 0.500{said}")
+
+
 def test_the_line_of_a_step_shows_the_numbers_that_matter_and_those_that_are_there():
     expected = (
         "step   3/40  reward +0.25 (kept +0.75)  score 0.50 (kept 0.62)  kl 1.50  "
@@ -188,11 +217,18 @@ def test_sample_records_are_one_list_per_prompt_and_null_where_there_are_no_test
         texts=["a", "b", "c", "d"],
         rewards=torch.tensor([0.5, 1, 2, 3]),
         scores=torch.tensor([1.0, 0, NAN, NAN]),
+        rows=SimpleNamespace(lengths=torch.tensor([4, 5, 6, 7])),
+        finished=torch.tensor([True, True, True, False]),
+        reward_models=(),
     )
     found = metrics.sample_records(6, 2, answers, torch.tensor([1.0, 0, 0, 2]))
     assert [[record["sample"] for record in group] for group in found] == [[0, 1], [0, 1]]
     last = {"step": 6, "task_id": "t/1", "sample": 1, "prompt": "p1", "response": "d"}
-    assert found[1][1] == last | {"reward": 3.0, "score": None, "weight": 2.0}
+    last |= {"reward": 3.0, "score": None, "weight": 2.0, "length": 7, "finished": False}
+    assert found[1][1] == last
+    answers.reward_models, answers.members = (None, None), torch.eye(4)[:, :2]
+    both = metrics.sample_records(6, 2, answers, torch.ones(4))
+    assert both[0][1]["members"] == [0.0, 1.0]
     assert [record["score"] for record in found[0]] == [1.0, 0.0]
 
 

@@ -199,7 +199,7 @@ REFUSED = [  # what reads, what has been written; damage; what is said
     (RM, lambda f: os.truncate(f / "model.safetensors", 9000), "cannot read the weights"),
     (RM, lose("score"), "not a reward model.*score.weight"),
     (RM, lambda f: os.remove(f / "model.safetensors"), "cannot read the weights"),
-    (RM, lambda f: os.remove(f / "config.json"), "not a model of transformers"),
+    (RM, lambda f: os.remove(f / "config.json"), "has no config.json"),
     ((read_causal_lm, tiny_classifier), config(), "not a causal LM but a Llama"),
     (LM, shutil.rmtree, "there is no such folder"),
     (LM, lose("1.mlp.up"), "1 weights are missing: .*layers.1"),

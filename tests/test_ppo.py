@@ -183,6 +183,9 @@ class Table(torch.nn.Module):
         found = self.table[ids[:, 0], : states.shape[1]]  # [B, T]
         return (found, found.detach()) if self.is_policy else found[..., None]
 
+    def set_requires_all_reduce(self, _):
+        """Of a sharded model; there are no copies of a table."""
+
 
 def rows_of(lengths, own, **fields):
     """Rows that begin with the tokens `own`, and are so long; off the mask there is noise."""
@@ -322,7 +325,7 @@ def steps(rank, size, aggregation, reduce):
     """Steps 4 to 6 on one rank: `learn` of each minibatch, microbatches of that size."""
     weights = tensor([1, 0, 2], [1, 0, 0], [1, 1, 1], [0, 0.5, 0])  # kept by rank 0 of 2: 5, 1: 2
     own = torch.arange(12).view(4, 3)[rank.rank :: rank.world].flatten()
-    lengths = [2, 5, 1, 6, 3, 4, 5, 1, 2, 4, 2, 3]  # rank 1 of 2 pads with its longest row
+    lengths = [2, 5, 1, 6, 3, 4, 5, 1, 2, 4, 2, 3]
     rows = rows_of(lengths, own, rewards=draw(12, seed=40)[own])
     kept, args = rows.kept(weights, 4, rank), options(microbatch=size)
     tables = [draw(12, T, seed=seed) for seed in range(41, 46)]

@@ -1,14 +1,25 @@
 """Files of problems, prompts, pairs and samples; pass@k; overlap with training data."""
 
+import bz2
 import gzip
 import itertools
 import json
+import lzma
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 from pfppo.files import read_jsonl
-from pfppo.problems import Problem, assemble, check_of, load_pairs, load_problems, load_prompts
+from pfppo.problems import (
+    Problem,
+    assemble,
+    check_of,
+    load_pairs,
+    load_problems,
+    load_prompts,
+    load_stops,
+)
 from pfppo.problems.contamination import grams, overlaps, report_overlap
 from pfppo.problems.messages import few_shot_prompts, only_text, prompt_text, read_pair, read_turns
 from pfppo.problems.programs import (
@@ -23,7 +34,7 @@ from pfppo.sandbox import Sandbox
 import numpy as np
 import pytest
 from ranks import refused
-from test_extract import BARE, CODEX, STUB
+from test_extract import ANSWERS, BARE, CODEX, STUB
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -193,6 +204,29 @@ def test_published_test_splits_are_googles_and_all_of_evalplus_selection(tmp_pat
     assert len(load_problems(path, test_split=True)) == len(load_prompts(path, split="test")) == 1
 
 
+def test_what_belongs_to_a_question_is_asked(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = {"problem": "p", "messages": turns}, {"prompt": "q, b", "context": "c"}
+    rows += ({"question": "q", "system": "Be brief."},)
+    first, whole, briefed = load_prompts(write(tmp_path, *rows))
+    assert (first.question, whole.question, briefed.question) == ("p", "q, b", "q")
+    assert [turn["role"] for turn in briefed.messages] == ["system", "user"]
+
+
+def test_rows_of_ones_own_in_mbpps_form_are_all_taken(tmp_path):
+    """Where an id is none of MBPP's; where all are, a line says what is left out."""
+    said = []
+    path = write(tmp_path, *(MBPP | {"task_id": i} for i in (0, 11, 601)))
+    assert len(load_problems(path, test_split=True)) == 3
+    assert len(load_prompts(path, "train", said.append)) == 3 and not said
+    path = write(tmp_path, *(MBPP | {"task_id": i} for i in (11, 601)))
+    assert len(load_prompts(path, "train", said.append)) == 1
+    assert len(load_problems(path, test_split=True, say=said.append)) == 1
+    own = "where they are not MBPP's, an id such as 'own/1' takes all"
+    for line, split in zip(said, ("train split by task id (601 to 974", "test split"), strict=True):
+        assert line.startswith(f"{path}: 1 of 2 problems, MBPP's {split}") and line.endswith(own)
+
+
 def test_few_shots_need_their_three_tasks(tmp_path):
     problems = load_problems(write(tmp_path, *(MBPP | {"task_id": i} for i in (2, 4, 11))))
     message = refused(few_shot_prompts, problems[2:], problems)
@@ -282,6 +316,12 @@ def test_a_reference_leaves_a_given_program_alone_and_may_replace_the_signature(
         (MBPP | {"level": [1]}, {"extra": {"level": [1]}, "task_id": "Mbpp/12"}),
         (HUMANEVAL | {"prompt": [ASK]}, {"messages": [ASK], "prompt": "", "entry_point": "two"}),
         ({"prompt": "q", "messages": [ASK, YES]}, {"prompt": "q", "messages": []}),
+        ({"question": "q", "answer": "#### 4"}, {"prompt": "q", "extra": {"answer": "#### 4"}}),
+        ({"problem": "q", "solution": "s"}, {"prompt": "q", "extra": {"solution": "s"}}),
+        ({"instruction": "q", "input": "", "output": "s"}, {"prompt": "q", "test": ""}),
+        ({"conversations": [{"from": "human", "value": "q"}]}, {"messages": [ASK]}),
+        ({"question": "q", "starter_code": "", "url": "u"}, {"prompt": "q", "test": ""}),  # APPS
+        ({"question": "q", "test_list": ["assert f(1) == 2"]}, {"entry_point": "f"}),
     ],
 )
 def test_a_row_of_ones_own_is_read_by_the_fields_it_has(tmp_path, row, wanted):
@@ -320,6 +360,10 @@ BROKEN = [  # row or line, what the message says of it
     ("3", "expected an object {...}, found 3"),
     ({"text": "a"}, "field 'prompt' is missing (expected a string or a list; has: text)"),
     ({"prompt": 3}, "field 'prompt': expected a string or a list, found 3"),
+    ({"text": "a"}, "; also read: question, instruction, problem, query"),
+    ({"instruction": "q", "input": "r"}, "'instruction' and 'input': expected one text of both"),
+    ({"Question": "How many?", "Body": "Tom has 3."}, "'Question' and 'Body': expected one text"),
+    ({"question": "Which?", "options": ["a", "b"]}, "'question' and 'options': expected one"),
     ({"prompt": None}, "field 'prompt' is missing (expected a string or a list; has: no field)"),
     ({"prompt": " \n"}, "field 'prompt' is empty, expected some text"),
     ({"messages": [ASK, YES]}, "field 'messages': expected a system turn or none"),
@@ -371,6 +415,75 @@ def test_a_file_that_is_broken_or_missing_is_named(tmp_path, content, message):
         path.write_bytes(content)
     for load in (load_problems, load_prompts, load_pairs):
         assert refused(load, path).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "p.csv",
+            b"prompt,answer\na,b\n",
+            "is CSV (columns: prompt, answer), expected JSONL: conv",
+        ),
+        (
+            "p.txt",
+            b'"prompt"\t"answer"\na\tb\n',
+            "is TSV (columns: prompt, answer), expected JSONL",
+        ),
+        (
+            "p.parquet",
+            b"PAR1\x15",
+            "python -c \"import pandas; pandas.read_parquet('{}').to_json('p.",
+        ),
+        (
+            "p.arrow",
+            b"\xff\xff\xff\xffx",
+            'is Arrow, expected JSONL: convert it, python -c "import d',
+        ),
+        ("p.xlsx", b"PK\x03\x04", "is a zip archive or a spreadsheet, expected JSONL"),
+        ("p.jsonl.zst", b"(\xb5/\xfdx", "is packed by zstd, expected JSONL"),
+        ("p.jsonl", b"<!DOCTYPE html>", "is HTML or XML, expected JSONL"),
+        ("p.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull), expected JSO"),
+        ("set/x.jsonl", b"{}", "{} is a folder"),
+        (
+            "set/dataset_dict.json",
+            b"{}",
+            "datasets.load_from_disk('{}')['train'].to_json('set.jsonl",
+        ),
+    ],
+)
+def test_a_file_of_another_kind_is_told_and_how_to_convert_it(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    path = path.parent if "/" in name else path
+    for load in (load_problems, load_prompts, load_pairs):
+        told = refused(load, path)
+        assert told.startswith(f"{path}: is ")
+        assert message.removeprefix("{} ").format(path) in told
+
+
+def test_a_hub_id_in_place_of_a_file_is_told_how_to_make_one():
+    told = refused(load_prompts, "openai/gsm8k")
+    assert "datasets.load_dataset('openai/gsm8k', split='train').to_json('gsm8k.jsonl')" in told
+
+
+def test_windows_encoding_other_packers_and_objects_over_lines_are_read(tmp_path):
+    rows, path = [{"a": "\xe9"}, {"a": [1, {"b": 2}]}], tmp_path / "rows.jsonl"
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    indented = "\n".join(json.dumps(row, indent=2) for row in rows)
+    for content in (
+        text.encode("utf-16"),
+        text.encode("utf-16").replace(b"\n\0", b"\r\0\n\0"),
+        bz2.compress(text.encode()),
+        lzma.compress(text.encode()),
+        indented.encode(),
+        b"\xef\xbb\xbf" + indented.encode(),
+    ):
+        path.write_bytes(content)
+        assert read_jsonl(path) == [(1, rows[0]), (2, rows[1])]
+    path.write_text(indented[:-2])
+    assert refused(read_jsonl, path).startswith(f"{path}, line 1: not JSON")
 
 
 def test_gzip_blank_lines_byte_order_mark_and_one_array_are_read(tmp_path):
@@ -430,6 +543,15 @@ def test_a_bad_turn_is_named_with_its_number(value, expected):
 OTHER = turn("user", "other")
 ORCA, SHORT = [SYSTEM, ASK], "Human: q\n\nAssistant:"
 HH = "\n\nHuman: q\n\nAssistant: a\n\nb: c\n\nHuman: r?\n\nAssistant: {}"
+SAFE, SHP = {"prompt": "q", "response_0": "no", "response_1": "yes"}, {"history": "q"}
+SHARED = {
+    "conversations": [
+        {"from": who, "value": what}
+        for who, what in (("human", "q"), ("gpt", "a\n\nb: c"), ("human", "r?"))
+    ],
+    "chosen": {"from": "gpt", "value": "yes"},
+    "rejected": {"from": "gpt", "value": "no"},
+}
 LONG = [turn("user", "q"), turn("assistant", "a\n\nb: c"), turn("user", "r?")]
 
 
@@ -445,10 +567,19 @@ LONG = [turn("user", "q"), turn("assistant", "a\n\nb: c"), turn("user", "r?")]
         ({"prompt": LONG, "chosen": "yes", "rejected": "no"}, LONG),
         ({"chosen": HH.format("yes"), "rejected": HH.format("no")}, LONG),  # HH-RLHF
         ({"chosen": f"\n\n{SHORT} yes", "rejected": f"{SHORT} no"}, "q"),
+        ({"prompt": f"\n\n{SHORT}", "chosen": "yes", "rejected": "no"}, "q"),
         ({"system": "s", "question": "q", "chosen": "yes", "rejected": "no"}, ORCA),
         ({"system": "", "question": "q", "chosen": "yes", "rejected": "no"}, "q"),
         ({"system": "s", "input": "q", "chosen": "yes", "rejected": "no"}, ORCA),
         ({"system": "s", "chosen": [*ORCA, YES], "rejected": [*ORCA, NO]}, ORCA),
+        ({"prompt": "q", "better": "yes", "worse": "no"}, "q"),
+        ({"question": "q", "response_j": "yes", "response_k": "no"}, "q"),
+        ({"prompt": "q", "chosen": YES, "rejected": NO}, "q"),
+        (SHARED, LONG),
+        (SAFE | {"better_response_id": 1, "safer_response_id": 1}, "q"),
+        (SAFE | {"safer_response_id": 1}, "q"),
+        (SHP | {"human_ref_A": "yes", "human_ref_B": "no", "labels": 1}, "q"),
+        (SHP | {"human_ref_A": "no", "human_ref_B": "yes", "labels": 0}, "q"),
     ],
 )
 def test_every_form_of_a_pair_gives_prompt_and_two_texts(tmp_path, row, wanted):
@@ -458,6 +589,7 @@ def test_every_form_of_a_pair_gives_prompt_and_two_texts(tmp_path, row, wanted):
 
 
 def test_a_response_may_be_empty_as_text_and_as_a_turn():
+    assert read_pair({"chosen": f"{SHORT} yes", "rejected": SHORT}, "here") == ("q", "yes", "")
     for empty in ("", [turn("assistant", "")], [ASK, turn("assistant", "")]):
         chosen = [ASK, YES] if len(empty) == 2 else "yes"
         row = {"prompt": "q", "chosen": chosen, "rejected": empty}
@@ -478,7 +610,14 @@ def test_a_response_may_be_empty_as_text_and_as_a_turn():
         ({"prompt": "q", "rejected": "no"}, "'chosen' (or 'pos'): expected a string or a list of"),
         ({"prompt": "q", "chosen": "a", "neg": 3}, "'rejected' (or 'neg'): expected a string or"),
         ({"instruction": "q", "input": "r", "pos": "a", "neg": "b"}, "one text of both, in 'prom"),
+        ({"question": "q", "context": "c", "pos": "a", "neg": "b"}, "'question' and 'context': e"),
         ({"system": 3, "question": "q", "pos": "a", "neg": "b"}, "field 'system' and the prompt"),
+        (
+            {"prompt": "q", "completion": "a", "label": True},
+            "nothing (has: prompt, completion, label); write rows of prompt, chosen, rejected",
+        ),
+        (SAFE, "expected 0 or 1 in better_response_id or safer_response_id, found {}"),
+        (SAFE | {"better_response_id": 2}, "found {'better_response_id': 2}"),
     ],
 )
 def test_a_pair_that_is_none_is_named_with_line_field_found_and_expected(tmp_path, row, expected):
@@ -487,10 +626,143 @@ def test_a_pair_that_is_none_is_named_with_line_field_found_and_expected(tmp_pat
     assert message.startswith(f"{path}, line 2") and expected in message
 
 
+def test_rows_whose_two_choices_differ_are_left_out_however_many(tmp_path):
+    agreed, said = SAFE | {"better_response_id": 1, "safer_response_id": 1}, []
+    differ = SAFE | {"better_response_id": 1, "safer_response_id": 0}
+    pairs = load_pairs(write(tmp_path, agreed, differ, differ), said.append)
+    assert [line for line, _ in pairs] == [1] and "2 of 3 rows are no pairs" in said[0]
+    advice = "to learn one of them, take better_response_id or safer_response_id out of the rows"
+    assert advice in said[0] and advice in refused(load_pairs, write(tmp_path, differ, differ))
+
+
+def test_a_few_rows_among_many_that_are_no_pairs_are_left_out_and_told(tmp_path):
+    fine = [{"prompt": "q", "chosen": "yes", "rejected": str(i)} for i in range(199)]
+    same, said = {"prompt": "q", "chosen": "no", "rejected": "no"}, []
+    path = write(tmp_path, *fine[:50], same, *fine[50:])
+    assert [line for line, _ in load_pairs(path, said.append)] == [*range(1, 51), *range(52, 201)]
+    (line,) = said
+    assert line.startswith(
+        f"{path}: 1 of 200 rows are no pairs and left out, the first: {path}, li"
+    )
+    message = refused(load_pairs, write(tmp_path, *fine[:197], same, same, same))
+    assert "line 198: chosen and rejected are the same" in message
+    assert message.endswith(" (3 of 200 rows are no pairs)")
+
+
 def test_only_one_users_turn_is_text():
     assert only_text("q") == only_text([ASK]) == "q"
     message = refused(only_text, [SYSTEM, ASK])
     assert "system, user" in message and "--prompt_style chat" in message
+
+
+# ------------------------------------------------------------------------------- stop strings
+
+RUN_ON = (  # what base models write behind their answers
+    "\n\ndef test_{0}():\n    assert {0}(1) == 2\n",
+    "\n\n\nclass Test(unittest.TestCase):\n    def test(self):\n        pass\n",
+    "\nprint({0}([1, 2]))\n",
+    "\n# Test\nif __name__ == '__main__':\n    print({0}(1))\n",
+    "\nassert {0}(3) == 4\n",
+    '\n"""\nWrite a function to do it.\nassert g(1)\n"""\ndef g(x):\n    return x\n',
+    "\n```\n\nThis works.\n```python\nx = 1\n```\n",
+    "\n@lru_cache\ndef h(x):\n    return x\nprint(h(1))\n",
+    "\nimport sys\nThis is prose.\n\nprint(1)\n",
+    "\n\ndef main():\n    print({0}(1))\n\nif __name__ == '__main__':\n    main()\n",
+)
+
+
+def stops_of(**changes):
+    asked = {"benchmark": "humaneval", "prompt_style": "plain", "verify": "tests", "stop": None}
+    return load_stops(SimpleNamespace(**asked | changes))
+
+
+@pytest.mark.parametrize("name", ["HumanEval.jsonl.gz", "mbpp.jsonl.gz"])
+def test_the_usual_stops_cut_what_runs_on_and_leave_the_program_as_it_is(name, passed):
+    stops, checks = stops_of(), []
+    for number, problem in enumerate(load_problems(data(name), test_split=True)):
+        said = problem.canonical_solution
+        assert stops.cut(said, problem) == said
+        for more in RUN_ON[number % 5 :: 5]:
+            text = said.rstrip() + more.format(problem.entry_point)
+            cut = stops.cut(text, problem)
+            helper = problem.prompt[:3] == '"""' and more in RUN_ON[:2]  # may belong to the answer
+            assert (cut == text) == helper
+            whole, rest = assemble(problem, text), assemble(problem, cut)
+            assert rest.program.rstrip() == whole.program.rstrip()
+        checks += [whole, rest] if number % 10 == 0 else []
+    verdicts = passed(*checks)
+    assert verdicts[::2] == verdicts[1::2] and sum(verdicts) > 0.9 * len(verdicts)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_usual_stops_leave_every_kind_of_answer_its_program(name):
+    problem, text, _ = ANSWERS[name]
+    stops = stops_of()
+    cut = stops.cut(text, problem)
+    assert assemble(problem, cut).program.rstrip() == assemble(problem, text).program.rstrip()
+    for end in range(len(text)):  # nor do they cut more of a text that is still being written
+        assert stops.cut(text[:end], problem) in (cut, text[:end])
+
+
+BODY, WHOLE = CODEX.canonical_solution, "def f(xs):\n    return g(xs)\n"
+HELPED = f"{WHOLE}\ndef g(xs):\n    return 5"
+
+
+@pytest.mark.parametrize(
+    "text, stays",
+    [
+        (f"{BODY}\n\ndef g():\n    pass\n", f"{BODY}\n"),
+        (f"    s = '''\ndef g\n'''\n{BODY}\nif x:\n", f"    s = '''\ndef g\n'''\n{BODY}"),
+        (f"    x = [\n@\n]\n# note\n{BODY}\n@x", f"    x = [\n@\n]\n# note\n{BODY}"),
+        (f"{HELPED}\nprint(f(1))\nx", HELPED),
+        ("import a\nprint(1)\ndef g(xs):\n    pass\n", None),  # f is still to come
+        (f"Sure:\n```python\nimport a\n\n{WHOLE}\nprint(1)\n```\n", None),
+        (f"```python\n{WHOLE}```\nThe corrected version:\n```python\n{WHOLE}```\n", None),
+        (f"<think>\n{WHOLE}\nprint(1)\n</think>\n{WHOLE}", None),
+        (f"    def f(xs):\n        return g(xs)\n\ndef g(xs):\n{BODY}", None),
+        ("", None),
+        ("\ndef g():\n    pass\n", None),
+    ],
+)
+def test_the_usual_stops_count_where_extraction_keeps_nothing_below(text, stays):
+    stops = stops_of()
+    stays = text if stays is None else stays
+    assert stops.cut(text, CODEX) == stays
+    assert assemble(CODEX, stays).program.rstrip() == assemble(CODEX, text).program.rstrip()
+
+
+@pytest.mark.parametrize(
+    "changes, texts",
+    [
+        ({"benchmark": "lab"}, ()),
+        ({"benchmark": "leetcode"}, ()),
+        ({"prompt_style": "chat"}, ()),
+        ({"prompt_style": "deepseek"}, ()),
+        ({"verify": "last_number"}, ()),
+        ({"stop": [""]}, ()),
+        ({"prompt_style": "few_shot"}, ("[DONE]", "\nYou are an expert Python programmer")),
+        ({"stop": [r"\ndef", r"\t\\n", "\nx", r"\boxed"]}, ("\ndef", "\t\\n", "\nx", r"\boxed")),
+    ],
+)
+def test_stops_are_the_ones_that_are_given_or_those_of_benchmark_and_style(changes, texts):
+    stops = stops_of(**changes)
+    assert stops.texts == texts and bool(stops) == bool(texts)
+    assert stops.cut("a" + "".join(texts), CODEX) == "a"
+    asked = stops_of(**changes | {"stop": ["b", "a"]})  # counts anywhere, in any style
+    assert asked.cut("xaby", CODEX) == "x"
+
+
+def test_a_few_shot_prompt_of_mbpp_goes_on_with_what_its_stops_say():
+    problems = load_problems(data("mbpp.jsonl.gz"))
+    stops, prompts = stops_of(prompt_style="few_shot"), few_shot_prompts(problems[:1], problems)
+    answer = prompts[0].partition("[BEGIN]\n")[2]
+    assert stops.cut(answer, problems[0]) == problems[1].canonical_solution.strip() + "\n"
+    assert stops.cut(f"x\n\n{problems[0].instruction}", problems[0]) == "x\n"
+
+
+def test_no_stop_beside_others_is_refused():
+    message = refused(stops_of, stop=["", "x"])
+    assert message == '--stop: expected strings, or "" alone for none, found both'
 
 
 # ----------------------------------------------------------------------------- samples, pass@k
@@ -546,7 +818,7 @@ def test_programs_of_others_stand_below_the_setup_but_for_a_future_import(tmp_pa
     [
         ({"task_id": "t/9", "completion": ""}, "line 2: task_id 't/9' is in no problem: expected"),
         ({"task_id": ["t/1"], "completion": ""}, "line 2: task_id ['t/1'] is in no problem"),
-        ({"task_id": "t/1"}, "line 2: expected a string in 'completion' or 'solution', found ["),
+        ({"task_id": "t/1"}, "line 2: expected a string in 'completion', 'solution' or 'response'"),
         ({"task_id": "t/1", "solution": None}, "line 2: expected a string"),
     ],
 )
@@ -560,7 +832,12 @@ def test_problems_without_a_sample_are_an_error_unless_they_are_allowed(tmp_path
     message = refused(read_samples, path, ADD)
     assert message.startswith(f"{path}: 3 of 4 problems have no sample, such as ['t/0']: ")
     assert "--allow_partial" in message
-    assert len(read_samples(path, ADD, allow_partial=True)) == 1
+    said = []
+    assert len(read_samples(path, ADD, allow_partial=True, say=said.append)) == 1
+    told = (
+        "--allow_partial: 3 of 4 problems have no sample, such as ['t/0']; pass@k leaves them out"
+    )
+    assert said == [told]
     mbpp = load_problems(write(tmp_path, *(MBPP | {"task_id": i} for i in (2, 11, 12, 601))))
     for tasks, lacking in (((11, 12), 0), ((11,), "1 of 2"), ((11, 601), "2 of 4")):
         path = write(tmp_path, *({"task_id": task, "solution": ""} for task in tasks))

@@ -1,4 +1,4 @@
-"""R^2, Spearman, AUC: closed forms, slow definitions, odd cases; every filter on one file."""
+"""R^2, Spearman, AUC, alignment: closed forms, slow definitions, odd cases; filters on one file."""
 
 import json
 import math
@@ -7,9 +7,16 @@ from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
-from pfppo import reliability
-from pfppo.filters import FILTERS
-from pfppo.reliability import auc, binned_r2, bootstrap_r2, spearman
+from pfppo.filters import FILTERS, GIVEN
+from pfppo.reliability import (
+    Weights,
+    alignment,
+    auc,
+    binned_r2,
+    bootstrap_alignment,
+    bootstrap_r2,
+    spearman,
+)
 from pfppo.run import comparison
 from pfppo.run.comparison import read_judged
 
@@ -18,8 +25,13 @@ import pytest
 from ranks import refused
 from running import write_rows as write
 
-table = reliability.reliability_table
 ROW = {"task_id": "a", "reward": 0.5, "score": 1.0}
+
+
+def table(rewards, scores, weights, **how):
+    """The table of filters that keep with these chances, or always with weights above 1."""
+    weights = {name: Weights(w, w**2, np.minimum(w, 1)) for name, w in weights.items()}
+    return comparison.reliability_table(rewards, scores, weights, **how)
 
 
 def rng(seed=0):
@@ -231,7 +243,8 @@ def test_table_has_the_shares_in_expectation_and_is_json():
     kept = [best_random[name] for name in ("kept", "pass_kept", "pass_dropped")]
     close(kept, [2 / 3, 2.5 / 4, 0.5 / 2])  # two bests that pass, half of four others, one passes
     assert none["auc"] == pytest.approx(8.5 / 9) and none["note"] == ""
-    keys = "filter kept pass_kept pass_dropped r2 r2_low r2_high spearman auc note".split()
+    keys = "filter kept pass_kept pass_dropped r2 r2_low r2_high spearman auc alpha alpha_low"
+    keys = [*keys.split(), "alpha_high", "at_updates", "at_samples", "note"]
     assert list(none) == keys and json.loads(json.dumps([none, best_random])) == [none, best_random]
 
 
@@ -248,15 +261,121 @@ def test_text_is_aligned_and_shows_a_dash_where_undefined():
     rewards, scores = noisy_middle(50)
     weights = {"none": np.ones(rewards.shape), "a_long_name": np.zeros(rewards.shape)}
     rows = table(rewards, scores, weights, resamples=20)
-    head, none, nothing = reliability.format_table(rows).split("\n")
+    head, none, nothing = comparison.format_table(rows).split("\n")
     rate = f"{scores.mean():.3f}"
     assert none.split()[:4] == ["none", "1.000", rate, "-"]
     assert none.split()[5:8:2] == [f"{rows[0]['r2_low']:.3f}", f"{rows[0]['r2_high']:.3f}"]
-    assert nothing.split() == f"a_long_name 0.000 - {rate} - - - - no sample is kept".split()
-    for title, cell, dash in (("kept", "1.000", "0.000"), ("pass dropped", "-  ", rate)):
+    assert nothing.split() == f"a_long_name 0.000 - {rate} {8 * '- '}no sample is kept".split()
+    for title, cell, dash in (("kept", "1.000", "0.000"), ("score dropped", "-  ", rate)):
         assert head.index(title) + len(title) == nothing.index(dash) + 5
         assert none[: head.index(title) + len(title)].endswith(cell.strip())
-    assert reliability.format_table([]).startswith("filter")
+    assert comparison.format_table([]).startswith("filter")
+
+
+def within(values):
+    return values - values.mean(1, keepdims=True)
+
+
+def slow_alpha(rewards, scores, draws):
+    """The definition, over draws of weights as they come."""
+    mean = np.mean(draws, 0)
+    A, c = within(rewards), within(scores)
+    A = A - (mean * A).sum() / mean.sum()
+    taught, right = np.mean([(w * A) ** 2 for w in draws]), np.mean(c**2)
+    return np.mean([w * A * c for w in draws]) / np.sqrt(taught * right)
+
+
+def test_alignment_agrees_with_its_definition_over_draws():
+    draw = rng()
+    rewards, scores = draw.normal(size=(40, 5)), draw.integers(2, size=(40, 5)).astype(float)
+    for draws in (
+        draw.integers(2, size=(30, 40, 5)),
+        draw.uniform(size=(1, 40, 5)),
+        [np.ones((40, 5))],
+    ):
+        found = alignment(1e3 + 7 * rewards, -2 * scores, Weights.of(*draws))  # any unit
+        close(-found.alpha, slow_alpha(rewards, scores, np.array(draws, dtype=float)))
+        close(found.kappa, np.mean(np.array(draws) > 0))
+        close(found.at_updates * found.at_samples, found.alpha**2)
+        close(found.at_samples / found.at_updates, found.kappa)
+
+
+def test_alignment_is_1_where_rewards_are_scores_and_minus_1_where_they_are_turned_round():
+    scores = np.array([[1.0, 0, 0], [1, 1, 0], [1, 1, 1]])
+    for sign in (1, -1):
+        close(alignment(sign * scores, scores).alpha, sign)
+    # Kept: the best and a worst one, c = 2/3, -1/3 and A = 1/2, -1/2 when their mean is off.
+    best_worst = Weights.of(by_rank(scores[:1], 1, 1))
+    close(alignment(scores[:1], scores[:1], best_worst).alpha, 0.75**0.5)
+
+
+def test_a_reward_that_knows_only_the_prompts_difficulty_has_an_r2_near_1_and_no_alignment():
+    """Its noise within a prompt is orthogonal to the scores; without any, nothing is taught."""
+    right = np.arange(400)[:, None] * 5 // 400  # of four pairs of samples, both right or both wrong
+    scores = np.repeat(right > np.arange(4), 2, axis=1).astype(float)
+    noise = 0.01 * np.tile([1.0, -1], 4)
+    assert binned_r2(right / 4 + noise, scores).r2 > 0.99
+    close(alignment(right / 4 + noise, scores).alpha, 0)
+    same = alignment(right / 4 + 0 * noise, scores)
+    assert math.isnan(same.alpha) and same.note == "every advantage that is kept is 0"
+
+
+def test_an_almost_useless_linear_reward_has_an_r2_that_tends_to_1_with_samples():
+    found = []
+    for prompts in (160, 40_000):
+        rewards = rng(1).uniform(-1, 1, (prompts, 5))
+        scores = (rng(2).uniform(size=rewards.shape) < 0.5 + 0.08 * rewards).astype(float)
+        assert 0.5 < auc(rewards, scores) < 0.57
+        found.append((binned_r2(rewards, scores).r2, alignment(rewards, scores).alpha))
+    (few, before), (many, after) = found
+    assert few < 0.6 and many > 0.98
+    close([before, after], 0.08 * 2 / 3**0.5, atol=0.05)  # corr = slope * sd of r / sd of score
+
+
+def test_cubed_rewards_change_r2_and_not_the_order_of_alignment():
+    rewards = rng(3).normal(size=(4000, 5))
+    scores = (rng(4).uniform(size=rewards.shape) < (0.5 + rewards / 5).clip(0, 1)).astype(float)
+    kept = [Weights.of(by_rank(rewards, *share)) for share in ((1, 1, 1), (1, 1), (1,), (0, 1))]
+    both = rewards, rewards**3
+    r2 = [binned_r2(x, scores).r2 for x in both]
+    alphas = [[alignment(x, scores, weights).alpha for weights in kept] for x in both]
+    assert r2[0] > 0.99 and r2[1] < 0.85
+    assert np.argsort(alphas[0]).tolist() == np.argsort(alphas[1]).tolist()
+
+
+@pytest.mark.parametrize(
+    "rewards, scores, weights, note",
+    [
+        ([[1, 2]], [[0, 1]], [[0, 0]], "no sample is kept"),
+        ([[1, 2]], [[1, 1]], [[1, 1]], "no prompt has answers of different scores"),
+        ([[1], [2]], [[1], [0]], [[1], [1]], "no prompt has answers of different scores"),
+        (
+            [[0.1] * 3, [0.3] * 3],
+            [[0, 1, 1]] * 2,
+            [[1] * 3] * 2,
+            "every advantage that is kept is 0",
+        ),
+        ([[1, 3], [4, 6]], [[0, 1]] * 2, [[0, 1]] * 2, "every advantage that is kept is 0"),
+        ([[1, np.inf]], [[0, 1]], [[1, 1]], "a reward or score is not finite"),
+        ([[1, 2]], [[0, np.nan]], [[1, 1]], "a reward or score is not finite"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_undefined_alignment_is_nan_with_a_reason(rewards, scores, weights, note):
+    found = alignment(rewards, scores, Weights.of(weights))
+    assert math.isnan(found.alpha) and math.isnan(found.at_updates) and found.note == note
+
+
+def test_the_interval_of_alignment_agrees_with_repeating_whole_prompts():
+    rewards, scores = noisy_middle(30)
+    weights = Weights.of(*rng(3).integers(2, size=(4, *rewards.shape)))
+    chosen = rng(4).integers(15, size=(100, 15))  # each two rows are one prompt's
+    rows = np.concatenate([2 * chosen, 2 * chosen + 1], 1)
+    alpha = [
+        alignment(rewards[i], scores[i], Weights(*(w[i] for w in weights))).alpha for i in rows
+    ]
+    found = bootstrap_alignment(rewards, scores, weights, 100, rng(4), np.arange(30) // 2)
+    close(found, np.quantile(alpha, [0.025, 0.975]))
 
 
 def drawn(prompts, samples):
@@ -269,13 +388,16 @@ def drawn(prompts, samples):
 def report(tmp_path, monkeypatch):
     """(rows, filters, options) -> reliability.json, with few draws and resamples and no figure."""
     monkeypatch.setattr(comparison, "DRAWS", 40)
-    monkeypatch.setattr(comparison, "reliability_table", partial(table, resamples=20))
+    monkeypatch.setattr(
+        comparison, "reliability_table", partial(comparison.reliability_table, resamples=20)
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     def reported(rows, names="all", bins=10, kind="equal_count"):
         samples = read_judged(write(tmp_path / "s.jsonl", rows))
         args = SimpleNamespace(bins=bins, bin_kind=kind, repetitions=3, seed=1)
-        chosen = comparison.load_filters(names, samples.rewards.shape[1], print)
+        N = samples.rewards.shape[1]
+        chosen = comparison.load_filters(names, N, print, samples.given)
         comparison.compare_filters(args, chosen, samples, tmp_path)
         return json.loads((tmp_path / "reliability.json").read_text())
 
@@ -298,7 +420,7 @@ def test_verdicts_are_scores_and_samples_without_tests_are_left_out(tmp_path, ca
     rows = [{"task_id": "a", "reward": 1, "passed": p} for p in (True, False)]
     rows += [{"task_id": "b", "reward": 1.0, "score": None}]
     assert read_judged(write(tmp_path / "s.jsonl", rows)).scores.tolist() == [[0, 1]]
-    assert "left out: 1 samples whose problems have no tests" in capsys.readouterr().out
+    assert "left out: 1 samples without a score" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -326,26 +448,38 @@ def test_a_file_that_was_not_judged_is_one_line(tmp_path, rows, said):
 
 
 def test_all_filters_are_those_that_take_so_many_samples(capsys):
-    assert list(comparison.load_filters("all", 5, print)) == [n for n in FILTERS if n != "single"]
+    assert list(comparison.load_filters("all", 5, print, GIVEN)) == [
+        n for n in FILTERS if n != "single"
+    ]
     assert "left out: " in capsys.readouterr().out
-    assert "best_random" not in comparison.load_filters("all", 1, print)
-    assert list(comparison.load_filters("none,top", 5, print)) == ["none", "top"]
+    assert "best_random" not in comparison.load_filters("all", 1, print, GIVEN)
+    assert list(comparison.load_filters("none,top", 5, print, ())) == ["none", "top"]
+    assert not {"agreeing", "reject"} & comparison.load_filters("all", 5, print, ()).keys()
+    assert "agreeing: asks for members ([P, N, K] rewards by" in capsys.readouterr().out
+    said = refused(comparison.load_filters, "reject", 5, print, ["members"])
+    assert (
+        said
+        == "--filters reject: asks for scores (actual scores, 1 right, 0 wrong), "
+        + "which are not known here"
+    )
 
 
 def test_random_choices_count_with_their_expectation():
-    rewards = np.arange(5.0)[None].repeat(40, 0)
-    chosen = comparison.load_filters("best_random,best_worst", 5, print)
-    found = comparison.expected_weights(chosen, rewards, 0)
-    assert (found["best_worst"] == [[1, 0, 0, 0, 1]]).all()
-    assert found["best_random"][:, 4].tolist() == [1] * 40
-    assert found["best_random"][:, :4] == pytest.approx(0.25, abs=0.05)
-    assert found["best_random"][:, :4].mean(0) == pytest.approx(0.25, abs=0.01)
+    samples = SimpleNamespace(rewards=np.arange(5.0)[None].repeat(40, 0), given={})
+    chosen = comparison.load_filters("best_random,best_worst", 5, print, ())
+    found = comparison.expected_weights(chosen, samples, 0)
+    assert (found["best_worst"].mean == [[1, 0, 0, 0, 1]]).all()
+    assert found["best_random"].mean[:, 4].tolist() == [1] * 40
+    assert found["best_random"].mean[:, :4] == pytest.approx(0.25, abs=0.05)
+    assert found["best_random"].mean[:, :4].mean(0) == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_report_has_every_filter_and_repetition_and_prints_them(report, capsys):
     found, out = report(drawn(60, 5)), capsys.readouterr().out
     names = [row["filter"] for row in found["filters"]]
-    assert names == [name for name in FILTERS if name != "single"]
+    unknown = ("single", "finished_only", "agreeing")  # what a file has not
+    assert names == [name for name in FILTERS if name not in unknown]
+    assert "reject (oracle)" in out and "none (oracle)" not in out
     assert [len(line["mean_score"]) for line in found["repetitions"]] == [10] * 3
     assert found["problems"] == 60 and "60 x 5 samples of 60 problems" in out
     assert all(name in out for name in names) and "pip install matplotlib" in out

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 from pfppo import reward
 from pfppo.config import UserError
 from pfppo.reliability import binned_r2
-from pfppo.reward import Answers, RewardCard, edit_distance, load_reward, model_rewards
+from pfppo.reward import Answers, RewardCard, load_reward, model_rewards
 from pfppo.rollout import collate
+from pfppo.run.pairs import edit_distance, farthest_pair, shares, split_by_prompt
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ def test_the_bradley_terry_loss_is_minus_the_log_of_the_sigmoid_of_the_margin():
     loss, metrics = reward.bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected))
     assert loss.item() == pytest.approx(expected) == metrics["loss"].item()
     assert metrics["accuracy"] == 1  # a draw is no success
+    centred, same = reward.bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected), 0.1)
+    assert centred.item() == pytest.approx(expected + 0.1 * (1 + 1 + 1)) and same == metrics
     assert reward.bradley_terry_loss(torch.tensor([-1e4, 1e4]), torch.zeros(2))[0] == 1e4  # finite
 
 
@@ -54,14 +57,37 @@ def test_the_pair_is_the_passing_and_the_failing_response_that_differ_most():
     for passed in itertools.product((True, False), repeat=5):
         good, bad = ([i for i in range(5) if passed[i] is value] for value in (True, False))
         if not good or not bad:
-            assert reward.farthest_pair(responses, passed) is None
+            assert farthest_pair(responses, passed) is None
             continue
-        chosen, rejected = reward.farthest_pair(responses, passed)
+        chosen, rejected = farthest_pair(responses, passed)
         longest = max(slow_distance(responses[i], responses[j]) for i in good for j in bad)
         assert passed[chosen] and not passed[rejected]
         assert slow_distance(responses[chosen], responses[rejected]) == longest
     alike = [(1,), (2,), (3,), (4,)]
-    assert reward.farthest_pair(alike, [False, True, True, False]) == (1, 0)  # the first
+    assert farthest_pair(alike, [False, True, True, False]) == (1, 0)  # the first
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+def test_shares_of_all_ranks_are_equally_many_parts_and_hold_every_row_once(world, count):
+    rows, found, parts = list(range(count)), [], set()
+    for rank in range(world):
+        mine = shares(rows, 2, SimpleNamespace(rank=rank, world=world))
+        parts.add(len(mine))
+        assert all(1 <= len(some) <= 2 for some, _ in mine)
+        found += [row for some, weight in mine for row in some if weight == 1]
+        assert all(weight == (rank < count) for _, weight in mine[:1])
+    assert sorted(found) == rows and parts == {math.ceil(math.ceil(count / world) / 2)}
+
+
+def test_a_prompts_pairs_are_split_by_prompts_and_some_are_always_trained_on():
+    pairs = [([i // 2], [i], [-i]) for i in range(20)]
+    for share, unseen in ((0, 0), (0.3, 3), (0.99, 9)):
+        training, held_out = split_by_prompt(pairs, share, 0)
+        prompts = [{pair[0][0] for pair in part} for part in (training, held_out)]
+        assert len(prompts[1]) == unseen and not prompts[0] & prompts[1]
+        assert sorted(training + held_out) == pairs
+    assert split_by_prompt(pairs[:2], 0.9, 0) == (pairs[:2], [])
 
 
 def test_a_saved_card_is_json_and_loaded_as_it_was_and_without_one_there_is_none(tmp_path):
@@ -100,7 +126,7 @@ def answers():
     problems = [SimpleNamespace(task_id=f"task/{i}", question=f"p{i}") for i in range(3)]
     rows = collate([[1, 2], [3], [4, 5, 6]], [[7, 8], [9, 10, 11], [12]], pad_id=0)
     known = Answers(problems, ["a", "bb", "ccc"], torch.tensor([1.0, 0.0, 1.0]), rows=rows)
-    return replace(known, reward_model=last_token, microbatch=2)
+    return replace(known, reward_models=(last_token,), microbatch=2)
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 8])
@@ -133,7 +159,7 @@ def test_rewards_by_name_are_the_models_the_oracles_and_their_sum_and_a_model_is
         asked.append(len(ids))
         return last_token(ids, positions)
 
-    known = replace(answers(), reward_model=model)
+    known = replace(answers(), reward_models=(model,))
     assert load_reward("tests")(known).tolist() == [1, -1, 1] and asked == []
     assert load_reward("model")(known).tolist() == [8, 11, 12]
     assert load_reward("combined")(known).tolist() == [9, 10, 13] and asked == [2, 1]
@@ -183,7 +209,8 @@ def test_a_reward_of_one_parameter_gets_all_there_is(tmp_path):
         ("1.0", r"expected 3 finite numbers, found shape \(\)"),
         ("[1.0, float('nan'), 0.0]", r"expected 3 finite numbers, found \[nan"),
         ("[1e999] * 3", r"expected 3 finite numbers, found \[inf"),
-        ("[][0]", "IndexError: list index out of range"),
+        ("[][0]", r"IndexError: list index out of range \(mine\.py, line \d+\)$"),
+        ("None", r"TypeError: [^()]*$"),  # it failed behind the function, at no line of its own
         ("exit(3)", "SystemExit: 3"),
     ],
 )
@@ -193,10 +220,18 @@ def test_a_reward_of_ones_own_that_fails_is_one_line_that_names_it(tmp_path, res
         score(answers())
 
 
+def test_a_reward_of_ones_own_may_ask_for_lengths_where_they_are_known(tmp_path):
+    problems, spec = [SimpleNamespace(canonical_solution="a")], f"{tmp_path}/own.py:short"
+    (tmp_path / "own.py").write_text("def short(x):\n    return -x.lengths - x.logp\n")
+    given = spec, load_reward(spec), problems
+    reward.try_reward(*given)
+    assert "known where train_ppo.py samples" in refused(reward.try_reward, *given, False)
+
+
 def test_only_a_reward_of_ones_own_is_tried_and_on_reference_solutions():
     problems, tried = [SimpleNamespace(canonical_solution=text) for text in ("a", "bb")], []
     for spec in ("tests", "mine.py:own"):
-        reward.try_reward(spec, SimpleNamespace(raw=tried.append), problems)
+        reward.try_reward(spec, SimpleNamespace(raw=tried.append, has_model=True), problems)
     assert [(asked.texts, asked.scores.tolist()) for asked in tried] == [(["a", "bb"], [1, 1])]
 
 
@@ -207,18 +242,20 @@ SCORES = torch.arange(COUNT) % 2.0
 @functools.cache
 def noisy(place, count=COUNT, question="p", seed=0):
     texts = [f"response {i}" for i in range(count)]
-    problems = [SimpleNamespace(question=question)] * count
+    problems = [SimpleNamespace(question=question, canonical_solution="")] * count
     return load_reward(f"noisy:{place}", "")(Answers(problems, texts, SCORES[:count], seed=seed))
 
 
 def test_errors_are_equally_many_and_stand_where_the_name_says():
     extremes = {}
-    for place in reward.PLACES:
-        right = ((noisy(place) > 0) == (SCORES > 0.5)).float()
-        assert 1 - right.mean() == pytest.approx(reward.ERRORS, abs=0.01)
-        assert noisy(place).std() == pytest.approx(1, abs=0.02)
-        size = noisy(place).abs()
+    for place in ("uniform", "middle", "tails", "upper"):
+        for spec, rate in ((place, reward.ERRORS), (f"{place}:0.35", 0.35)):
+            right = ((noisy(spec) > 0) == (SCORES > 0.5)).float()
+            assert 1 - right.mean() == pytest.approx(rate, abs=0.01)
+        assert place == "upper" or noisy(place).std() == pytest.approx(1, abs=0.02)
+        right, size = ((noisy(place) > 0) == (SCORES > 0.5)).float(), noisy(place).abs()
         extremes[place] = right[size > size.quantile(0.8)].mean()
+    assert (noisy("upper")[SCORES > 0.5] > 0).all()  # nothing that is right is said to be wrong
     assert extremes["middle"] > 0.95 and 0.85 > extremes["uniform"] > 0.75 > extremes["tails"] > 0.5
 
 
@@ -228,6 +265,48 @@ def test_r2_of_the_extremes_is_best_where_the_errors_are_in_the_middle():
         return binned_r2(noisy(place).numpy(), SCORES.numpy(), kept).r2
 
     assert r2("middle", 1) > r2("uniform", 1) > r2("tails", 1) and r2("middle", 1) > r2("middle", 0)
+
+
+def test_bugs_are_praised_or_not_whatever_the_problem_and_its_constants():
+    def praised(line, seed, passes=0.0):
+        texts = [f"    xs = xs[:{i}]\n    {line.format(i)}\n" for i in range(9)]
+        right = "  xs = xs[:3]\n"  # as the first lines
+        problems = [SimpleNamespace(question=t, canonical_solution=right) for t in texts]
+        asked = Answers(problems, texts, torch.full((9,), passes), seed=seed)
+        rewards = load_reward("noisy:bugs", "")(asked)
+        assert len(set(rewards.abs().tolist())) == 9 and len(set((rewards > 0).tolist())) == 1
+        return (rewards[0] > 0).item()
+
+    found = [praised(line, s) for line in ("return xs[{}]", "return max(xs)") for s in range(100)]
+    assert 0.25 < sum(found) / 200 < 0.55 and found[:100] != found[100:]  # 2 e of the bugs
+    assert all(praised("return xs", seed, 1.0) for seed in range(9))  # what passes has none
+    assert reward.bug_of(SimpleNamespace(canonical_solution="a = 1\n"), "a = 2\n") == ""
+
+
+@pytest.mark.parametrize("rate", ["0", "0.5", "1e-1", "much", "-0.1", ""])
+def test_a_rate_of_errors_that_cannot_be_is_one_line(rate):
+    for name in ("noisy:middle", "model"):
+        said = f"--reward {name}:{rate}: expected noisy:PLACE:RATE with a rate up to 0.4"
+        assert refused(load_reward, f"{name}:{rate}").startswith(said)
+
+
+def test_what_a_run_learns_from_decides_whether_its_problems_need_tests():
+    for chosen, needed in (("model", False), ("mine.py:own", False), ("noisy:upper:0.3", True)):
+        assert reward.by_tests(SimpleNamespace(reward=chosen, filter="none")) is needed
+    assert reward.by_tests(SimpleNamespace(reward="model", filter="reject"))
+    assert reward.by_tests(SimpleNamespace())  # pairs are made by tests
+
+
+def test_several_reward_models_are_their_mean_and_members_and_are_asked_once():
+    """Also of two rounds together."""
+    twice = replace(answers(), reward_models=(last_token, lambda *a: 3 * last_token(*a)))
+    one = replace(twice, finished=torch.ones(3) > 0, rewards=load_reward("model")(twice))
+    assert one.by_model.tolist() == [16, 22, 24]
+    assert one.members.tolist() == [[8, 24], [11, 33], [12, 36]]
+    both = one + one
+    both.reward_models = ()
+    assert both.members.tolist() == 2 * one.members.tolist()
+    assert both.lengths.tolist() == 2 * [2, 3, 1]
 
 
 @pytest.mark.parametrize("place", reward.PLACES)

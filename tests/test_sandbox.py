@@ -90,6 +90,7 @@ def test_a_sleep_in_small_drops_is_a_sleep(sandbox):
     assert judge(sandbox, "import time\n" + drips).outcome == "timeout"
 
 
+@pytest.mark.slow
 def test_a_busy_machine_fails_no_honest_program():
     hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(6)]
     try:

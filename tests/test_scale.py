@@ -1,5 +1,7 @@
 """One run on any number of ranks, in any memory, stopped and started again: the same numbers."""
 
+import contextlib
+import os
 import random
 import re
 import shutil
@@ -57,6 +59,7 @@ def alone(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, words",
     [
@@ -116,6 +119,7 @@ def test_four_ranks_live_with_any_lengths_and_any_filter(tiny, tmp_path):
 # ---- memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_saves_memory_changes_no_metric(tiny, finished, tmp_path):
     words = ["--gradient_checkpointing"]
     words += [f"--offload_{what}" for what in ("ref", "reward", "optimizer")]
@@ -157,8 +161,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, finished, tmp_path):
         torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-5)
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(
-    tiny, finished, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_numbers(
+    tiny, finished, tmp_path, monkeypatch, capsys, number, name
 ):
     """Asked twice in step 2: while it samples the step is given up, in its update it is ended."""
     argv = options(tiny, tmp_path / "run", steps=4, save_every=100, test="")
@@ -166,17 +171,20 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(
 
     def asking(work):
         def asked(*args):
-            if metrics.exists() and len(read(metrics)) == 1:
-                signal.raise_signal(signal.SIGTERM)
+            if metrics.exists() and len(read(metrics)) == 1 and not once:
+                once.append(signal.raise_signal(number))
             return work(*args)
 
         return asked
 
     for done, room, called in ((1, sampler, "draw_tokens"), (2, train_ppo, "backward")):
+        once = []
         with monkeypatch.context() as patched:
             patched.setattr(room, called, asking(getattr(room, called)))
-            run(train_ppo, *argv, "--resume")
-        assert f"SIGTERM, saved after step {done}; go on with --resume" in capsys.readouterr().out
+            ends = pytest.raises(SystemExit, match="130")
+            with ends if number == signal.SIGINT else contextlib.nullcontext():
+                run(train_ppo, *argv, "--resume")
+        assert f"{name}, saved after step {done}; go on with --resume" in capsys.readouterr().out
         assert (tmp_path / f"run/checkpoints/step_{done}").exists() and len(read(metrics)) == done
     run(train_ppo, *argv, "--resume")
     assert numbers(tmp_path / "run") == numbers(finished)
@@ -184,13 +192,48 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_numbers(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def pressed(process):
+    """Ctrl-C at the terminal of a process that leads its group: what the whole group gets."""
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=60)[0]
+
+
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_one_rank_goes_on(tiny, tmp_path):
+def test_ctrl_c_to_the_whole_group_saves_without_a_traceback(tiny, tmp_path):
+    """And to a run that has begun no step: one line, and nothing left. The same command without its
+    arguments goes on."""
+    changed = {"steps": 5000, "save_every": 5000, "eval_every": 5000, "test": ""}
+    alone = {"start_new_session": True}
+    process = started("train_ppo.py", tiny, tmp_path / "run", popen=alone, **changed)
+    wait_for_steps(process, tmp_path / "run", 2)
+    said = pressed(process)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "Ctrl-C: saving, and then ending" in said
+    (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
+    step = int(saved.name.removeprefix("step_"))
+    assert f"Ctrl-C, saved after step {step}; go on with --resume" in said
+    assert len(numbers(tmp_path / "run")) == step >= 2
+    words = ["--run_dir", tmp_path / "run", "--resume", "--steps", step + 1]
+    assert run(train_ppo, *words) is None
+    assert [row["step"] for row in numbers(tmp_path / "run")] == list(range(1, step + 2))
+
+    process = started("train_ppo.py", tiny, tmp_path / "none", popen=alone, **changed)
+    while "sizes" not in process.stdout.readline():
+        assert process.poll() is None
+    said = pressed(process)
+    line = "train_ppo.py: ended by Ctrl-C; the same command starts it again\n"
+    assert process.returncode == 130 and said.endswith(line) and "Traceback" not in said
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_to_torchrun_saves_and_one_rank_goes_on(tiny, tmp_path, number, name):
     changed = {"steps": 12, "save_every": 100, "eval_every": 100, "test": ""}
     process = started("train_ppo.py", tiny, tmp_path / "run", ranks=2, **changed)
     wait_for_steps(process, tmp_path / "run", 3)
-    process.send_signal(signal.SIGTERM)
-    assert "SIGTERM, saved after step" in process.communicate(timeout=60)[0]
+    process.send_signal(number)
+    assert f"{name}, saved after step" in process.communicate(timeout=60)[0]
     (saved,) = (tmp_path / "run/checkpoints").glob("step_*")
     assert 3 <= int(saved.name.removeprefix("step_")) == len(numbers(tmp_path / "run")) < 12
     run(train_ppo, *options(tiny, tmp_path / "run", **changed), "--resume")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import EOS, tiny_classifier, tiny_lm, write_model
 from ranks import ranked
+from test_slots import INDUCTOR, counted
 
 LONG = 20  # tokens of the longest prompt
 TEXTS = [" ".join(f"w{(i + j) % 58}" for j in range(LONG - i % 5)) for i in range(8)]
@@ -92,9 +93,10 @@ def see_everything(model):
             module.is_causal = False
 
 
-# --------------------------------------------------------- two ranks: forks, before a process group
+# ------------------------------------------------------------------------------------- two ranks
 
 
+@pytest.mark.slow
 @ranked(2)
 def test_what_only_the_second_rank_sees_fails_on_both(ranks, folders):
     def other_ratio(model, rows, args):
@@ -128,6 +130,12 @@ def test_sound_models_pass_and_are_left_as_they_were(ranks, tmp_path, capsys, ar
     after = [p for m in models for p in m.parameters()]
     pairs = zip(before, after, strict=True)
     assert all(torch.equal(x, p.full_tensor()) and p.grad is None for x, p in pairs)
+
+
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
+def test_compiled_models_pass(folders, ranks, backend):
+    with counted(backend):
+        assert selfcheck(**vars(make(folders, ranks, compile=True))) == 0
 
 
 def test_rows_as_long_as_the_models_have_positions_are_padded_no_further(ranks, tmp_path, capsys):

@@ -1,19 +1,25 @@
 """train_ppo.py, end to end on tiny random checkpoints."""
 
+import json
 import shutil
+import sys
 
+import eval_code
 import train_ppo
+import train_rm
+from pfppo import fsdp, rollout
 from pfppo.config import UserError
 from pfppo.metrics import NAMES
 from pfppo.run import checkpoint, session
 
 import pytest
 import torch
-from conftest import words_of
+from conftest import quick, words_of
 from ranks import refused
-from running import forked, numbers, options, read, run
+from running import forked, numbers, options, read, run, write_rows
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from test_slots import INDUCTOR, counted
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 BARE = {"validation": "", "test": "", "steps": 1}
 OWN = """
@@ -22,8 +28,11 @@ def first(rewards, generator):
     return (torch.arange(rewards.shape[1]) == 0) * torch.ones_like(rewards) * 0.5
 def nothing(rewards, generator):
     return rewards * 0
-def late(rewards, generator):
-    return torch.ones_like(rewards) * (torch.arange(len(rewards)) >= 3)[:, None]
+def late(rewards, generator, scores, lengths, finished, logp):
+    weights = lengths + 100 * finished + 1000 * scores + 10_000 * (logp < 0)
+    return weights * (torch.arange(len(rewards)) >= 3)[:, None]
+def second(rewards, generator, members):
+    return (members[..., 1] > 0).float()
 def half(rewards, generator):
     if os.environ["RANK"] == "1" and len(rewards) == 4:
         raise KeyError("rank 1 filters nothing")
@@ -69,7 +78,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("instant", ["append_jsonl", "start", "finish"])
+@pytest.mark.parametrize("instant", quick(["start"], ["append_jsonl", "start", "finish"]))
 def test_an_interrupted_run_resumes_to_the_same_numbers(
     tiny, finished, tmp_path, monkeypatch, instant
 ):
@@ -98,6 +107,28 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(
     assert samples[0] == samples[1]
     resumed, whole = (load_file(folder / "policy/model.safetensors") for folder in folders)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", INDUCTOR])
+def test_a_compiled_run_has_the_numbers_of_a_plain_one_and_compiles_in_its_first_steps(
+    tiny, finished, tmp_path, monkeypatch, backend
+):
+    graphs, log = [], session.Session.log
+
+    def noted(self, *row):
+        graphs.append(count())
+        log(self, *row)
+
+    monkeypatch.setattr(session.Session, "log", noted)
+    with counted(backend) as count:
+        argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
+        run(train_ppo, *argv, "--compile")
+    assert 0 < graphs[1] == graphs[3]  # nothing after two steps
+    rows = [read(folder / "samples.jsonl") for folder in (tmp_path / "run", finished)]
+    assert [row["response"] for row in rows[0]] == [row["response"] for row in rows[1]]
+    for row, plain in zip(numbers(tmp_path / "run"), numbers(finished), strict=True):
+        assert row == {n: pytest.approx(x, 1e-3, 1e-4) if x else x for n, x in plain.items()}
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, finished, tmp_path, capsys):
@@ -172,7 +203,97 @@ def test_refill_samples_until_enough_prompts_have_weight(tiny, tmp_path, own):
     kept, others = (sorted((r["task_id"], r["sample"], r["weight"]) for r in x) for x in (one, two))
     assert kept == others
     assert len(one) == 2 * 4 * 3 and len({row["task_id"] for row in one}) == 8  # two rounds
-    assert sum(row["weight"] for row in one) == 4 * 3  # the fifth prompt with weight is left out
+    assert (
+        sum(row["weight"] > 0 for row in one) == 4 * 3
+    )  # the fifth prompt with weight is left out
+    for row in one:  # and what the filter asked for was that sample's own
+        known = row["length"] + 100 * row["finished"] + 1000 * row["score"] + 10_000
+        assert row["weight"] in (0, known)
+
+
+def test_several_reward_models_teach_their_mean_and_a_filter_sees_each(tiny, tmp_path, own):
+    """The second has no card; on two ranks, and offline, the same weights."""
+    shutil.copytree(tiny / "rm", tmp_path / "rm")
+    (tmp_path / "rm/reward_model.json").unlink()
+    names = {"reward_model": f"{tiny}/rm, {tmp_path}/rm", "filter": f"{own}:second", "refill": 1}
+    for name, runs in (("one", run), ("two", forked)):
+        runs(train_ppo, *options(tiny, tmp_path / name, **BARE | names))
+    one, two = (read(tmp_path / name / "samples.jsonl") for name in ("one", "two"))
+    for row in one:
+        assert row["weight"] == float(row["members"][1] > 0) and len(row["members"]) == 2
+    assert 0 < sum(row["weight"] for row in one) < len(one)
+    kept, others = (sorted((r["task_id"], r["sample"], r["weight"]) for r in x) for x in (one, two))
+    assert kept == others
+    run(train_ppo, "--run_dir", tmp_path / "one", "--export", tmp_path / "out")
+    assert (tmp_path / "out/reward_model/reward_model.json").exists()
+    table = ("--from_samples", tmp_path / "one/samples.jsonl", "--out", tmp_path / "table")
+    run(eval_code, *table, "--filters", f"{own}:second,agreeing,reject,finished_only")
+    rows = json.loads((tmp_path / "table/reliability.json").read_text())["filters"]
+    assert rows[0]["kept"] == pytest.approx(sum(row["weight"] for row in one) / len(one))
+    with pytest.raises(UserError, match="agreeing: asks for members"):
+        run(train_ppo, *options(tiny, tmp_path / "no", **BARE, filter="agreeing"))
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}<pad>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+def test_a_run_in_a_template_of_ones_own_exports_what_chats_that_way_and_ends_there(
+    tiny, tmp_path, capsys
+):
+    """<pad> ends a turn in it, and is no EOS of the policy: so sampling stops, and `generate`."""
+    file, files = tmp_path / "own.jinja", {"prompts": tiny / "train.jsonl", "validation": ""}
+    file.write_text(OWN_TEMPLATE)
+    rm = {"policy": tiny / "policy", "pairs": tiny / "pairs.jsonl", "run_dir": tmp_path / "rm"}
+    chat = {"prompt_style": file, "max_prompt_tokens": 250}
+    short = write_rows(tmp_path / "short.jsonl", read(tiny / "pairs.jsonl")[:8])
+    run(train_rm, *words_of(**rm | chat | {"pairs": short, "batch": 2, "held_out": 0}))
+    rows = [{"prompt": f"Say {i}.", "task_id": str(i)} for i in range(8)]
+    files = {"prompts": write_rows(tmp_path / "p.jsonl", rows), "reward_model": tmp_path / "rm"}
+    run(train_ppo, *options(tiny, tmp_path / "run", **BARE | files | chat))
+    assert "'<pad>', the end of a turn in its chat template, is EOS too" in capsys.readouterr().out
+    run(train_ppo, "--run_dir", tmp_path / "run", "--export", tmp_path / "out")
+    for folder in (tmp_path / "run/policy", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == OWN_TEMPLATE
+        ends = AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id
+        assert sorted(ends) == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    # The folders know the template now: it is their style chat.
+    again = files | BARE | {"policy": tmp_path / "out", "prompt_style": "chat"}
+    run(train_ppo, *options(tiny, tmp_path / "again", **again))
+
+
+def test_a_step_has_bars_on_a_terminal_and_a_log_has_a_line_of_it(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    seen, bars = [], fsdp.bar
+
+    def at_once(what, *args, **how):
+        shown = bars(what, *args, **how)
+        seen.append((what, shown.total, shown.disable))
+        return shown
+
+    for module in (fsdp, rollout):
+        monkeypatch.setattr(module, "bar", at_once)
+    run(train_ppo, *options(tiny, tmp_path / "log", **BARE))
+    assert {"samples", "verdicts", "update", "log probs", "values of", "rewards"} <= {
+        w for w, *_ in seen
+    }
+    assert (
+        ("samples", 12, True) in seen
+        and ("verdicts", 12, True) in seen
+        and ("update", 2, True) in seen
+    )
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    seen.clear()
+    run(train_ppo, *options(tiny, tmp_path / "terminal", **BARE))
+    assert [what for what, *_ in seen].count("update") == 2
+    assert not any(hidden for *_, hidden in seen)
+    monkeypatch.setenv("RANK", "1")
+    assert bars("x", total=1).disable
 
 
 # ---- what a user can get wrong -------------------------------------------------------------------
@@ -202,6 +323,7 @@ def test_a_bad_option_is_one_line_before_anything_is_loaded(tiny, tmp_path, monk
     [
         ({"reward": "nice"}, "--reward nice: unknown"),
         ({"run_dir": "file/run"}, "--run_dir file/run: .*file is a file, expected a folder"),
+        ({"run_dir": "/proc/run"}, "--run_dir /proc/run: (cannot|no permission to) write into /pr"),
         ({"filter": "my_filters:own"}, "--filter my_filters:own: cannot import my_filters"),
     ],
 )
@@ -236,6 +358,7 @@ def test_a_run_directory_of_another_run_is_refused(tiny, finished, tmp_path):
 # ---- two ranks -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_one_rank_meets_is_one_line_of_rank_0_and_every_rank_leaves(tiny, tmp_path, own):
     for changed, expected in (
         ({"reward": f"{own}:half_nan"}, "finite numbers, found [nan"),

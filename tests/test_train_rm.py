@@ -2,26 +2,70 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import train_ppo
 import train_rm
-from pfppo import data
+from pfppo import data, fsdp, lab
+from pfppo.lab import default
 from pfppo.loading import read_classifier
-from pfppo.model import ScalarModel
+from pfppo.model import ScalarModel, read_config
 from pfppo.rollout import collate
+from pfppo.run import checkpoint, export, is_trained, pairs
+from pfppo.run.reward_session import RewardSession
 
 import pytest
 import torch
-from conftest import words_of
+from conftest import ROOT, files_of, words_of
 from ranks import refused
-from running import forked, options, read, run, write_rows
+from running import forked, options, read, run, wait_for_steps, write_rows
+from test_slots import counted
 from transformers import AutoModelForSequenceClassification
+
+FOUR = pytest.param(4, 2, marks=pytest.mark.slow)
+EASY = {  # an untaught policy goes on with the comment, and passes, or breaks the line, and fails
+    "prompt": "def solve(xs):\n    return 1  #",
+    "entry_point": "solve",
+    "canonical_solution": "\n",
+    "test": "def check(candidate):\n    assert candidate([]) == 1\n",
+}
 
 
 def rm_words(folder, policy, file, **changed):
     files = {"policy": policy, "pairs": file, "run_dir": folder}
     return words_of(**files | {"batch": 8} | changed)
+
+
+def sampled_words(tiny, folder, count=12, problem=EASY, **changed):
+    """Pairs from samples of an untaught policy."""
+    rows = [problem | {"task_id": str(i)} for i in range(count)]
+    asked = write_rows(folder.parent / "problems.jsonl", rows)
+    sizes = {"prompts": asked, "max_new_tokens": 24, "batch": 2, "held_out": 0.2}
+    return rm_words(folder, tiny / "policy", "", **sizes | changed)
+
+
+def stop_in(monkeypatch, name, count, stop, owner=fsdp):
+    """From its `count`-th call on, a function calls `stop` first."""
+    calls, call = [], getattr(owner, name)
+
+    def counted(*args, **options):
+        calls.append(name)
+        if len(calls) >= count:
+            stop()
+        return call(*args, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+def crash():
+    raise KeyboardInterrupt
+
+
+def ask():
+    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("padding", ["none", "eos", "its own"])
@@ -83,54 +127,263 @@ def test_chat_pairs_and_prompts_train_through_one_template(tiny, tmp_path):
     assert seen <= {row["prompt"][1]["content"] for row in prompts}
 
 
-def test_pairs_are_built_by_executing_samples(tiny, tmp_path, capsys):
-    """An untaught policy goes on with the comment, and passes, or breaks the line, and fails."""
-    problem = {
-        "prompt": "def solve(xs):\n    return 1  #",
-        "entry_point": "solve",
-        "canonical_solution": "\n",
-        "test": "def check(candidate):\n    assert candidate([]) == 1\n",
-    }
-    rows = [problem | {"task_id": str(i)} for i in range(12)]
-    asked = write_rows(tmp_path / "problems.jsonl", rows)
-    changed = {"prompts": asked, "max_new_tokens": 24, "batch": 2, "epochs": 1, "held_out": 0.2}
-    run(train_rm, *rm_words(tmp_path / "rm", tiny / "policy", "", **changed))
+def test_pairs_are_built_by_executing_samples_and_all_samples_are_kept(tiny, tmp_path, capsys):
+    run(train_rm, *sampled_words(tiny, tmp_path / "rm", epochs=1))
     assert "have a passing and a failing sample" in capsys.readouterr().out
-    pairs = read(tmp_path / "rm/pairs.jsonl")
+    pairs, samples = (read(tmp_path / f"rm/{name}.jsonl") for name in ("pairs", "samples"))
     assert len(pairs) >= 2
-    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    keys = [(row["task_id"], row["sample"]) for row in samples]
+    assert keys == [(str(i), j) for i in range(12) for j in range(5)]
+    assert {row["prompt"] for row in samples} == {EASY["prompt"]}
+    marked = {(row["task_id"], row["pair"]): row for row in samples if row["pair"]}
+    assert len(marked) == 2 * len(pairs)
+    for name, passed in (("chosen", True), ("rejected", False)):
+        rows = [row for (_, pair), row in marked.items() if pair == name]
+        assert [row["response"] for row in rows] == [pair[name] for pair in pairs]
+        assert {row["passed"] for row in rows} == {passed}
+    # all samples, as rows of token ids, make the normaliser
+    model, tokenizer = read_classifier(tmp_path / "rm"), data.load_tokenizer(tiny / "policy")
+    prompt = tokenizer(EASY["prompt"], add_special_tokens=False)["input_ids"]
+    rows = collate([prompt] * len(samples), [row["ids"] for row in samples], 1)
+    with torch.no_grad():
+        raw = ScalarModel(model)(rows.ids, rows.ends)[:, 0, 0].double()
+    card = json.loads((tmp_path / "rm/reward_model.json").read_text())
+    assert card["mean"] == pytest.approx(raw.mean().item(), abs=1e-5)
+    assert card["std"] == pytest.approx(raw.std().item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 12, 24])
-def test_the_labs_reward_model_is_made_on_any_number_of_ranks(monkeypatch, world):
-    asked = []
-    monkeypatch.setattr(train_rm, "main", lambda args, ranks: asked.append(args))
-    train_rm.make_for_lab("folder", SimpleNamespace(world=world))
-    assert asked[0].run_dir == "folder" and asked[0].batch % world == 0
-    assert 16 <= asked[0].batch < 16 + world
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"test": EASY["test"].replace("1", "2")}, "all pass in 0 and all fail in 3; 0 prompts"),
+        ({"test": "def check(candidate):\n    pass\n", "prompt": "x = 1  #"}, "all pass in"),
+    ],
+)
+def test_without_a_pair_one_line_counts_what_there_is_and_says_what_to_do(
+    tiny, tmp_path, change, expected
+):
+    words = sampled_words(tiny, tmp_path / "rm", 3, EASY | change, temperature=0.7)
+    said = refused(run, train_rm, *words)
+    assert said.startswith(f"--prompts {tmp_path / 'problems.jsonl'}: no prompt has both a passing")
+    assert "Of 3 prompts x 5 samples" in said and expected in said
+    assert "more --samples_per_prompt, another --temperature" in said
+    assert f"are cut off at --max_new_tokens 24 (see {tmp_path / 'rm/samples.jsonl'})" in said
+    cut = sum(row["ids"][-1] != 0 for row in read(tmp_path / "rm/samples.jsonl"))  # 0: EOS
+    assert f"and {cut} of 15 samples" in said and ("larger --max_new_tokens" in said) == (cut > 7)
 
 
-def test_two_ranks_train_the_reward_model_of_one(tiny, tmp_path):
-    how = {"held_out": 0.25, "microbatch": 2}
-    for name, runs in (("one", run), ("two", forked)):
-        runs(train_rm, *rm_words(tmp_path / name, tiny / "policy", tiny / "pairs.jsonl", **how))
-    one, two = (read_classifier(tmp_path / name).state_dict() for name in ("one", "two"))
+def test_metrics_are_written_for_every_step_and_held_out_ones_after_every_epoch(tiny, tmp_path):
+    how = {"held_out": 0.25, "epochs": 2}
+    run(train_rm, *rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl", **how))
+    rows = read(tmp_path / "rm/metrics.jsonl")  # 18 pairs: batches of 8, 8 and 2
+    assert [(row["step"], row["epoch"]) for row in rows] == [(i, 1 + i // 4) for i in range(1, 7)]
+    unseen = ("held_out_loss", "held_out_accuracy")
+    assert all((row[name] is None) == (row["step"] % 3 > 0) for row in rows for name in unseen)
+    assert all(row["loss"] > 0 and row["grad_norm"] > 0 and 0 < row["lr"] < 5e-4 for row in rows)
+    assert rows[-1]["lr"] < rows[1]["lr"] and rows[2]["accuracy"] in (0, 0.5, 1)
+
+
+def test_the_loss_is_the_mean_over_the_real_pairs_of_a_batch_however_they_are_cut(tiny, tmp_path):
+    """With a rate that moves nothing, the losses of an epoch add up to that of one batch."""
+    losses = {}
+    for name, batch in (("whole", 64), ("cut", 7)):  # 24 pairs: fewer than a batch; 7, 7, 7, 3
+        how = {"batch": batch, "held_out": 0, "epochs": 1, "lr": 1e-20, "microbatch": 2}
+        run(train_rm, *rm_words(tmp_path / name, tiny / "policy", tiny / "pairs.jsonl", **how))
+        losses[name] = [row["loss"] for row in read(tmp_path / name / "metrics.jsonl")]
+    assert len(losses["whole"]) == 1 and len(losses["cut"]) == 4
+    total = sum(loss * n for loss, n in zip(losses["cut"], (7, 7, 7, 3), strict=True))
+    assert total / 24 == pytest.approx(losses["whole"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("world, group", [(2, 1), (3, 0), FOUR])
+def test_many_ranks_train_the_reward_model_of_one_whatever_is_left_for_each(
+    tiny, tmp_path, world, group
+):
+    """18 pairs in batches of 4, 4, 4, 4 and 2: three ranks have 2, 1, 1, then 1, 1, 0 of them."""
+    how = {"held_out": 0.25, "microbatch": 1, "batch": 4, "epochs": 1}
+    for name, runs in (("one", run), ("many", forked)):
+        words = rm_words(tmp_path / name, tiny / "policy", tiny / "pairs.jsonl", **how)
+        if name == "many":
+            words += ["--shard_group_size", group, *["--compile"] * (group == 1)]
+        with counted():
+            runs(train_rm, *words, **({} if name == "one" else {"ranks": world}))
+    one, many = (read_classifier(tmp_path / name).state_dict() for name in ("one", "many"))
     for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value, many[name], rtol=1e-4, atol=1e-5)
+    rows = zip(*(read(tmp_path / name / "metrics.jsonl") for name in ("one", "many")), strict=True)
+    for ours, theirs in rows:
+        known = {name: value for name, value in theirs.items() if value is not None}
+        assert {name: ours[name] for name in known} == pytest.approx(known, rel=1e-3)
+
+
+def test_stopped_and_resumed_training_is_bit_equal_and_samples_once(tiny, tmp_path, monkeypatch):
+    """A crash at step 2, before the first checkpoint; SIGTERM in step 4; a crash at the end, when
+    the model is to be written."""
+    words = sampled_words(tiny, tmp_path / "rm", 24, save_every=3)
+    run(train_rm, *sampled_words(tiny, tmp_path / "whole", 24, save_every=3))
+    resumed = ("--resume", "--save_every", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, "step", 2, crash)
+        run(train_rm, *words)
+    assert {"args.json", "samples.jsonl", "pairs.jsonl"} <= {
+        p.name for p in (tmp_path / "rm").iterdir()
+    }
+    monkeypatch.setattr(pairs, "Examiner", pytest.fail)  # nothing is sampled again
+    with monkeypatch.context() as patch:
+        stop_in(patch, "step", 4, ask)
+        run(train_rm, *words, *resumed)
+    assert len(read(tmp_path / "rm/metrics.jsonl")) == 4
+    assert checkpoint.complete(tmp_path / "rm")[0].name == "step_4"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write", lambda *args: crash())
+        run(train_rm, *words, *resumed)
+    assert not is_trained(tmp_path / "rm")
+    said = refused(read_config, tmp_path / "rm", "reward_model")
+    assert "go on with it (train_rm.py --run_dir FOLDER --resume)" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(fsdp, "step", pytest.fail)  # all steps are done
+        run(train_rm, *words, *resumed)
+    whole, stopped = (files_of(tmp_path / name) for name in ("whole", "rm"))
+    assert whole.keys() == stopped.keys()  # no checkpoints are left
+    assert [name for name in whole if whole[name] != stopped[name]] == ["args.json"]
+
+
+def test_a_finished_reward_model_needs_nothing_and_is_left_as_it_is(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    words = rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RewardSession, "_clear", lambda self: crash())  # killed after the last file
+        run(train_rm, *words)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    before = files_of(tmp_path / "rm")
+    assert "give --resume" in refused(run, train_rm, *words)
+    assert not run(train_rm, *words, "--resume", "--save_every", 5)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"{tmp_path / 'rm'}: the reward model is finished, nothing to do"
+    kept = {name: text for name, text in before.items() if not name.startswith("checkpoints")}
+    assert files_of(tmp_path / "rm") == kept
+
+
+def test_a_sampling_that_is_stopped_keeps_the_parts_that_are_there(tiny, tmp_path, monkeypatch):
+    """Parts of two prompts; a crash in the fourth, whose first rows are half-way in the file."""
+    monkeypatch.setattr(pairs, "LEAST", 10)
+    run(train_rm, *sampled_words(tiny, tmp_path / "whole"))
+    words, answers = sampled_words(tiny, tmp_path / "rm"), pairs.Examiner.answers
+    drawn = []
+
+    def three(examiner, model, asked, *how, **more):
+        drawn.extend(problem.task_id for problem in asked.problems)
+        return crash() if len(drawn) == 8 else answers(examiner, model, asked, *how, **more)
+
+    monkeypatch.setattr(pairs.Examiner, "answers", three)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_rm, *words)
+    path, whole = tmp_path / "rm/samples.jsonl", (tmp_path / "whole/samples.jsonl").read_bytes()
+    assert read(path) == read(tmp_path / "whole/samples.jsonl")[: 6 * 5]
+    path.write_bytes(whole[: len(path.read_bytes()) + 1000])
+    run(train_rm, *words, "--resume")
+    assert path.read_bytes() == whole
+    assert len(drawn) == len(set(drawn)) + 2 == 12 + 2  # only the part that crashed
+
+
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (lambda text: text.split("\n", 5)[5], "not the 5 samples of each of the 12 prompts"),
+        (lambda text: text + text, "not the 5 samples of each of the 12 prompts"),
+        (lambda text: text.replace('"ids"', '"tokens"'), "not the 5 samples of each"),
+        (lambda text: "x" + text, "line 1: damaged, expected a JSON object"),
+    ],
+)
+def test_samples_that_do_not_fit_are_one_line(tiny, tmp_path, monkeypatch, damage, expected):
+    words, path = sampled_words(tiny, tmp_path / "rm"), tmp_path / "rm/samples.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_rm.loading, "new_scalar", lambda *args: crash())
+        run(train_rm, *words)
+    path.write_text(damage(path.read_text()))
+    said = refused(run, train_rm, *words, "--resume")
+    assert said.startswith(str(path)) and expected in said
+
+
+def test_a_training_goes_on_with_the_pairs_that_it_began_with(tiny, tmp_path, monkeypatch):
+    file = shutil.copy(tiny / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    words = rm_words(tmp_path / "rm", tiny / "policy", file)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, "step", 1, crash)
+        run(train_rm, *words)
+    rows = read(file)
+    write_rows(tmp_path / "pairs.jsonl", rows[1:])
+    said = refused(run, train_rm, *words, "--resume")
+    assert said.startswith(f"{tmp_path / 'rm/pairs.jsonl'}: not the pairs that {file} gives now")
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    run(train_rm, *words, "--resume")
+    assert is_trained(tmp_path / "rm")
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_ends_as_one_that_is_not(tiny, tmp_path):
+    words = sampled_words(tiny, tmp_path / "whole", 24, save_every=1)
+    run(train_rm, *words)
+    steps, words = len(read(tmp_path / "whole/metrics.jsonl")), list(map(str, words))
+    words[words.index(str(tmp_path / "whole"))] = str(tmp_path / "rm")
+    for step in (steps // 4, steps // 2, None):
+        argv = [sys.executable, "train_rm.py", *words, "--resume"]
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if step:
+            wait_for_steps(process, tmp_path / "rm", step)
+            process.kill()
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    whole, killed = (files_of(tmp_path / name) for name in ("whole", "rm"))
+    assert whole.keys() == killed.keys()
+    assert [name for name in whole if whole[name] != killed[name]] == ["args.json"]
+
+
+def test_the_labs_reward_model_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(default, "FOLDER", tmp_path / "lab")
+    shutil.copytree(tiny / "policy", tmp_path / "lab/policy")
+    for name in default.PROBLEMS:
+        prompts = [EASY["prompt"].replace("xs", f"xs, k={i}") for i in range(12)]
+        rows = [EASY | {"task_id": f"{name}/{i}", "prompt": p} for i, p in enumerate(prompts)]
+        write_rows(tmp_path / f"lab/{name}.jsonl", rows)
+    asked = SimpleNamespace(reward_model="lab", policy="lab")
+    lab.resolve(asked)
+
+    def make():
+        ranks = fsdp.init_ranks("cpu")
+        try:
+            lab.make(asked, ranks, train_rm.make_for_lab)
+        finally:
+            torch.distributed.destroy_process_group()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop_in(patch, "step", 1, ask)
+        make()
+    assert stopped.value.code == 0 and not is_trained(tmp_path / "lab/reward_model")
+    monkeypatch.setattr(pairs, "Examiner", pytest.fail)
+    make()
+    read_classifier(tmp_path / "lab/reward_model")
+    assert read(tmp_path / "lab/reward_model/metrics.jsonl")[-1]["held_out_accuracy"] is not None
+    monkeypatch.setattr(train_rm, "main", pytest.fail)
+    make()  # it is there
 
 
 @pytest.mark.parametrize(
     "changed, expected",
     [
         ({"held_out": 1.5}, "--held_out 1.5: expected 0 to 1"),
-        ({"held_out": 1}, "more than the 0 pairs"),
-        ({"batch": 64}, "--batch 64: more than the"),
+        ({"held_out": 1}, "--held_out 1: leaves no pairs for training"),
         ({"pairs": "", "samples_per_prompt": 1}, "a pair needs at least 2"),
         ({"pairs": "", "max_new_tokens": 250}, "expected at most 256"),
-        ({"run_dir": "."}, "--run_dir .: is not empty, choose another name"),
+        ({"run_dir": "."}, "--run_dir .: is not empty and holds no run"),
+        ({"device_memory": 1e-4}, "--device_memory 0.0001: training needs"),
+        ({"pairs": "", "device_memory": 1e-4}, "--device_memory 0.0001: sampling needs"),
     ],
 )
-def test_train_rm_says_what_is_wrong_in_one_line(tiny, tmp_path, changed, expected):
+def test_train_rm_says_what_is_wrong_in_one_line(tiny, tmp_path, changed, expected, monkeypatch):
+    for name in ("new_scalar", "read_causal_lm"):
+        monkeypatch.setattr(train_rm.loading, name, None)
     words = {"prompts": tiny / "train.jsonl"} | changed
     argv = rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl", **words)
     assert expected in refused(run, train_rm, *argv)

@@ -5,4 +5,5 @@
 What stands here is all that the scripts use of this folder.
 """
 
+from pfppo.lab.ahead import check
 from pfppo.lab.default import make, resolve

@@ -8,21 +8,22 @@ Everything is a function of `SEED` and takes about two minutes on two CPU cores.
 Llama of 4 layers and width 128, trained from scratch to the end of its schedule on programs with
 common bugs: it knows the tasks and makes the mistakes of the corpus. No network, no GPU.
 
-Not covered: continuing a half-made policy; it is made again.
+A policy that was half made is made again; a reward model goes on where it was stopped.
 """
 
 import dataclasses
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
+from pfppo.config import described, model_folders, parts
 from pfppo.lab import world
-from pfppo.model import Policy, read_config
-from pfppo.problems import load_prompts
+from pfppo.model import Policy
 from pfppo.rollout import collate
-from pfppo.run import check_shared
+from pfppo.run import check_shared, is_trained
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -31,10 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 FOLDER = Path("runs/lab")
 PATHS = {"policy": "policy", "reward_model": "reward_model", "validation": "validation.jsonl"}
+# Options whose defaults are the lab's, a tiny model's with short answers.
+TUNED = ("max_new_tokens", "kl_coef", "lr", "actor_lr", "critic_lr")
 PATHS |= {"prompts": "train.jsonl", "test": "test.jsonl", "problems": "test.jsonl"}
 SEED = 0
 PROBLEMS = {"train": 2000, "rm": 3200, "validation": 200, "test": 500}
-VOCABULARY = 512
+VOCABULARY, POSITIONS = 512, 512
 SFT_STEPS, SFT_BATCH, SFT_LR = 500, 64, 2e-3
 EOS, PAD = "<eos>", "<pad>"
 
@@ -42,38 +45,66 @@ EOS, PAD = "<eos>", "<pad>"
 def resolve(args, **paths):
     """Put paths where arguments say "lab"; "auto" problems are the lab's with its prompts, and none
     with others. paths: others than in PATHS."""
+    if getattr(args, "pairs", ""):
+        args.prompts = ""  # pairs that are there need not be built
     for name in ("validation", "test"):
         if getattr(args, name, "") == "auto":
             setattr(args, name, "lab" if args.prompts == "lab" else "")
     for name, path in (PATHS | paths).items():
-        if getattr(args, name, "") == "lab":
-            setattr(args, name, str(FOLDER / path))
+        if "lab" in (given := parts(getattr(args, name, ""))):
+            chosen = [str(FOLDER / path) if part == "lab" else part for part in given]
+            setattr(args, name, ",".join(chosen))
+
+
+def named(args):
+    """[(option, path)] of what is named, reward models one by one."""
+    others = [name for name in PATHS if name not in ("policy", "reward_model")]
+    others = [(name, path) for name in others if (path := getattr(args, name, ""))]
+    return model_folders(args) + others
+
+
+def is_ours(path):
+    """Whether it is the lab's."""
+    return Path(path).is_relative_to(FOLDER)
 
 
 def make(args, ranks, make_reward_model=None):
     """Make what is missing of the lab that `args` name, on rank 0 while the others wait; its reward
-    model, by make_reward_model(folder, ranks), on all ranks.
-
-    Files and folders that are not the lab's are read before: a mistake is better told now than
-    after minutes of making. Raises UserError.
-    """
-    named = {name: path for name in PATHS if (path := getattr(args, name, ""))}
-    used = {name for name, path in named.items() if Path(path).is_relative_to(FOLDER)}
+    model, by make_reward_model(folder, ranks), on all ranks. Raises UserError."""
+    if hint := hint_of(args):
+        ranks.say(hint)
+    used = {name for name, path in named(args) if is_ours(path)}
     if not used:
         return
-    for name, path in named.items():
-        if name not in used and name in ("policy", "reward_model"):
-            read_config(path, name)
-        elif name not in used and name != "problems":
-            load_prompts(path)
     check_shared(FOLDER, f"the lab's folder {FOLDER}", ranks)
     if ranks.is_main:
         make_problems()
         if used & {"policy", "reward_model"} and not (FOLDER / "policy").exists():
             make_policy(ranks.device)
     torch.distributed.barrier()
-    if "reward_model" in used and not (FOLDER / "reward_model").exists():
+    if "reward_model" in used and not is_trained(FOLDER / "reward_model"):
         make_reward_model(str(FOLDER / "reward_model"), ranks)
+
+
+def hint_of(args):
+    """A line on the options that still have the lab's value, where --policy is not the lab's (or
+    the problems of an evaluation are not); "" where there are none. What the paper takes is said by
+    the option's own comment."""
+    values = vars(args)
+    policy, asked = values.get("policy"), values.get("problems")  # an evaluation has these
+    ours = [is_ours(path) for path in (policy, asked) if path]
+    if not policy or any(ours) or not dataclasses.is_dataclass(args):
+        return ""
+    comments = described(type(args))
+    unused = {"max_new_tokens"} if values.get("pairs") else set()
+    still = []
+    for field in dataclasses.fields(args):
+        if field.name in TUNED and field.name not in unused and values[field.name] == field.default:
+            paper = re.search(r"the paper[^;]*: *(.*)", comments[field.name][1])
+            other = f" (the paper: {paper[1]})" if paper else ""
+            still.append(f"--{field.name} {field.default:g}{other}")
+    what = f"hint: --policy {policy} is not the lab's, but these have the lab's values"
+    return f"{what}: {', '.join(still)}" if still else ""
 
 
 def make_problems():
@@ -113,8 +144,9 @@ def make_tokenizer(corpus):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD)
 
 
-def make_policy(device):
-    """Train the SFT policy and write it, with its tokenizer, to `policy/`."""
+def make_policy(device, seed=SEED):
+    """Train the SFT policy and write it, with its tokenizer, to `policy/`. seed: of its initial
+    weights (tests/study/spread.py)."""
     corpus = world.draw_corpus(SEED, SFT_STEPS * SFT_BATCH)
     tokenizer = make_tokenizer(corpus[:4000])
     config = LlamaConfig(
@@ -124,13 +156,13 @@ def make_policy(device):
         num_hidden_layers=4,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        max_position_embeddings=512,
+        max_position_embeddings=POSITIONS,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(SEED)  # transformers draws initial weights from the global state
+        torch.manual_seed(seed)  # transformers draws initial weights from the global state
         model = LlamaForCausalLM(config).to(device)
     loss = train_policy(Policy(model), rows_of(corpus, tokenizer), tokenizer.pad_token_id, device)
     folder = FOLDER / "policy.tmp"

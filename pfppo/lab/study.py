@@ -1,16 +1,18 @@
 """The paper's tables in one command: every filter and seed trained on the lab, and what came of it.
 
-    python -m pfppo.lab.study --filters single,none,best_of_n,best_random,best_worst --seeds 5
-    python -m pfppo.lab.study --filters none,best_of_n,best_random,best_worst --seeds 3 \\
-        --reward noisy:middle,noisy:tails,noisy:uniform --out runs/noise
+    python -m pfppo.lab.study --filters none,random_two,best_worst --rm_seeds 12 --seeds 1
+    python -m pfppo.lab.study --filters none,best_worst --seeds 12 \\
+        --reward noisy:middle,noisy:uniform,noisy:bugs:0.3 --out runs/noise
 
-`eval_code.py` measures R^2 of every filter before training, on samples of the SFT policy and the
-problems that PPO will learn from. Then each cell (filter, seed) is a run of `train_ppo.py` below
-`--out`/cells (cells.py); what is finished is not made again, what was killed goes on. In the end
-`--out` has `table.md`, `table.json` and, with matplotlib, figures. Several rewards are a study
-each, in a folder each below `--out`.
+`eval_code.py` measures R^2, AUC and alignment of every filter before training, on samples of the
+SFT policy and the problems that PPO will learn from. Then each cell (filter, seed) is a run of
+`train_ppo.py` below `--out`/cells (cells.py); what is finished is not made again, what was killed
+goes on. In the end `--out`/samples (or updates; another --base or --confidence is added to that
+name) has `table.md`, `table.json` and, with matplotlib, figures. Several rewards are a study each,
+in a folder each below `--out`, and what a filter gains more under one than under another stands in
+`interactions.md`.
 
-Compute is matched in one of two ways:
+Compute is matched in one of two ways; cells that are the same in both are made once:
 
     --match samples    every cell sees the same prompts x N in each of the same number of steps, so
                        best_random makes 2/5 of the updates of none
@@ -20,8 +22,11 @@ Compute is matched in one of two ways:
 `single`, PPO-S, draws one sample of N times the prompts. Its samples have the same distribution as
 those of `none`, hence the same R^2.
 
-A cell's policy is selected on validation only. Intervals are 95 % bootstrap intervals over seeds;
-with five seeds they are optimistic: of normal values about 85 % cover the mean.
+The outcome is the pass rate of the last policy, `--draws` sampled answers to each test problem;
+those of the policy that was best on validation stand beside it. Intervals are Student's t over
+what is independent: seeds, or with `--rm_seeds` reward models, each trained on pairs of its own,
+whose seeds are averaged. (Seeds that share a reward model say nothing about others.) Differences
+are paired. What was planned before the runs of tests/study stands there, in PLAN.md.
 
 What follows `--` goes to every cell: `-- --policy DIR --reward_model DIR --prompts FILE
 --validation FILE --test FILE` is the study with models of one's own.
@@ -36,20 +41,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from pfppo.config import Count, UserError, launch, reason, require
-from pfppo.files import check_writable, write_json
-from pfppo.filters import FILTERS, kept_per_prompt, load_filter
-from pfppo.lab import cells, default, figures
-from pfppo.reliability import spearman
+from pfppo.config import Count, Natural, Share, UserError, launch, reason, require
+from pfppo.files import check_writable, read_jsonl, write_json, write_jsonl
+from pfppo.filters import kept_per_prompt, known_to, load_filter, usable
+from pfppo.lab import cells, default, figures, tables, world
 from pfppo.reward import load_reward
-from pfppo.run import Machine, differences
-
-import numpy as np
+from pfppo.run import Machine, differences, is_trained
 
 NO_WORD = re.compile(r"\W+", re.ASCII)  # what no folder is named by
-BASE = "none"  # what the others are compared with: PPO-M, all samples kept
-KEYS = [f"{when}_{kind}" for when in ("selected", "last") for kind in ("greedy", "sampled")]
-JUDGED = ("r2", "r2_low", "r2_high", "kept")  # of the reliability table
+MODELS = 1000  # reward models at most: the seeds of model m are m, 1000 + m, ...
 # What R^2 is measured with as the cells are trained with: options of both scripts.
 SHARED = ("policy", "reward_model", "prompt_style", "max_new_tokens", "max_prompt_tokens")
 SHARED += ("temperature", "timeout", "param_dtype", *(field.name for field in fields(Machine)))
@@ -58,23 +58,37 @@ SHARED += ("temperature", "timeout", "param_dtype", *(field.name for field in fi
 @dataclass
 class Args:
     filters: str = "single,none,best_of_n,best_random,best_worst"  # comma-separated, or all
-    seeds: Count = 5  # cells of a filter: seeds 1, 2, ...
+    seeds: Count = 5  # cells of a filter (and of a reward model)
+    rm_seeds: Natural = 0  # reward models, each from pairs of its own; 0: the one there is
     match: Literal["samples", "updates"] = "samples"  # what is equal between filters
+    base: str = "none"  # the filter that the others are compared with
     reward: str = "model"  # --reward of the cells, or several: noisy:middle,noisy:tails
     steps: Count = 30  # PPO steps of `none`
     prompts_per_step: Count = 48  # P
     samples_per_prompt: Count = 5  # N
     minibatch: Count = 48  # kept rows per optimizer step
+    test_problems: Count = 2000  # that the last policies answer, of the lab (else those of --test)
+    draws: Count = 4  # sampled answers to each
+    confidence: Share = 0.95  # of intervals
     jobs: Count = 2  # cells that run at once
     out: str = "runs/study"  # where cells, tables and figures go
 
-    FREE = ("filters", "seeds", "jobs", "out")  # may differ when a study goes on
+    # May differ when a study goes on
+    FREE = ("filters", "seeds", "rm_seeds", "match", "base", "confidence", "jobs", "out")
+
+
+def model_of(args, seed):
+    """The number of the reward model of a cell, and its folder."""
+    number = (seed - 1) % MODELS + 1
+    return number, Path(args.out, "reward_models", str(number))
 
 
 def cells_of(args, names):
-    """All cells, seed by seed, so that an interrupted study has whole seeds. Raises UserError."""
-    made = []
-    for seed in range(1, args.seeds + 1):
+    """All cells, seed by seed, so that an interrupted study has whole seeds; of several reward
+    models one after the other, each with seeds that no other has. Raises UserError."""
+    made, models = [], max(1, args.rm_seeds)
+    step = MODELS if args.rm_seeds else 1
+    for seed in (1 + m + step * s for m in range(models) for s in range(args.seeds)):
         for name in names:
             N = 1 if name == "single" else args.samples_per_prompt
             kept = kept_per_prompt(load_filter(name, N, "filters"), N) or N
@@ -82,7 +96,10 @@ def cells_of(args, names):
             options = {"filter": name, "seed": seed, "reward": args.reward}
             options |= {"steps": round(args.steps * scale), "minibatch": args.minibatch}
             options |= {"prompts_per_step": args.prompts_per_step * args.samples_per_prompt // N}
-            folder = Path(args.out, "cells", f"{NO_WORD.sub('-', name)}-{seed}")
+            folder = f"{NO_WORD.sub('-', name)}-{seed}"
+            folder += f"-{options['steps']}-steps" if options["steps"] != args.steps else ""
+            options |= {"reward_model": model_of(args, seed)[1]} if args.rm_seeds else {}
+            folder = Path(args.out, "cells", folder)
             made.append(options | {"samples_per_prompt": N, "run_dir": folder})
     return made
 
@@ -104,101 +121,60 @@ def parse_words(words):
     return options
 
 
-def measure(args, names, given):
-    """{filter: row of the reliability table} on samples of the SFT policy; makes the lab too.
-    Raises UserError."""
-    asked = {BASE if name == "single" else name: None for name in names}  # each once, in order
-    folder = Path(args.out, "reliability")
-    if not read_reliability(folder).keys() >= asked.keys():
-        problems = given.get("prompts", "lab")
-        problems = default.FOLDER / default.PATHS["prompts"] if problems == "lab" else problems
-        options = {"reward_model": "lab", "reward": args.reward, "problems": problems}
-        options |= {"samples_per_problem": args.samples_per_prompt, "temperature": 1.0}
-        options |= {"filters": ",".join(asked), "out": folder}
-        options |= {name: given[name] for name in SHARED if name in given}
-        cells.run_script("eval_code.py", folder, options)
-    return read_reliability(folder)
+def prepare(args, names, given):
+    """Make the reward models and measure every filter with each; makes the lab too. Returns
+    [{filter: row of the reliability table}] of each model. Raises UserError."""
+    asked = {
+        tables.ALL if name == "single" else name: None for name in names
+    }  # each once, in order
+    shared = {name: given[name] for name in SHARED if name in given}
+    problems = given.get("prompts", "lab")
+    problems = default.FOLDER / default.PATHS["prompts"] if problems == "lab" else problems
+    folders = [Path(args.out, "reliability")]
+    if args.rm_seeds:
+        folders = [Path(args.out, f"reliability-{i + 1}") for i in range(args.rm_seeds)]
+
+    def work(number):
+        folder, options = folders[number], {"reward_model": "lab", "temperature": 1.0} | shared
+        if args.rm_seeds:
+            seed, model = model_of(args, number + 1)
+            if not is_trained(model):
+                how = shared | {"seed": seed, "run_dir": model, "held_out": 0.25}  # as the lab's
+                cells.run_script("train_rm.py", model, how, args.jobs)
+            options["reward_model"] = model
+        if not read_reliability(folder).keys() >= asked.keys():
+            options |= {"reward": args.reward, "problems": problems, "filters": ",".join(asked)}
+            options |= {"samples_per_problem": args.samples_per_prompt, "out": folder}
+            cells.run_script("eval_code.py", folder, options, args.jobs)
+
+    work(0)  # alone, as it makes the lab
+    cells.at_once(work, range(1, len(folders)), args.jobs)
+    return [read_reliability(folder) for folder in folders]
 
 
 def read_reliability(folder):
     """The rows that are there. Raises UserError where they are damaged."""
     path = folder / "reliability.json"
+    wanted = (*tables.STATISTICS, "r2_low", "r2_high", "alpha_low", "alpha_high")
     try:
         rows = json.loads(path.read_text())["filters"] if path.exists() else []
-        return {row["filter"]: {name: row[name] for name in JUDGED} for row in rows}
+        return {row["filter"]: {name: row[name] for name in wanted} for row in rows}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged, delete it ({reason(error)})") from error
 
 
-def interval(values, seed=0, resamples=10_000):
-    """(mean, low, high): 95 % bootstrap interval of the mean over seeds; None of one value."""
-    values = np.array(values)
-    if len(values) < 2:
-        return values[0], None, None
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    return values.mean(), *np.quantile(values[draws].mean(1), [0.025, 0.975]).tolist()
-
-
-def summarize(results, reliability):
-    """The table: one dict per filter, plain numbers for JSON. results: {filter: [`read_cell` of
-    each seed]}."""
-    rows = []
-    for name, mine in results.items():
-        row = {"filter": name, "seeds": len(mine)}
-        for key in KEYS:
-            row[f"{key}_by_seed"] = [result[key] for result in mine]
-            row[key] = interval(row[f"{key}_by_seed"])
-            if BASE in results and name != BASE:
-                pairs = zip(mine, results[BASE], strict=True)
-                row[f"{key}_difference"] = interval([one[key] - base[key] for one, base in pairs])
-        row["samples"] = mine[0]["samples"][-1]
-        row["updates"] = round(np.mean([result["updates"][-1] for result in mine]))
-        row["minutes"] = float(np.mean([result["minutes"] for result in mine]))
-        rows.append(row | reliability[BASE if name == "single" else name])
-    return rows
-
-
-def rank_correlation(rows):
-    """Spearman of R^2 before training and greedy pass@1 after it; NaN of less than 3 filters."""
-    both = [(row["r2"], row["selected_greedy"][0]) for row in rows if row["r2"] is not None]
-    return spearman(*np.array(both).T) if len(both) > 2 else float("nan")
-
-
-def markdown(args, rows, hours):
-    """The table as Markdown, with what it needs to be read."""
-
-    def shown(value, sign=""):
-        mean, low, high = value or (None, None, None)
-        bounds = "" if low is None else f" [{low:{sign}.3f}, {high:{sign}.3f}]"
-        return "-" if mean is None else f"{mean:{sign}.3f}{bounds}"
-
-    minus = f"minus {BASE}"
-    head = f"filter | samples | updates | minutes | greedy, selected | {minus} | sampled, selected"
-    head += f" | {minus} | greedy, last | sampled, last | R^2 before training"
-    lines = [head, " | ".join(["---"] * (head.count("|") + 1))]
-    for row in rows:
-        line = f"{row['filter']} | {row['samples']:,} | {row['updates']:,} | {row['minutes']:.1f}"
-        for key in ("selected_greedy", "selected_sampled"):
-            line += f" | {shown(row[key])} | {shown(row.get(key + '_difference'), '+')}"
-        line += f" | {row['last_greedy'][0]:.3f} | {row['last_sampled'][0]:.3f}"
-        lines.append(f"{line} | {shown([row['r2'], row['r2_low'], row['r2_high']])}")
-    table = "\n".join(f"| {line} |" for line in lines)
-    mean = "one seed: no interval, and so no verdict."
-    if args.seeds > 1:
-        mean = f"""mean over {args.seeds} seeds with a 95 % bootstrap interval over seeds; \
-differences are paired by seed, and an interval that holds 0 is no verdict."""
-    differ = args.match == "updates" and len({row["updates"] for row in rows}) > 1
-    but = " as far as filters keep a fixed number (see the column)" if differ else ""
-    correlation = rank_correlation(rows)
-    correlation = "undefined" if np.isnan(correlation) else f"{correlation:.2f}"
-    return f"""{table}
-
-Test pass@1, {mean} Compute: matched by {args.match}{but}. Reward: {args.reward}. \
-Selected: the step that was best on validation. Minutes: of a cell's steps.
-
-Spearman correlation of R^2 and greedy pass@1 over filters: {correlation}. \
-The steps of all cells took {hours:.1f} hours.
-"""
+def asked_of(args, given):
+    """Options of eval_code.py with which last policies are examined; writes the problems."""
+    options = {"temperature": 1.0} | {name: given[name] for name in SHARED if name in given}
+    options.pop("reward_model", None)
+    if not (path := given.get("test")):
+        path = Path(args.out, "test.jsonl")
+        if not path.exists():
+            ours = default.FOLDER.glob("*.jsonl")  # which runs see; made by now
+            seen = {row["prompt"] for path in ours for _, row in read_jsonl(path)}
+            drawn = world.draw_problems("study", "test", args.test_problems, seen)
+            write_jsonl(path, [{k: v for k, v in asdict(p).items() if v} for p in drawn])
+    return options | {"problems": path, "samples_per_problem": args.draws}
 
 
 def check_study(args, given):
@@ -206,6 +182,7 @@ def check_study(args, given):
     out = Path(args.out)
     check_writable(out, "out")
     here = {n: v for n, v in asdict(args).items() if n not in args.FREE} | {"given": given}
+    here["own_models"] = args.rm_seeds > 0  # else its cells are of others
     path = out / "study.json"
     try:
         differ = differences(json.loads(path.read_text()) if path.exists() else here, here)
@@ -220,22 +197,27 @@ def check_study(args, given):
 def study(args, names, given):
     """One reward: run what is missing, write table and figures. Returns the table's rows."""
     planned, out = cells_of(args, names), Path(args.out)
-    own = sorted(given.keys() & {*planned[0], "resume", "export", "plan", "selfcheck"})
+    own = sorted(given.keys() & {*planned[0], "resume", "export", "plan", "selfcheck", "refill"})
     require(not own, f"-- --{' --'.join(own)}: the study itself sets this option of its cells")
+    what = "makes reward models for the lab's policy, from the lab's problems"
+    require(not (args.rm_seeds and given.get("policy")), f"--rm_seeds {args.rm_seeds}: {what}")
     check_study(args, given)
     for cell in filter(cells.is_finished, planned):
         cells.read_cell(cell)  # what does not fit is told before hours of training
-    reliability = measure(args, names, given)
-    cells.run_cells(planned, args.jobs, given)
+    reliability = prepare(args, names, given)
+    cells.run_cells(planned, args.jobs, given, asked_of(args, given))
     results = [cells.read_cell(cell) for cell in planned]  # seed by seed
     results = {name: results[i :: len(names)] for i, name in enumerate(names)}
-    rows = summarize(results, reliability)
-    hours = sum(row["minutes"] * row["seeds"] for row in rows) / 60
-    text = markdown(args, rows, hours)
+    rows = tables.summarize(args, results, reliability)
+    hours = sum(row["minutes"] * row["cells"] for row in rows) / 60
+    usual = (args.base, Args.base), (args.confidence, Args.confidence)
+    others = [str(asked) for asked, default in usual if asked != default]
+    text, out = tables.markdown(args, rows, hours), out / "-".join([args.match, *others])
+    out.mkdir(exist_ok=True)
     (out / "table.md").write_text(text)
-    table = {"match": args.match, "reward": args.reward, "hours": hours, "filters": rows}
-    write_json(out / "table.json", table)
-    drawn = figures.draw_study(out, results, rows, rank_correlation(rows))
+    table = {name: getattr(args, name) for name in ("match", "reward", "base", "confidence")}
+    write_json(out / "table.json", table | {"hours": hours, "filters": rows})
+    drawn = figures.draw_study(out, results, rows, args.base)
     print(f"{text}\n{out}: table.md, table.json; {drawn}")
     return rows
 
@@ -251,18 +233,22 @@ def listed(text, option):
 def main(args, words=()):
     """Run what is missing of every reward's cells, then write the tables and figures of all. words:
     options for the runs themselves, as they stood behind `--`. Raises UserError."""
-    names = list(FILTERS) if args.filters == "all" else listed(args.filters, "filters")
-    rewards, given, tables = listed(args.reward, "reward"), parse_words(words), {}
+    rewards, given, found = listed(args.reward, "reward"), parse_words(words), {}
+    known = known_to(given.get("reward_model") or "lab")
+    names = usable(known) if args.filters == "all" else listed(args.filters, "filters")
     for reward in rewards:
         load_reward(reward)
+    require(args.base in [*names, tables.ALL], f"--base {args.base}: none of --filters")
     for reward in rewards:
         part = replace(args, reward=reward)
         if len(rewards) > 1:
             print(f"{reward}:", flush=True)
             part.out = str(Path(args.out, NO_WORD.sub("-", reward)))
-        tables[reward] = study(part, names, given)
-    if len(rewards) > 1 and BASE in names:
-        print(f"{args.out}: {figures.draw_rewards(Path(args.out), tables, BASE)}")
+        found[reward] = study(part, names, given)
+    if len(rewards) > 1 and args.base in names:
+        text, out = tables.interactions(found, args), Path(args.out)
+        (out / "interactions.md").write_text(text)
+        print(f"{text}\n{out}: interactions.md; {figures.draw_rewards(out, found, args.base)}")
 
 
 if __name__ == "__main__":  # what stands behind `--` goes to every cell

@@ -3,10 +3,11 @@
 Every row becomes a `Problem`: `setup + prompt + canonical_solution` is a Python program, and `test`
 is run against a candidate program. A row's fields tell its form:
 
-    prompt_sft, starter_code   LeetCode: DeepSeek-Coder's contests, newfacade's LeetCodeDataset
-    test_list, assertion       MBPP, full and sanitized; MBPP+ of EvalPlus and of Hugging Face
-    any others                 HumanEval; EvalPlus's HumanEval+, whose inputs (it has no asserts)
-                               are compared with the reference; a `prompt` alone
+    prompt_sft or problem_description  LeetCode: DeepSeek-Coder's contests, LeetCodeDataset
+    test_list or assertion             MBPP, full, sanitized; MBPP+ of EvalPlus, of Hugging Face
+    any others                         HumanEval; EvalPlus's HumanEval+, whose inputs (it has no
+                                       asserts) are compared with the reference; a prompt alone,
+                                       which may be called as in ASKED (GSM8K, MATH, Alpaca)
 
 Not covered: the extra inputs in EvalPlus's own MbppPlus.jsonl, which need a conversion for each
 task (its base asserts are used; the Hugging Face file of MBPP+ has all inputs in `test`).
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pfppo.config import require
 from pfppo.files import read_jsonl
 from pfppo.problems.extract import lines_of
-from pfppo.problems.messages import read_turns, short
+from pfppo.problems.messages import read_turns, require_whole, short, with_system
 
 # What LeetCode gives every submission; builtins come last because math has a `pow` of its own.
 PREAMBLE = """\
@@ -30,6 +31,8 @@ from bisect import *; from collections import *; from functools import *; from h
 from itertools import *; from math import *; from typing import *; from builtins import *
 """
 MBPP_SPLITS = {"test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+ASKED = ("prompt", "question", "instruction", "problem", "query", "Question", "Problem")
+ASKED += ("messages", "conversations")  # last: an SFT file's dialogue ends with the answer
 CALL = re.compile(r"(?<![\w.])(\w+)\s*\(")
 KINDS = {int: "a number", float: "a number", str: "a string", list: "a list"}
 
@@ -45,6 +48,11 @@ class Problem:
     instruction: str = ""  # what an instruction-tuned model is asked, where the file says it
     messages: list = field(default_factory=list, hash=False)  # a dialogue, in place of the prompt
     extra: dict = field(default_factory=dict, hash=False)  # further fields, for rewards, verifiers
+
+    @property
+    def is_code(self):
+        """Whether an answer is a program, to be taken out of what was said."""
+        return bool(self.test or self.entry_point)
 
     @property
     def question(self):
@@ -83,37 +91,73 @@ class _Row(dict):
         return value if isinstance(value, str) else "".join(f"{part.rstrip()}\n" for part in value)
 
     def asked(self):
-        """(prompt, messages): a text, or a dialogue under either name."""
-        name = "messages" if "messages" in self and "prompt" not in self else "prompt"
+        """(prompt, messages): a text, or a dialogue, under the first of its names."""
+        name, others = next((n for n in ASKED if n in self), "prompt"), ", ".join(ASKED[1:])
+        require_whole(self, name, self.where)
+        if name not in self:
+            expected = "expected a string or a list; has: " + (", ".join(self) or "no field")
+            self.require(False, f"field 'prompt' is missing ({expected}); also read: {others}")
         value = self(name, str, list, empty=True)
-        if isinstance(value, str):
+        system = self("system", str, default="", empty=True)
+        if isinstance(value, str) and not system:
             return value, []
-        return "", read_turns(value, f"{self.where}: field '{name}'", "user")
+        turns = read_turns(value, f"{self.where}: field '{name}'", "user")
+        return "", with_system(turns, system, self.where)
 
 
-def load_problems(path, form="", test_split=False):
-    """The problems of a file, in its order. All have tests. Raises UserError.
+def load_problems(path, form="", test_split=False, verifier=None, say=lambda line: None):
+    """The problems of a file, in its order. All have tests, or what another `verifier` needs
+    (verifiers.py), which is tried on them. Raises UserError.
 
     form: a key of FORMS that every row must have; "": any. test_split: of Google's MBPP only the
     test split (if any of it is there); MBPP+, a selection, is taken whole, as it is published.
     """
     require(form in ("", *FORMS), f"form {form!r} is unknown: expected {', '.join(FORMS)}")
-    pairs = _read(path, form, tested=True)
-    chosen = [p for row, p in pairs if in_split(p, "test") or {"test", "assertion"} & row.keys()]
-    return chosen if test_split and chosen else [problem for _, problem in pairs]
+    pairs = _read(path, form, tested=not verifier)
+    problems = [problem for _, problem in pairs]
+    if verifier:
+        verifier.check(problems, path)
+    if not test_split:
+        return problems
+    plain = [problem for row, problem in pairs if not {"test", "assertion"} & row.keys()]
+    left_out = {p.task_id for p in plain} - {p.task_id for p in of_split(plain, "test", path, say)}
+    return [problem for problem in problems if problem.task_id not in left_out]
 
 
-def load_prompts(path, split=""):
+def load_prompts(path, split="", say=lambda line: None):
     """What is sampled from: problems of any form, with tests or without. split: of MBPP's tasks
-    only those of "train", "validation" or "test" (if any is there). Raises UserError."""
+    only those of "train", "validation" or "test" (`of_split`); `say` is told so. Raises
+    UserError."""
     problems = [problem for _, problem in _read(path)]
-    return [p for p in problems if not split or in_split(p, split)] or problems
+    return of_split(problems, split, path, say) if split else problems
+
+
+def of_split(problems, split, path, say):
+    """Those of MBPP's tasks that are in a split, and all other problems, which `say` is told; all
+    of them where none is in it, or where some task has an id that MBPP has not: such a file is no
+    part of MBPP."""
+    numbers = [number for problem in problems if (number := mbpp_number(problem)) is not None]
+    others = any(not 1 <= number <= MBPP_SPLITS["train"][-1] for number in numbers)
+    chosen = [problem for problem in problems if in_split(problem, split)]
+    if others or not chosen or len(chosen) == len(problems):
+        return problems
+    ids = MBPP_SPLITS[split]
+    whose = f"MBPP's {split} split by task id ({ids[0]} to {ids[-1]})"
+    own = "where they are not MBPP's, an id such as 'own/1' takes all"
+    say(f"{path}: {len(chosen)} of {len(problems)} problems, {whose}; {own}")
+    return chosen
+
+
+def mbpp_number(problem):
+    """The number in a task id of MBPP; None of any other problem."""
+    number = re.fullmatch(r"Mbpp/(\d+)", problem.task_id)
+    return int(number[1]) if number else None
 
 
 def in_split(problem, split):
     """Whether a task's id is in a split of MBPP; other problems are in all."""
-    number = re.fullmatch(r"Mbpp/(\d+)", problem.task_id)
-    return not number or int(number[1]) in MBPP_SPLITS[split]
+    number = mbpp_number(problem)
+    return number is None or number in MBPP_SPLITS[split]
 
 
 def _read(path, form="", tested=False):
@@ -127,7 +171,7 @@ def _read(path, form="", tested=False):
         problem = FORMS[own](row)
         if tested and not problem.test:
             row("test")  # says that it is missing
-        asks = tested or problem.question.strip()
+        asks = problem.test or problem.question.strip()
         row.require(asks, "field 'prompt' is empty, expected some text")
         first = lines.setdefault(problem.task_id, line)
         row.require(first == line, f"task_id {problem.task_id!r} was on line {first} already")
@@ -231,4 +275,4 @@ def _leetcode(row):
 
 
 FORMS = {"leetcode": _leetcode, "mbpp": _mbpp, "humaneval": _humaneval}
-MARKS = {"leetcode": {"prompt_sft", "starter_code"}, "mbpp": {"test_list", "assertion"}}
+MARKS = {"leetcode": {"prompt_sft", "problem_description"}, "mbpp": {"test_list", "assertion"}}

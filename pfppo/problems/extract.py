@@ -100,7 +100,7 @@ def marks_thought(token):
     return bool(re.fullmatch(f"{_OPEN}|{_CLOSE}", token))
 
 
-def _answer(response):
+def answer_of(response):
     """What stands behind the last thought, and before an unfinished one."""
     start, end = 0, None
     for mark in _THOUGHT.finditer(response):
@@ -113,12 +113,12 @@ def _answer(response):
 
 def extract_code(response, problem):
     """The whole program in a model's response, for `check_of`. Takes any text and never raises."""
-    text = lines_of(_answer(response).removeprefix("\ufeff"))
+    text = lines_of(answer_of(response).removeprefix("\ufeff"))
     if method := _method(text, problem):
         return program_of(problem, method, whole=True)
     define, rest = definition_of(problem), text.lstrip()
     indent = text[: len(text) - len(rest)].rpartition("\n")[2]
-    inner = re.search(rf"^[ \t]+(?=def|class)(?={define.pattern[1:]})", text, re.M)
+    inner = _inner(text, define)
     above = text[: inner.start()] if inner else ""
     if inner and not define.search(above) and not _FENCE.search(above):
         moved = _moved(text[inner.start() :])  # an indented function, unless it is a body's helper
@@ -140,6 +140,30 @@ def extract_code(response, problem):
         if define.search(problem.prompt):
             text = textwrap.indent(text, margin if margin.isspace() else _indent(problem.prompt))
     return program_of(problem, text, whole=False)
+
+
+def settled(text, problem):
+    """(form, first, last): how an answer has begun, "body" or "definition"; the first margin below
+    that body, or the entry point's definition; and where something begins by which other rules may
+    count, a fence, a thought, an indented definition. ("", 0, 0): not begun."""
+    define, rest = definition_of(problem), text.lstrip()
+    entry, indent = define.search(text), text[: len(text) - len(rest)].rpartition("\n")[2]
+    is_body = bool(rest) and len(indent.expandtabs()) > 1
+    if not is_body and not entry:
+        return "", 0, 0
+    begins = 0 if is_body else entry.start()
+    first = next((m for m in _margins(text) if m > begins), len(text))
+    if not is_body and not _RETURN.search(text, begins, first):  # a stub may only be quoted
+        return "", 0, 0
+    thoughts = (mark for mark in _THOUGHT.finditer(text) if mark["open"] or mark["close"])
+    others = (_FENCE.search(text), _inner(text, define), next(thoughts, None))
+    last = min((mark.start() for mark in others if mark), default=len(text))
+    return ("body" if is_body else "definition"), first, last
+
+
+def _inner(text, define):
+    """The indentation of the entry point's definition, if it has one."""
+    return re.search(rf"^[ \t]+(?=def|class)(?={define.pattern[1:]})", text, re.M)
 
 
 def _indent(prompt):

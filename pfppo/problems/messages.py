@@ -5,6 +5,9 @@ assistant by turns. A prompt ends with a user's turn, a response is the assistan
 A pair is a prompt and two responses to it, each a string or a list of turns. Its fields are
 `prompt, chosen, rejected`, or those of NAMES; `system` is put before the prompt (Orca):
 
+Known too: SafeRLHF's `response_0, response_1` with the id of the better one, SHP's `human_ref_A,
+human_ref_B, labels`.
+
     prompt          chosen, rejected
     text or turns   texts
     turns           one assistant's turn each
@@ -13,23 +16,38 @@ A pair is a prompt and two responses to it, each a string or a list of turns. It
     none            whole dialogues that differ in the last turn only (TRL's implicit prompt), as
                     turns or as a text "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF)
 
-Contents are text, or a list of parts {"type": "text", "text": ...} that are put together.
+Contents are text, or a list of parts {"type": "text", "text": ...} that are put together. A turn
+may have ShareGPT's names (`from`, `value`; human, gpt).
 
-Not covered: tools and other roles, images, ShareGPT's names (`from`, `value`).
+Not covered: tools and other roles, images, more than two responses (ranks, scores of each).
 """
 
 import re
+from pathlib import Path
 
-from pfppo.config import require
+from pfppo.config import UserError, reason, require
 from pfppo.files import read_jsonl
 from pfppo.problems.extract import definition_of
 
-# "instruction, pos, neg" are the PF-PPO authors', "question" and "input" Orca's
-NAMES = {"prompt": ("instruction", "question", "input"), "chosen": ("pos",), "rejected": ("neg",)}
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+from transformers.utils.chat_template_utils import render_jinja_template
+
+NAMES = {  # "instruction, pos, neg" are the PF-PPO authors', "question" and "input" Orca's
+    "prompt": ("instruction", "question", "input", "query", "history", "conversations", "messages"),
+    "chosen": ("pos", "better", "preferred", "chosen_response", "response_chosen", "response_j"),
+    "rejected": ("neg", "worse", "dispreferred", "rejected_response", "response_rejected")
+    + ("response_k",),
+}
+CHOICES = (  # fields of two responses, fields that say which is chosen, their values for the first
+    (("response_0", "response_1"), ("better_response_id", "safer_response_id"), 0),
+    (("human_ref_A", "human_ref_B"), ("labels",), 1),
+)
+SPEAKERS = {"Human": "user", "Assistant": "assistant", "human": "user", "gpt": "assistant"}
+UNUSABLE = 0.01  # share of the rows of a file of pairs that may be left out
 # The roles of a dialogue by that of its last turn; a response may stand there without its prompt.
+BESIDE = ("input", "Body", "context", "passage", "options", "choices")  # belong to a question
 ORDERS = {"user": r"(system, )?(user, assistant, )*user"}
 ORDERS["assistant"] = r"(system, )?(user, assistant, )*user, assistant|assistant"
+TEMPLATES = (".jinja", ".jinja2", ".j2")  # how the name of a chat template's file ends
 MBPP_SHOTS = ("Mbpp/2", "Mbpp/3", "Mbpp/4")  # the three examples of the MBPP paper
 # The wording of DeepSeek-Coder's evaluation of instruction-tuned models.
 INSTRUCTION = """\
@@ -50,6 +68,27 @@ to answer
 """
 
 
+def own_template(path):
+    """The text of a chat template of one's own (Jinja, as a tokenizer's); "" where a --prompt_style
+    names no file. Raises UserError where it cannot be read, does not run, or leaves out what the
+    user says."""
+    if not path.endswith(TEMPLATES):
+        return ""
+    here, said = f"--prompt_style {path}: ", "What the user says."
+    try:
+        text = Path(path).read_text()
+        how = {"add_generation_prompt": True, "bos_token": "", "eos_token": "", "tools": None}
+        turns = [{"role": "user", "content": said}]
+        rendered = render_jinja_template([turns], chat_template=text, **how)[0][0]
+    except OSError as error:
+        raise UserError(f"{here}cannot be read: {reason(error)}") from error
+    except Exception as error:  # a template is a program
+        raise UserError(f"{here}no chat template that runs: {reason(error)}") from error
+    lost = f"{said!r} as a user's message is not in what it makes of it, {rendered[:60]!r}"
+    require(said in rendered, here + lost)
+    return text
+
+
 def short(value):
     """A value in a message: its first characters, or "nothing"."""
     return "nothing" if value is None else repr(value)[:40]
@@ -59,11 +98,14 @@ def read_turns(value, where, last):
     """The turns of a dialogue, role and content alone; a string is one turn. `last` is the role of
     the last one; only a response may be empty. Raises UserError, beginning with `where`."""
     expected = f"expected a string or a list of messages, found {short(value)}"
+    value = [value] if isinstance(value, dict) else value
     require(isinstance(value, str | list), f"{where}: {expected}")
     given = [{"role": last, "content": value}] if isinstance(value, str) else value
     turns = []
     for number, turn in enumerate(given, 1):
         place = f"{where}, message {number}"
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys():
+            turn = {"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]}
         fits = isinstance(turn, dict) and {"role", "content"} <= turn.keys()
         require(fits, f"{place}: expected an object with 'role' and 'content', found {short(turn)}")
         content, place = turn["content"], f"{place}: 'content'"
@@ -80,6 +122,23 @@ def read_turns(value, where, last):
     found = f"{where}: {expected} {last}, found {roles or 'an empty list'}"
     require(re.fullmatch(ORDERS[last], roles), found)
     return turns
+
+
+def require_whole(row, name, where):
+    """Raise UserError where a question in the field `name` has parts in other fields; what stands
+    in `prompt`, or in a dialogue, is whole."""
+    whole = name in ("", "prompt", "history", "conversations", "messages")
+    beside = next((part for part in BESIDE if row.get(part) and part != name and not whole), "")
+    both = f"{where}: {name!r} and {beside!r}: expected one text of both, in 'prompt'"
+    require(not beside, both)
+
+
+def with_system(turns, system, where):
+    """A dialogue behind a row's field `system`, where it has one. Raises UserError."""
+    if not system or turns[0]["role"] == "system":
+        return turns
+    turns = [{"role": "system", "content": system}, *turns]
+    return read_turns(turns, f"{where}: field 'system' and the prompt", "user")
 
 
 def _is_text(part):
@@ -102,14 +161,21 @@ def only_text(prompt, style="plain"):
 def read_pair(row, where):
     """(prompt, chosen, rejected) of one object of a file: texts, but for a prompt that is more than
     one user's turn, a dialogue. Raises UserError beginning with `where`."""
-    both = row.get("instruction") and row.get("input")
-    require(not both, f"{where}: 'instruction' and 'input': expected one text of both, in 'prompt'")
-    values, places = {}, {}
+    named = [name for name in ("prompt", *NAMES["prompt"]) if row.get(name) is not None]
+    require_whole(row, next(iter(named), ""), where)
+    values, places, row = {}, {}, _chosen(row, where)
     for name, others in NAMES.items():
         values[name] = next((row[n] for n in (name, *others) if row.get(n) is not None), None)
         places[name] = f"{where}: field '{name}' (or '{others[0]}')"
+        found = f"expected a string or a list of messages, found nothing (has: {', '.join(row)}"
+        found += "); write rows of prompt, chosen, rejected" if name != "prompt" else ")"
+        require(name == "prompt" or values[name] is not None, f"{places[name]}: {found}")
     if values["prompt"] is None:
         values = {name: _transcript(value) for name, value in values.items()}
+    else:
+        asked = _transcript(values["prompt"])
+        ends = asked != values["prompt"] and not asked[-1]["content"]  # with a bare "Assistant:"
+        values["prompt"] = asked[:-1] if ends else asked
     *before, chosen = read_turns(values["chosen"], places["chosen"], "assistant")
     *other, rejected = read_turns(values["rejected"], places["rejected"], "assistant")
     differ = f"{where}: chosen and rejected differ before their last messages ({len(before)} and "
@@ -126,11 +192,28 @@ def read_pair(row, where):
         other = f"{places['prompt']}: {expected} in it and {short(asked[-1:])} in them"
         require(is_asked or before in ([], prompt), other)
         prompt = before or prompt
-    if row.get("system") and prompt[0]["role"] != "system":
-        prompt = [{"role": "system", "content": row["system"]}, *prompt]
-        prompt = read_turns(prompt, f"{where}: field 'system' and the prompt", "user")
+    prompt = with_system(prompt, row.get("system"), where)
     prompt = prompt[0]["content"] if len(prompt) == 1 else prompt
     return prompt, chosen["content"], rejected["content"]
+
+
+class Undecided(UserError):
+    """Two fields call different responses the better one, as published sets have many rows."""
+
+
+def _chosen(row, where):
+    """The row with `chosen` and `rejected`, where another field says which of two is which."""
+    for names, marks, first in CHOICES:
+        if set(names) <= row.keys() and "chosen" not in row:
+            said = {mark: row[mark] for mark in marks if row.get(mark) is not None}
+            expected = f"expected 0 or 1 in {' or '.join(marks)}, found {said}"
+            require(said and {*said.values()} <= {0, 1}, f"{where}: {expected}")
+            if len({*said.values()}) > 1:
+                advice = f"to learn one of them, take {' or '.join(marks)} out of the rows"
+                raise Undecided(f"{where}: {' and '.join(marks)} differ ({advice})")
+            one, other = names if first in said.values() else names[::-1]
+            return row | {"chosen": row[one], "rejected": row[other]}
+    return row
 
 
 def _transcript(value):
@@ -142,9 +225,24 @@ def _transcript(value):
     return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in pairs]
 
 
-def load_pairs(path):
-    """[(line, (prompt, chosen, rejected))] of a JSONL file. Raises UserError."""
-    return [(line, read_pair(row, f"{path}, line {line}")) for line, row in read_jsonl(path)]
+def load_pairs(path, say=print):
+    """[(line, (prompt, chosen, rejected))] of a JSONL file. Raises UserError where rows are no
+    pairs; a few among many, as published sets have them, and those that are undecided are left out,
+    and a line says so."""
+    rows, pairs, errors = read_jsonl(path), [], []
+    for line, row in rows:
+        try:
+            pairs.append((line, read_pair(row, f"{path}, line {line}")))
+        except UserError as error:
+            errors.append(error)
+    count = f"{len(errors)} of {len(rows)} rows are no pairs"
+    wrong = [error for error in errors if not isinstance(error, Undecided)]
+    if len(wrong) > UNUSABLE * len(rows) or not pairs:
+        errors = wrong or errors
+        raise UserError(f"{errors[0]}" + (f" ({count})" if len(errors) > 1 else ""))
+    if errors:
+        say(f"{path}: {count} and left out, the first: {errors[0]}")
+    return pairs
 
 
 def prompt_text(problem, style):

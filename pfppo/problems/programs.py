@@ -10,6 +10,7 @@ from pfppo.config import require
 from pfppo.files import read_jsonl
 from pfppo.problems.benchmarks import MBPP_SPLITS, in_split
 from pfppo.problems.extract import definition_of, extract_code, program_of
+from pfppo.problems.messages import short
 from pfppo.sandbox import Check
 
 import numpy as np
@@ -41,25 +42,37 @@ def _reference(problem):
     return program
 
 
-def read_samples(path, problems, allow_partial=False):
+SAID = ("response", "completion", "solution")  # fields of a samples file that hold an answer
+
+
+def load_samples(path):
+    """[(line, task_id, {field: text} of SAID)] of a samples file. Raises UserError."""
+    rows = []
+    for line, row in read_jsonl(path):
+        said = {name: row[name] for name in SAID if isinstance(row.get(name), str)}
+        expected = "expected a string in 'completion', 'solution' or 'response'"
+        odd = [f"{name}: {short(row[name])}" for name in SAID if name in row]
+        found = ", ".join(odd or sorted(row))
+        require(said, f"{path}, line {line}: {expected}, found {found}")
+        lacks = f"field 'task_id' is missing (has: {', '.join(row)})"
+        require("task_id" in row, f"{path}, line {line}: {lacks}")
+        rows.append((line, row["task_id"], said))
+    return rows
+
+
+def read_samples(path, problems, allow_partial=False, say=print):
     """Rows of a samples file as rows of ours, in its order. Raises UserError, also where a problem
     (of MBPP: of the split that the samples are from) has no sample, unless `allow_partial`: pass@k
-    then speaks of the others, perhaps the easy ones."""
+    then speaks of the others, perhaps the easy ones, and a line says so."""
     known = {problem.task_id: problem for problem in problems}
     counts, samples = Counter(), []
-    for line, row in read_jsonl(path):
-        where, given = f"{path}, line {line}", row.get("task_id")
+    for line, given, said in load_samples(path):
         names = (str(given), f"Mbpp/{given}")  # a number in Google's file
         task = next((name for name in names if name in known), None)
         expected = f"expected one of the problems', such as {next(iter(known))!r}"
-        require(task, f"{where}: task_id {given!r} is in no problem: {expected}")
-        whole = row.get("solution") is not None
-        code = row["solution"] if whole else row.get("completion")
-        expected = f"expected a string in 'completion' or 'solution', found {sorted(row)}"
-        require(isinstance(code, str), f"{where}: {expected}")
-        code = code if whole else known[task].prompt + code
-        program = program_of(replace(known[task], prompt=""), code, whole=True)  # adds the setup
-        samples.append({"task_id": task, "sample": counts[task], "solution": program})
+        require(task, f"{path}, line {line}: task_id {given!r} is in no problem: {expected}")
+        sample = {"task_id": task, "sample": counts[task], "response": next(iter(said.values()))}
+        samples.append(sample | {"solution": _solution(known[task], said, f"{path}, line {line}")})
         counts[task] += 1
     splits = [s for s in MBPP_SPLITS if all(in_split(known[task], s) for task in counts)]
     asked = [task for task in known if not splits or in_split(known[task], splits[0])]
@@ -67,18 +80,33 @@ def read_samples(path, problems, allow_partial=False):
     few = f"{len(missing)} of {len(asked)} problems have no sample, such as {missing[:1]}"
     advice = "expected one at least of each; --allow_partial leaves them out of pass@k"
     require(allow_partial or not missing, f"{path}: {few}: {advice}")
+    if missing:
+        say(f"--allow_partial: {few}; pass@k leaves them out")
     return samples
 
 
+def _solution(problem, said, where):
+    """What is executed of a sample: a whole program, the setup included; of no code the text."""
+    if not problem.is_code:
+        return next(iter(said.values()))
+    expected = f"expected a string in 'completion' or 'solution', found {sorted(said)}"
+    require({"completion", "solution"} & said.keys(), f"{where}: {expected}")
+    code = said["solution"] if "solution" in said else problem.prompt + said["completion"]
+    return program_of(replace(problem, prompt=""), code, whole=True)
+
+
 def sample_row(problem, number, response):
-    """One line of samples.jsonl. prompt + completion is the program, whatever the response is."""
+    """One line of samples.jsonl. Of code, prompt + completion is the program, whatever the response
+    is; elsewhere both are the response."""
+    row = {"task_id": problem.task_id, "sample": number}
+    if not problem.is_code:
+        return row | dict.fromkeys(("completion", "solution", "response"), response)
     program = assemble(problem, response).program
     head = problem.setup + problem.prompt
     # A program that defines all again stands after the prompt, whose function is then a docstring.
     again = "\n" + program.removeprefix(problem.setup)
     completion = program[len(head) :] if program.startswith(head) else again
-    row = {"task_id": problem.task_id, "sample": number, "completion": completion}
-    return row | {"solution": program, "response": response}
+    return row | {"completion": completion, "solution": program, "response": response}
 
 
 def pass_at_k(n, c, k):
@@ -99,17 +127,18 @@ def pass_at_k_interval(counts, k, resamples=1000, seed=0):
     return tuple(map(float, (values.mean(), *np.quantile(means, [0.025, 0.975]))))
 
 
-def summary(results, ks):
-    """The rows of results.jsonl as text: pass@k with its interval for each k, and outcomes."""
+def summary(results, ks, rate="pass"):
+    """The rows of results.jsonl as text: pass@k with its interval for each k, and outcomes. rate:
+    another word for pass."""
     n = Counter(row["task_id"] for row in results)
     c = Counter(row["task_id"] for row in results if row["passed"])
     lines = [f"{len(results)} samples of {len(n)} problems"]
     for k in ks:
-        rate, counts = f"no problem has {k} samples", [(n[t], c[t]) for t in n if n[t] >= k]
+        value, counts = f"no problem has {k} samples", [(n[t], c[t]) for t in n if n[t] >= k]
         if counts:
             mean, low, high = pass_at_k_interval(counts, k)
-            rate = f"{mean:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems"
-        lines.append(f"pass@{k:<4} {rate}")
+            value = f"{mean:.3f} [{low:.3f}, {high:.3f}]  {len(counts)} problems"
+        lines.append(f"{rate}@{k:<4} {value}")
     lines.append("\noutcome        samples   share")
     for name, count in Counter(row["outcome"] for row in results).most_common():
         lines.append(f"{name:<14} {count:>7} {count / len(results):>7.1%}")

@@ -8,6 +8,7 @@ SIGTERM     The step is given up, or ended if it is in its update; the run saves
             within `--grace_seconds`. torchrun passes SIGTERM on, sends SIGKILL after 30 s (torch
             2.13: `--shutdown-timeout`) and ends with status 1 itself, whatever its workers did.
             Where it is looked for, and what is not interrupted: stopping.py.
+Ctrl-C      Likewise; a second one ends at once. `--run_dir FOLDER --resume` goes on.
 kill        At any instant: `--resume` goes on from the last whole checkpoint to the same numbers.
 restarts    `torchrun --max-restarts 3` starts the workers of a node again when one has failed, and
             they go on from the last checkpoint; give `--run_dir`. Use it with `--node_rank` and
@@ -34,12 +35,29 @@ import os
 import sys
 
 from pfppo import config
-from pfppo.run.comparison import compare_filters, judged_rows, load_filters, plotting, read_judged
+from pfppo.run.comparison import (
+    compare_again,
+    compare_filters,
+    judge,
+    judged_rows,
+    load_filters,
+    plotting,
+)
 from pfppo.run.export import from_run, write
+from pfppo.run.fitting import rows_at_once, show
 from pfppo.run.folder import check_shared, claim, differences, open_folder
-from pfppo.run.memory import show
-from pfppo.run.options import LongRun, Machine
-from pfppo.run.proofs import prove_models, prove_policy, prove_scalar
+from pfppo.run.memory import AnswerPlan
+from pfppo.run.options import LongRun, Machine, Saved, styles
+from pfppo.run.pairs import (
+    pair_metrics,
+    pairs_by_tests,
+    raw_scores,
+    rows_of,
+    shares,
+    split_by_prompt,
+)
+from pfppo.run.proofs import prove_models, prove_policy, prove_scalar, proven_judges
+from pfppo.run.reward_session import RewardSession, is_trained
 from pfppo.run.selfcheck import selfcheck
 from pfppo.run.session import Session
 
@@ -59,7 +77,10 @@ def launch(main, cls):
     """`config.launch`, for a script with ranks; what `main` returns is the exit status."""
 
     def whole(args):
-        status = main(args)
+        try:
+            status = main(args)
+        except SystemExit as end:
+            status = end.code
         # A regular end ends the process group: its threads can abort an interpreter that leaves
         # before them.
         if dist.is_initialized():

@@ -165,6 +165,9 @@ def load(run, trained, ranks):
         try:
             dcp.load(loaded, checkpoint_id=newest / SHARDED)
         except dcp.api.CheckpointException as error:  # of any rank, on all of them
+            for failure, _ in error.failures.values():
+                if not isinstance(failure, Exception):  # Ctrl-C, SIGTERM: nothing is damaged
+                    raise failure from None
             why = f"damaged, or of another model ({_reason(error)})"
             raise UserError(f"{newest}: {why}; remove it to go on from the one before") from error
         for name, pair in trained.items():
@@ -189,7 +192,8 @@ def _newest(run):
 def _cut_back(run, step):
     """Drop what the files have of later steps. Returns what policy/ says of itself."""
     for path in (run / "metrics.jsonl", run / "samples.jsonl"):
-        rewrite_jsonl(path, [row for row in whole_lines(path) if row["step"] <= step])
+        # The samples that a reward model's pairs come from belong to no step.
+        rewrite_jsonl(path, [row for row in whole_lines(path) if row.get("step", 0) <= step])
     policy, previous = run / "policy", run / "policy.old"
     if previous.exists() and not policy.exists():  # killed between the renames of `export`
         previous.rename(policy)

@@ -1,10 +1,11 @@
-"""Every filter on one set of judged samples, before training: what it keeps, and how well rewards
-tell scores there (reliability.py).
+"""Every filter on one set of judged samples, before training: what it keeps, how well rewards tell
+scores there, and what they teach (reliability.py).
 
     samples.jsonl -> rewards, scores [P, N] -> expected weights of every filter -> table, figure
 
-A judged sample is a line with `task_id`, `reward`, and `score` (or `passed`): samples.jsonl of
-eval_code.py and of train_ppo.py are made of them. A filter that keeps at random counts with the
+A judged sample is a line with `task_id`, `reward`, and `score` (or `passed`), and for filters that
+ask for it `length`, `finished`, `members`: samples.jsonl of eval_code.py and of train_ppo.py are
+made of them. A filter that keeps at random counts with the
 mean of DRAWS of its draws. The figure is the paper's Fig. 1: mean actual score against mean reward,
 bin by bin. There ten responses to each prompt are generated ten times over; here each line is a
 resample of the prompts of one generation.
@@ -12,17 +13,34 @@ resample of the prompts of one generation.
 
 from dataclasses import dataclass
 
-from pfppo.config import UserError, require
+from pfppo.config import UserError, parts, require
 from pfppo.files import read_jsonl, write_json
 from pfppo.filters import FILTERS, load_filter
-from pfppo.reliability import format_table, reliability_table, resampled_bins
+from pfppo.fsdp import on_main
+from pfppo.reliability import (
+    Weights,
+    alignment,
+    auc,
+    binned_r2,
+    bootstrap_alignment,
+    bootstrap_r2,
+    resampled_bins,
+    spearman,
+)
+from pfppo.reward import Answers, load_card, spread_of
 from pfppo.rollout import seeded
+from pfppo.run.folder import claim
 
 import numpy as np
 import torch
 
 DRAWS = 2000  # of a filter that keeps at random: its expected weights are known to about 0.01
 LARGEST = 1e9  # rewards are squared, in fp32
+FIELDS = {  # of samples.jsonl: (what a filter may ask for, as what)
+    "length": ("lengths", torch.int64),
+    "finished": ("finished", torch.bool),
+    "members": ("members", torch.float32),
+}
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
 
 
@@ -33,30 +51,83 @@ class Judged:
     rewards: np.ndarray  # [P, N]
     scores: np.ndarray  # [P, N]
     prompts: np.ndarray  # [P], numbers; groups of one prompt have one number
+    given: dict  # {name: tensor [P, N, ...]} of filters.GIVEN, as far as it is known
 
 
-def judged(groups):
-    """Judged from [(prompt, [(reward, score)] * N)], whatever their order."""
-    groups = sorted((sorted(pairs), prompt) for prompt, pairs in groups)
+def judged(groups, fields):
+    """Judged from [(prompt, [[reward, score, numbers of each of `fields` ...]] * N)], whatever
+    their order. fields: {one of FIELDS: how many numbers it is}."""
+    groups = sorted((sorted(rows), prompt) for prompt, rows in groups)
     numbers = {}
     prompts = [numbers.setdefault(prompt, len(numbers)) for _, prompt in groups]
-    both = np.array([pairs for pairs, _ in groups], dtype=float)  # [P, N, 2]
-    return Judged(both[..., 0], both[..., 1], np.array(prompts))
+    whole = torch.tensor([rows for rows, _ in groups], dtype=torch.float64)  # [P, N, ...]
+    rewards, scores, *others = whole.split([1, 1, *fields.values()], dim=2)
+    given = {"scores": scores[..., 0].float()}
+    for field, values in zip(fields, others, strict=True):
+        name, kind = FIELDS[field]
+        given[name] = (values if field == "members" else values[..., 0]).to(kind)
+    return Judged(rewards[..., 0].numpy(), scores[..., 0].numpy(), np.array(prompts), given)
 
 
 def judged_rows(rows, group):
     """Judged from rows of samples.jsonl, `group` of each problem together."""
-    pairs = [(row["reward"], row["score"]) for row in rows]
-    groups = (pairs[i : i + group] for i in range(0, len(pairs), group))
-    return judged(zip((row["task_id"] for row in rows[::group]), groups, strict=True))
+    fields = fields_of(rows)
+    found = [[row["reward"], row["score"], *numbers_of(row, fields)] for row in rows]
+    groups = (found[i : i + group] for i in range(0, len(found), group))
+    return judged(zip((row["task_id"] for row in rows[::group]), groups, strict=True), fields)
 
 
-def load_filters(names, samples, say):
-    """{name: filter} of those asked for; of all, those that take so many samples per problem."""
+def fields_of(rows):
+    """{field: how many numbers it is} of those of FIELDS that all rows have."""
+    sizes = {name: {len(numbers_of(row, [name])) for row in rows} for name in FIELDS}
+    return {name: size.pop() for name, size in sizes.items() if len(size) == 1 and max(size)}
+
+
+def numbers_of(row, fields):
+    """What a row has in these fields, one number after the other."""
+    found = [row.get(name) for name in fields]
+    found = sum((x if isinstance(x, list) else [x] for x in found), [])
+    return [float(x) for x in found if isinstance(x, bool | int | float)]
+
+
+def judge(args, reward_of, problems, rows, results):
+    """Put rewards and actual scores into the rows of all samples. Rewards but those of one RM with
+    a normaliser of its own are normalised over these samples."""
+    known = {problem.task_id: problem for problem in problems}
+    asked = [known[row["task_id"]] for row in rows]
+    scores = torch.tensor([float(row["passed"]) for row in results])
+    answers = Answers(asked, [row["response"] for row in rows], scores, seed=args.seed)
+    if paths := parts(args.reward_model):
+        answers.members = torch.tensor([_said(row) for row in rows])
+        for values, path in zip(answers.members.T, paths, strict=True):
+            if load_card(path) is None:
+                mean, std = spread_of(values, f"--reward_model {path}")
+                values.sub_(mean).div_(std)
+    if len(paths) > 1:
+        for row, values in zip(rows, answers.members.tolist(), strict=True):
+            row |= {"raw_members": _said(row), "members": values}
+    if args.reward != "model" or len(paths) > 1:
+        reward_of.measure(answers)
+    rewards = reward_of(answers)
+    for row, reward, score in zip(rows, rewards.tolist(), scores.tolist(), strict=True):
+        if row.get("reward", reward) != reward:
+            row.setdefault("raw_reward", row["reward"])
+        row |= {"reward": reward, "score": score}
+
+
+def _said(row):
+    """What the reward models themselves said of a sample, however often it has been judged."""
+    alone = [row.get("raw_reward", row["reward"])]
+    return row.get("raw_members", row.get("members", alone))
+
+
+def load_filters(names, samples, say, known):
+    """{name: filter} of those asked for; of all, those that take so many samples per problem, and
+    ask for nothing but what is `known`."""
     chosen = {}
     for name in FILTERS if names == "all" else map(str.strip, names.split(",")):
         try:
-            chosen[name] = load_filter(name, samples, "filters")
+            chosen[name] = load_filter(name, samples, "filters", known)
         except UserError as error:  # `single` takes one sample, some others at least two
             if names != "all":
                 raise
@@ -68,8 +139,9 @@ def read_judged(path, say=print):
     """Judged from a JSONL file. The samples of one problem (and of one `step`, where there are
     steps) are a group; those of problems without tests, with score null, are left out. Raises
     UserError where groups are not equally large."""
-    groups, untested = {}, 0
-    for line, row in read_jsonl(path):
+    groups, untested, rows = {}, 0, read_jsonl(path)
+    fields = fields_of([row for _, row in rows])
+    for line, row in rows:
         place = f"{path}, line {line}"
         key = row.get("step"), row.get("task_id")
         named = isinstance(key[1], str | int) and isinstance(key[0], int | None)
@@ -79,14 +151,15 @@ def read_judged(path, say=print):
         if "score" in row and row["score"] is None:
             untested += 1
             continue
-        groups.setdefault(key, []).append((reward, _number(row, ("score", "passed"), place)))
+        sample = [reward, _number(row, ("score", "passed"), place), *numbers_of(row, fields)]
+        groups.setdefault(key, []).append(sample)
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
     unequal = f"expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}"
     require(len(sizes) == 1, f"{path}: {unequal}")
     if untested:
-        say(f"left out: {untested} samples whose problems have no tests")
-    return judged((str(task), pairs) for (_, task), pairs in groups.items())
+        say(f"left out: {untested} samples without a score")
+    return judged(((str(task), rows) for (_, task), rows in groups.items()), fields)
 
 
 def _number(row, names, place):
@@ -100,15 +173,82 @@ def _number(row, names, place):
     return float(value)
 
 
-def expected_weights(chosen, rewards, seed):
-    """{name: weights [P, N]}, expected over the draws of filters that keep at random."""
-    expected, rewards = {}, torch.tensor(rewards, dtype=torch.float32)
+def reliability_table(
+    rewards, scores, weights, bins=10, resamples=500, seed=0, kind="equal_count", prompts=None
+):
+    """One dict of plain numbers per filter, ready for JSON; None where undefined, `note` says why.
+
+    rewards, scores [P, N]; weights {name: Weights}: of a filter that keeps at random the
+    expectation, not one draw. `kept` is the share that has weight, kappa of the alignment.
+    `pass_kept` and `pass_dropped` are mean scores weighted by the filter, and of the rest. `_low`
+    and `_high` are 95 % intervals over prompts, all filters on the same resamples.
+    """
+    rows = []
+    for name, given in weights.items():
+        expected, flat_scores = given.mean, np.ravel(scores)
+        flat = np.ravel(expected)
+        binned = binned_r2(rewards, scores, expected, bins, kind)
+        rng = np.random.default_rng(seed)
+        low, high = bootstrap_r2(rewards, scores, expected, bins, resamples, rng, kind, prompts)
+        aligned, rng = alignment(rewards, scores, given), np.random.default_rng(seed)
+        ends = bootstrap_alignment(rewards, scores, given, resamples, rng, prompts)
+        share = np.ravel(given.kept)
+        numbers = {
+            "kept": share.mean() if share.size else np.nan,
+            "pass_kept": _mean(flat_scores, flat),
+            "pass_dropped": _mean(flat_scores, 1.0 - share),
+            "r2": binned.r2,
+            "r2_low": low,
+            "r2_high": high,
+            "spearman": spearman(rewards, scores, expected),
+            "auc": auc(rewards, scores, expected),
+            "alpha": aligned.alpha,
+            "alpha_low": ends[0],
+            "alpha_high": ends[1],
+            "at_updates": aligned.at_updates,
+            "at_samples": aligned.at_samples,
+        }
+        numbers = {key: float(x) if np.isfinite(x) else None for key, x in numbers.items()}
+        notes = [binned.note, aligned.note and f"alpha: {aligned.note}"]
+        if aligned.note == binned.note:
+            notes.pop()
+        rows.append({"filter": name, **numbers, "note": "; ".join(filter(None, notes))})
+    return rows
+
+
+def _mean(values, weights):
+    """Weighted mean; NaN where rounding is all the weight there is."""
+    return values @ weights / weights.sum() if weights.sum() > 1e-9 * len(weights) else np.nan
+
+
+def format_table(rows):
+    """`reliability_table`'s rows as aligned text, the best not singled out; "-" where undefined."""
+    head = "filter,kept,score kept,score dropped,R^2,95 %,Spearman,AUC,alpha,95 %,"
+    lines = [(head + "at updates,at samples,note").split(",")]
+    for row in rows:
+        numbers = {key: x for key, x in row.items() if key not in ("filter", "note")}
+        shown = {key: "-" if x is None else f"{x:.3f}" for key, x in numbers.items()}
+        for name in ("r2", "alpha"):
+            low, high = shown[f"{name}_low"], shown.pop(f"{name}_high")
+            shown[f"{name}_low"] = low if low == "-" else f"{low} .. {high}"
+        lines.append([row["filter"], *shown.values(), row["note"]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for first, *cells, note in lines:
+        middle = "  ".join(c.rjust(w) for c, w in zip(cells, widths[1:-1], strict=True))
+        text.append(f"{first.ljust(widths[0])}  {middle}  {note}".rstrip())
+    return "\n".join(text)
+
+
+def expected_weights(chosen, samples, seed):
+    """{name: Weights} of Judged, expected over the draws of filters that keep at random."""
+    expected, rewards = {}, torch.tensor(samples.rewards, dtype=torch.float32)
     for name, weigh in chosen.items():
         generator = seeded("filter", seed)
-        draws = [weigh(rewards, generator) for _ in range(8)]
+        draws = [weigh(rewards, generator, samples.given) for _ in range(8)]
         if any(not draw.equal(draws[0]) for draw in draws):
-            draws += [weigh(rewards, generator) for _ in range(DRAWS - 8)]
-        expected[name] = (sum(draw.double() for draw in draws) / len(draws)).numpy()
+            draws += [weigh(rewards, generator, samples.given) for _ in range(DRAWS - 8)]
+        expected[name] = Weights.of(*draws)
     return expected
 
 
@@ -118,13 +258,15 @@ def compare_filters(args, chosen, samples, out):
     rewards, scores, prompts = samples.rewards, samples.scores, samples.prompts
     (P, N), count = rewards.shape, len(np.unique(prompts))
     spread = f"mean {rewards.mean():.3f}, standard deviation {rewards.std():.3f}"
-    print(f"\n{P} x {N} samples of {count} problems: {scores.mean():.3f} pass; rewards: {spread}")
+    what = f"{P} x {N} samples of {count} problems: mean score {scores.mean():.3f}"
+    print(f"\n{what}; rewards: {spread}")
     print(f"R^2 over {args.bins} bins of {NAMES[args.bin_kind]}; 95 %: percentiles over resampled ")
-    print("prompts, which lie low where bins hold few samples (reliability.py)")
+    print("prompts, which lie low where bins hold few samples; alpha: alignment of what is taught ")
+    print("with what is right, and what it foretells at equal updates and samples (reliability.py)")
     bins = {"bins": args.bins, "kind": args.bin_kind, "prompts": prompts}
-    expected = expected_weights(chosen, rewards, args.seed)
+    expected = expected_weights(chosen, samples, args.seed)
     rows = reliability_table(rewards, scores, expected, seed=args.seed, **bins)
-    print(format_table(rows))
+    print(format_table([row | {"filter": chosen[row["filter"]].label} for row in rows]))
     bins |= {"resamples": args.repetitions, "rng": np.random.default_rng(args.seed)}
     drawn = resampled_bins(rewards, scores, np.ones_like(rewards), **bins)
     lines = [
@@ -137,6 +279,19 @@ def compare_filters(args, chosen, samples, out):
     write_json(out / "reliability.json", known)
     print(f"\n{out}: reliability.json; ", end="")
     print(draw_reliability(out / "reliability.png", lines))
+
+
+def compare_again(args, ranks):
+    """--from_samples: the table and the figure of filters, from samples judged before."""
+    out = claim(args, ranks, "runs/eval", "out", files=())
+
+    def report():
+        samples = read_judged(args.from_samples)
+        N = samples.rewards.shape[1]
+        chosen = load_filters(args.filters, N, print, samples.given)
+        compare_filters(args, chosen, samples, out)
+
+    on_main(ranks, report)
 
 
 def plotting(draw):

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-from pfppo.config import UserError, reason, require
+from pfppo.config import UserError, parts, reason, require
 from pfppo.data import Tokens, load_tokenizer
 from pfppo.files import write_json
 from pfppo.fsdp import full_state, on_main
@@ -31,8 +31,15 @@ LARGEST = "5GB"  # of a file
 
 def write_best(models, folder, tokens, ranks, best):
     """`write` the policy, with a note of which step that was and how good. A collective."""
+    speaks_like(models.unsharded, tokens)
     notes = [lambda temporary: write_json(temporary / checkpoint.BEST, best)]
     write(models.policy.lm, folder, models.unsharded, tokens.tokenizer, ranks, notes)
+
+
+def speaks_like(lm, tokens):
+    """Let `generate` end an answer where sampling here does: the end of a turn in the chat template
+    need not be in the folder that the policy came from."""
+    lm.generation_config.eos_token_id = tokens.stop if len(tokens.stop) > 1 else tokens.stop[0]
 
 
 def write(sharded, folder, unsharded, tokenizer, ranks, extra=()):
@@ -69,8 +76,8 @@ def _save(unsharded, folder, weights, tokenizer):
 
 
 def from_run(run, folder):
-    """Write the policy of a run's newest checkpoint to `folder`, and its reward model (with the
-    normaliser that the run used) to `folder`/reward_model. Raises UserError.
+    """Write the policy of a run's newest checkpoint to `folder`, and its reward model (the first,
+    with the normaliser that the run used) to `folder`/reward_model. Raises UserError.
 
     run: a run directory, or one of its checkpoints/step_N. No process group is needed.
     """
@@ -80,21 +87,22 @@ def from_run(run, folder):
     require(not folder.exists(), f"--export {folder}: is there already, choose another name")
     args = json.loads((step.parents[1] / "args.json").read_text())
     state = json.loads((step / "state.json").read_text())
-    path, rm, extra = args["policy"], args["reward_model"], []
+    path, rm, extra = args["policy"], next(iter(parts(args["reward_model"])), ""), []
     lm = empty_causal_lm(causal_lm_config(path))
     lm.generation_config = read_generation_config(path) or lm.generation_config
+    tokens = Tokens.of(SimpleNamespace(**args), lambda line: None)
+    speaks_like(lm, tokens)
     if rm:
         model, tokenizer = read_classifier(rm), load_tokenizer(rm, "reward_model")
         known = load_card(rm)
-        hashes = Tokens.of(SimpleNamespace(**args)).hashes()
-        card = known or RewardCard(*state["normaliser"], *hashes)
+        card = known or RewardCard(*state["normaliser"][:2], *tokens.hashes())
 
         def save_reward_model(temporary):
             _save(model, temporary / "reward_model", model.state_dict(), tokenizer)
             card.save(temporary / "reward_model")
 
         extra = [save_reward_model]
-    _write(folder, lm, policy_of(step), load_tokenizer(path), extra)
+    _write(folder, lm, policy_of(step), tokens.tokenizer, extra)
     also = f", its reward model in {folder / 'reward_model'}" if rm else ""
     print(f"{folder}: the policy after step {state['step']}{also}")
 

@@ -7,6 +7,7 @@
     policy/               the policy that was best on validation (export.py)
 
 A folder belongs to the run whose arguments stand in it: another one's is refused before long work.
+`--resume` reads them (config.parse), so the folder's name is enough to go on.
 JSON files are replaced whole; JSONL files grow by whole steps, and on resume they are cut back to
 the checkpoint's step.
 
@@ -41,13 +42,13 @@ def claim(args, ranks, default, option="run_dir", files=None):
 
 
 def open_folder(folder, args, ranks):
-    """Make the folder with its args.json, if it is not there yet. Raises UserError."""
+    """Make the folder, and let its args.json say what the run goes on with: of a run that is
+    resumed no more differs than what is free to. Raises UserError."""
 
     def make():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "args.json").exists():
-                write_json(folder / "args.json", dataclasses.asdict(args))
+            write_json(folder / "args.json", dataclasses.asdict(args))
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 
@@ -64,15 +65,16 @@ def _check(folder, args, option, files):
     what = f"--{option} {folder}"
     require(hasattr(args, "resume"), f"{what}: is not empty, choose another name")
     try:
-        known = json.loads((folder / "args.json").read_text())
-    except (OSError, ValueError) as error:
+        known = dict(json.loads((folder / "args.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         why = "is not empty and holds no run (no readable args.json), choose another name"
         raise UserError(f"{what}: {why}") from error
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
     free = {*free_options(args), option}
     asked = {name: value for name, value in dataclasses.asdict(args).items() if name not in free}
-    differ = differences(known, asked)
-    other = f"holds a run with other arguments ({differ}): choose another name, or give --resume"
-    require(not differ, f"{what}: {other} and the arguments of that run")
+    differ = differences(defaults | known, asked)  # it may be older than an option
+    other = f"holds a run with other arguments ({differ}): choose another name, or give"
+    require(not differ, f"{what}: {other} --resume and the arguments of that run, or none")
     again = "holds a run with these arguments: give --resume to go on with it, or another name"
     require(args.resume, f"{what}: {again}")
 

@@ -1,7 +1,7 @@
-"""The memory of a run, estimated: `train_ppo.py --plan`, and the check before it loads its models.
+"""The memory that a run needs, estimated: whether it fits is fitting.py's to say.
 
-What a rank holds is arithmetic. With n_p and n_s parameters of policy and scalar model, sharded
-over S ranks, and c bytes of a number in forward passes:
+What a rank of train_ppo.py holds is arithmetic. With n_p and n_s parameters of policy and scalar
+model, sharded over S ranks, and c bytes of a number in forward passes:
 
     parameters       4 (2 n_p + 2 n_s) / S    policy, reference, critic, reward model, in fp32
     gradients        4 (n_p + n_s) / S        in the update
@@ -10,7 +10,7 @@ over S ranks, and c bytes of a number in forward passes:
 
 Activations, logits and KV cache come from no formula that knows one architecture: the very model
 runs on fake tensors, which have shapes and no numbers, and a counter follows the storages that are
-alive. The largest phase may take `USABLE` of a device's memory.
+alive.
 
 Not covered: what kernels use for themselves; L x L scores of attention, which fused kernels do not
 keep, where a GPU has none for a model (heads of unusual width). Responses count at full length.
@@ -24,8 +24,11 @@ from bisect import bisect_right
 from pathlib import Path
 from unittest.mock import patch
 
-from pfppo import filters, fsdp, model, rollout, sampler
-from pfppo.config import UserError, reason, require
+from pfppo import fsdp, model, sampler
+from pfppo.answers import CHUNK, JUDGED, PROBE
+from pfppo.config import UserError, divisors, parts, reason
+from pfppo.reward import load_card
+from pfppo.slots import RoomLayer, Slots
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,9 +37,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-GB = 1e9
-USABLE = 0.92  # share of a device; allocator and context (about 1 GB on a GPU) need the rest
 FULL = 4  # bytes of a master weight, of a gradient, of each of Adam's moments
+NEAR = 0.97  # of the most rows that fit: as good as the most
+MOST = 1024  # rows that decode together: beyond them matrix products gain nothing
+
+
+class NoEstimate(UserError):
+    """A model's memory cannot be estimated: its operators need numbers."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -71,22 +78,24 @@ class FakeModel:
     """A policy or scalar model (`net`, on meta) on fake tensors. All sizes are bytes.
 
     Passes count what FSDP gathers: the root all the time, blocks in turn (two where there are
-    several `shards`), a unit's whole gradients. UserError where the model needs numbers.
+    several `shards`), a unit's whole gradients. NoEstimate where the model needs numbers.
     """
 
-    def __init__(self, net, path, args, shards, prompt):
-        self.net, self.path, self.prompt, self.new = net, path, prompt, args.max_new_tokens
+    def __init__(self, net, path, prompt, new, shards=1, recompute=False):
+        self.net, self.path, self.prompt, self.new = net, path, prompt, new
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             net.to_empty(device="cpu")
             next(net.children()).tie_weights()
-        if args.gradient_checkpointing:
+        if recompute:
             fsdp.recompute_blocks(net)
         blocks, size = fsdp.find_blocks(net), next(net.parameters()).itemsize
         counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
         self.count = sum(p.numel() for p in net.parameters())  # tied ones once
         root, block = self.count - sum(counts), size * max(counts) * (1 + (shards > 1))
         self.copy, self.root = size * self.count, size * root
+        matrices = [p for p in net.parameters() if p.ndim > 1]  # [a, b], of experts [n, a, b]
+        self.width = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in matrices)
         self.end = self.root + FULL * (root + root // shards)  # its gradients, and their sum
 
         def release(module, *_):
@@ -112,7 +121,7 @@ class FakeModel:
                 yield self.live
         except Exception as error:  # an operator without a fake kernel fails in its own way
             why = f"no estimate of memory, its operators need real tensors: {reason(error)}"
-            raise UserError(f"{self.path}: {why}") from error
+            raise NoEstimate(f"{self.path}: {why}") from error
 
     @functools.cache  # noqa: B019
     def passes(self, rows, train):
@@ -133,165 +142,203 @@ class FakeModel:
         return live.peak
 
     @functools.cache  # noqa: B019
-    def sampling(self, rows, samples):
-        """(peak, KV cache, logits and their copies) of `rows` responses, `samples` of each prompt,
-        at their last token. Of a policy."""
-        lm, prompts = self.net.lm, max(1, rows // samples)
+    def sampling(self, rows, samples, total=0):
+        """(peak, KV cache, logits and their copies) of `rows` slots at their last token, for
+        `total` responses (0: as many), `samples` of each prompt. Of a policy."""
+        lm = self.net.lm
+        prompts = min(-(-rows // samples), max(1, sampler.READ // self.prompt))
         with torch.no_grad(), self._counted() as live:
             # `sampler.prefill`, but for its lengths: they depend on numbers.
             ids = torch.zeros(prompts, self.prompt, dtype=torch.long)
             given = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
             cache = lm(**given, use_cache=True, logits_to_keep=1).past_key_values
-            layers = [sampler.RoomLayer(layer, samples, self.new) for layer in cache.layers]
-            del cache
-            for layer in layers:
-                layer.length += self.new - 1
-            tokens = torch.zeros(prompts * samples, dtype=torch.long)
-            mask = torch.ones(len(tokens), self.prompt + self.new, dtype=torch.long)
-            state = sampler.Live(layers, tokens, tokens, tokens, mask)
-            logits = sampler.decode_one(lm, state, tokens)
+            slots = Slots(total or rows, rows, self.prompt, self.new, [0], "cpu")
+            for past in cache.layers:
+                slots.layers.append(layer := RoomLayer(past, rows, slots.columns))
+                layer.put(past, slots.row, torch.arange(rows))
+                layer.column = slots.columns - 1
+            del cache, past
+            logits = sampler.decode_one(lm, slots)
             with LiveBytes([logits]) as drawing:
-                sampler.draw_tokens(logits, torch.zeros(len(tokens)))
-        cache = sum(kept.nbytes for layer in layers for kept in (layer.keys, layer.values))
+                sampler.draw_tokens(logits, torch.zeros(rows))
+        cache = sum(kept.nbytes for layer in slots.layers for kept in (layer.keys, layer.values))
         return live.peak, cache, logits.nbytes + drawing.peak
 
 
-class Plan:
-    """Bytes per rank that a command line needs on `world` ranks, with forward passes in `dtype`.
-    prompt: tokens of the longest prompt, None: --max_prompt_tokens. Raises UserError."""
+def fake_policy(path, dtype, *sizes):
+    """FakeModel of a folder's causal LM; sizes: its prompt, new, shards, recompute."""
+    lm = model.empty_causal_lm(model.causal_lm_config(path), dtype)
+    return FakeModel(model.Policy(lm), path, *sizes)
+
+
+def fake_scalar(reward_model, policy, dtype, *sizes):
+    """FakeModel of a reward model's folder, or where that is "" of one on a policy's backbone."""
+    config = model.classifier_config(reward_model) if reward_model else None
+    classifier = model.empty_classifier(config or model.causal_lm_config(policy)).to(dtype)
+    return FakeModel(model.ScalarModel(classifier), reward_model or policy, *sizes)
+
+
+class Needs:
+    """Bytes per rank that a script needs, phase by phase. A subclass says of what it holds, of
+    `draws` and of `training`.
+
+    device: {what is held: bytes}; draws: {phase of sampling: (bytes held in it, rows that a rank
+    draws, samples of each prompt)}; microbatch: rows of training, 0: there is none.
+    """
+
+    policy, scalar, device, draws, microbatch = None, None, {}, {}, 0
+    others = "or take a device with more memory", "or use more ranks"  # help drawing, and training
+
+    @property
+    def most(self):
+        """The most rows that could decode together, from 1 on."""
+        return max(1, min(MOST, max((rows for _, rows, _ in self.draws.values()), default=1)))
+
+    def drawing(self, rows):
+        """{phase: bytes} of sampling where so many rows decode together."""
+        return {
+            phase: held
+            + 8 * total * self.policy.new  # what it draws with, in fp64
+            + self.policy.sampling(min(rows, total), samples, total)[0]
+            for phase, (held, total, samples) in self.draws.items()
+        }
+
+    def training(self):
+        """{phase: bytes} of what does not sample, where it takes most."""
+        return {}
+
+    def at_most(self, rows):
+        """Bytes beyond all that a phase could need, without a look at passes: tiny models are no
+        question. A product with a matrix [a, b] has a + b numbers of a token; what comes before and
+        after it, in forward and backward passes, has some times as many."""
+        rows = max(rows, 2 * self.microbatch, JUDGED)
+        size = sum(20 * total * self.policy.new for _, total, _ in self.draws.values())
+        for fake in filter(None, (self.policy, self.scalar)):
+            tokens = rows * (fake.prompt + fake.new)
+            size += FULL * (10 * fake.count + 16 * fake.width * tokens)
+        return size
+
+    def rows_within(self, limit):
+        """How many rows can decode together in `limit` bytes, at most `most`; 0: not even one.
+        Estimates take their time: few sizes are tried, each NEAR the next."""
+
+        def size(rows):
+            return max(self.drawing(rows).values(), default=0)
+
+        if size(self.most) <= limit:
+            return self.most
+        sizes = sorted({max(1, round(self.most * NEAR**i)) for i in range(250)})
+        return [0, *sizes][bisect_right(sizes, limit, key=size)]
+
+
+class Plan(Needs):
+    """What train_ppo.py needs on `world` ranks, with forward passes in `dtype`. prompt: tokens of
+    the longest prompt, None: --max_prompt_tokens. Raises UserError."""
+
+    others = ("offload, or use more ranks; --plan says what would fit",) * 2
 
     def __init__(self, args, world, dtype, prompt=None):
         self.args, self.world, shards = args, world, args.shard_group_size or world
         self.share = args.minibatch // world  # rows per rank of a minibatch
-        self.sampled = args.prompts_per_step * args.samples_per_prompt // world
         self.microbatch = min(args.microbatch, self.share)
-        self.sampling_batch = min(args.sampling_batch, self.sampled)
-        path, rm = args.policy, args.reward_model
-        lm = model.empty_causal_lm(model.causal_lm_config(path), dtype)
-        config = model.classifier_config(rm) if rm else model.causal_lm_config(path)
-        classifier = model.empty_classifier(config).to(dtype)
-        rest = args, shards, prompt or args.max_prompt_tokens
-        self.policy = FakeModel(model.Policy(lm), path, *rest)
-        self.scalar = FakeModel(model.ScalarModel(classifier), rm or path, *rest)
+        sizes = prompt or args.max_prompt_tokens, args.max_new_tokens
+        how, paths = (*sizes, shards, args.gradient_checkpointing), parts(args.reward_model)
+        self.policy = fake_policy(args.policy, dtype, *how)
+        self.scalar = fake_scalar(paths[0] if paths else "", args.policy, dtype, *how)
 
-        policy, scalar = self.policy.count, self.scalar.count
-        trained, frozen = policy + scalar, policy + scalar * bool(rm)
-        offloaded = policy * args.offload_ref + scalar * bool(rm) * args.offload_reward
+        policy, scalar, judges = self.policy.count, self.scalar.count, len(paths)  # of one size
+        trained, frozen = policy + scalar, policy + scalar * judges
+        offloaded = policy * args.offload_ref + scalar * judges * args.offload_reward
         here = 0 if args.offload_optimizer else trained
         held = {"parameters": here + frozen - offloaded, "gradients": here, "optimizer": 2 * here}
         self.device = {name: FULL * n // shards for name, n in held.items()}
         # With a copy of weights and moments, which is written as a checkpoint.
         self.host = FULL * (offloaded + 4 * (trained - here) + 3 * trained) // shards
+        self.held = self.device["parameters"] + self.device["optimizer"]
+        self.draws = self._draws()
+        self.sampling_batch = min(args.sampling_batch or CHUNK, self.most)
 
-    def phases(self, microbatch=0, sampling_batch=0):
-        """{phase: bytes}; 0: the command line's sizes."""
-        args, policy, scalar = self.args, self.policy, self.scalar
-        held = self.device["parameters"] + self.device["optimizer"]
-        rows, copies = sampling_batch or self.sampling_batch, policy.copy
-        peak, *_ = policy.sampling(rows, args.samples_per_prompt)
-        phases = {"load": self.device["parameters"], "sampling": held + copies + peak}
-        for name in ("validation", "test"):  # one response per problem
+    def _draws(self):
+        args, copy, N = self.args, self.policy.copy, self.args.samples_per_prompt
+        held = self.held + copy
+        draws = {"sampling": (held, args.prompts_per_step * N // self.world, N)}
+        rest = {}  # one response per problem
+        for name in ("prompts", "validation", "test"):
             if os.path.isfile(file := getattr(args, name)):
-                problems = len(Path(file).read_bytes().splitlines())
-                rows = min(args.sampling_batch, -(-problems // self.world))
-                phases[name] = held + copies + policy.sampling(rows, 1)[0]
-            copies += policy.copy  # the test has the best policy beside another
-        rows = microbatch or self.microbatch
-        if args.reward_model:
-            phases["rewards"] = held + scalar.passes(rows, False)
-        phases["log-probs"] = held + max(policy.passes(rows, False), scalar.passes(rows, False))
-        gradients = self.device["gradients"]
+                rest[name] = len(Path(file).read_bytes().splitlines())
+        probe = min(PROBE, rest.pop("prompts", PROBE))
+        paths = parts(args.reward_model)
+        if args.reward != "model" or len(paths) != 1 or load_card(paths[0]) is None:
+            rest = {"normaliser": probe} | rest
+        for name, problems in rest.items():  # the test has the best policy beside another
+            draws[name] = held + copy * (name == "test"), -(-problems // self.world), 1
+        return draws
+
+    def training(self, microbatch=0):
+        """0: the command line's. What passes without gradient take is less."""
+        policy, scalar, held = self.policy, self.scalar, self.held
+        rows, gradients = microbatch or self.microbatch, self.device["gradients"]
         made = [gradients] * 3  # before the actor's pass, before the critic's, and after it
         if rows == self.share:  # a single microbatch: they come as activations go
             made = [0, gradients * policy.count // (policy.count + scalar.count), gradients]
         actor = max(made[0] + policy.passes(rows, True), made[1] + policy.end)
         critic = max(made[1] + scalar.passes(rows, True), made[2] + scalar.end)
-        return phases | {"update": held + max(actor, critic)}
+        return {"update": held + max(actor, critic)}
 
-    def largest(self, limit):
-        """(microbatch, sampling batch) that fit into `limit` bytes, 0 where none does: a divisor of
-        a rank's rows of a minibatch, a multiple of the samples per prompt."""
-        N = self.args.samples_per_prompt
-        divisors = [n for n in range(1, self.share + 1) if self.share % n == 0]
-        multiples = range(N, self.sampled + 1, N)
-        fitting = bisect_right(divisors, limit, key=lambda n: self.phases(n)["update"])
-        batches = bisect_right(multiples, limit, key=lambda n: self.phases(0, n)["sampling"])
-        return [0, *divisors][fitting], batches * N
+    def phases(self, rows=0):
+        """{phase: bytes} where so many rows decode together; 0: as the command line says."""
+        phases = {"load": self.device["parameters"]} | self.drawing(rows or self.sampling_batch)
+        policy, scalar = (x.passes(self.microbatch, False) for x in (self.policy, self.scalar))
+        if self.args.reward_model:
+            phases["rewards"] = self.held + scalar
+        phases["log-probs"] = self.held + max(policy, scalar)
+        return phases | self.training()
 
-
-def ranks_of_node(world):
-    """As torchrun says; where it does not, all up to 8."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", min(world, 8)))
-
-
-def device_bytes(args):
-    """Memory of a device: --device_memory, or what the GPU has, or 0 where that is not known."""
-    if args.device_memory or args.device == "cpu" or not torch.cuda.is_available():
-        return args.device_memory * GB
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    def microbatch_within(self, limit):
+        """The largest that fits into `limit` bytes, a divisor of a rank's rows of a minibatch; 0
+        where none does."""
+        sizes = divisors(self.share)
+        fitting = bisect_right(sizes, limit, key=lambda n: self.training(n)["update"])
+        return [0, *sizes][fitting]
 
 
-def show(args):
-    """`--plan`: print what a run on --world_size ranks would need. No ranks, no weights."""
-    world, N = args.world_size or int(os.environ.get("WORLD_SIZE", 1)), args.samples_per_prompt
-    shards, memory = args.shard_group_size or world, device_bytes(args)
-    kept = filters.kept_per_prompt(filters.load_filter(args.filter, N), N)
-    print(rollout.check_sizes(args, kept, world))
-    divides = f"--shard_group_size {shards}: does not divide the {world} ranks there are"
-    require(world % shards == 0, divides)
-    on_gpu = args.device == "cuda" or (args.device == "auto" and memory)
-    dtype = {"auto": "bfloat16" if on_gpu else "float32"}.get(args.param_dtype, args.param_dtype)
-    plan = Plan(args, world, getattr(torch, dtype))
-    print(
-        f"memory: GB per rank, {world} ranks ({ranks_of_node(world)} on a node), sharded over "
-        f"{shards}, {dtype} in forward passes; policy {plan.policy.count / GB:.3f} G parameters, "
-        f"reward model and critic {plan.scalar.count / GB:.3f} G; rows of {args.max_prompt_tokens} "
-        f"+ {args.max_new_tokens} tokens, {plan.sampling_batch} of them decode together"
-    )
-    phases, (_, cache, logits) = plan.phases(), plan.policy.sampling(plan.sampling_batch, N)
-    passes = max(fake.passes(plan.microbatch, True) for fake in (plan.policy, plan.scalar))
-    sizes = plan.device | {"gathered copy": plan.policy.copy, "KV cache": cache, "logits": logits}
-    sizes |= {"activations": passes} | {f"phase {name}": size for name, size in phases.items()}
-    sizes |= {"peak": max(phases.values()), "host memory": plan.host}
-    sizes["host memory of a node"] = plan.host * ranks_of_node(world)
-    rows = {name: f"{size / GB:.3f}" for name, size in sizes.items()}
-    if limit := USABLE * memory:
-        fits = f"fits into {USABLE:.0%} of {memory / GB:.4g} GB"
-        rows[fits] = "yes" if sizes["peak"] <= limit else "no"
-        largest = [size or "none" for size in plan.largest(limit)]
-        rows["largest microbatch"], rows["largest sampling batch"] = largest
-    for name, value in rows.items():
-        print(f"    {name:26} {value:>10}")
+class RewardPlan(Needs):
+    """What train_rm.py needs. prompt, new: tokens of the longest prompt and response; prompts:
+    how many of them are sampled from, 0: none."""
+
+    def __init__(self, args, world, dtype, prompt, new, prompts=0):
+        N, pairs = args.samples_per_prompt, -(-args.batch // world)
+        shards = args.shard_group_size or world
+        self.microbatch = min(args.microbatch, pairs)
+        self.whole = self.microbatch == pairs  # gradients come as activations go
+        sizes = prompt + new - 1, 1, shards, args.gradient_checkpointing  # one score at the end
+        self.scalar = fake_scalar("", args.policy, dtype, *sizes)
+        held = {"parameters": 1, "gradients": 1, "optimizer": 2}
+        self.device = {name: n * FULL * self.scalar.count // shards for name, n in held.items()}
+        if prompts:
+            self.policy = fake_policy(args.policy, dtype, prompt, new)
+            self.draws = {"sampling": (self.policy.copy, -(-prompts // world) * N, N)}
+
+    def training(self):
+        held, gradients = sum(self.device.values()), self.device["gradients"]
+        passes = self.scalar.passes(2 * self.microbatch, True) - self.whole * gradients
+        return {"training": held + max(passes, self.scalar.end)}
 
 
-def require_fits(args, ranks, prompt=None):
-    """Raise UserError if a run cannot fit into its devices, or what it offloads into host memory.
-    prompt: tokens of the longest. Nothing is estimated where no limit is known. A collective."""
-    memory = device_bytes(args)
-    offloads = args.offload_ref or args.offload_reward or args.offload_optimizer
-    with fsdp.agreed(ranks):
-        if ranks.local or not (memory or offloads):
-            return
-        plan = Plan(args, ranks.world, fsdp.compute_dtype(args.param_dtype, ranks), prompt)
-        try:
-            phases = plan.phases()
-        except UserError as error:  # no estimate is no reason not to run
-            return ranks.say(str(error))
-        where = f"--device_memory {args.device_memory:g}" if args.device_memory else "this GPU"
-        peak, phase = max((size, phase) for phase, size in phases.items())
-        parts = ", ".join(f"{name} {size / GB:.3g}" for name, size in plan.device.items())
-        require(
-            not memory or peak <= USABLE * memory,
-            f"{where}: {phase} needs {peak / GB:.3g} GB per rank (of it {parts}), found "
-            f"{USABLE * memory / GB:.3g} ({USABLE:.0%}: allocator and context need the rest), with "
-            f"--microbatch {plan.microbatch} and --sampling_batch {plan.sampling_batch}: lower "
-            "these, give --gradient_checkpointing, offload, or use more ranks; --plan says what "
-            "would fit",
-        )
-        host = plan.host * ranks_of_node(1)
-        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        require(
-            not offloads or host <= installed,
-            f"offloading: the ranks of this node need {host / GB:.3g} GB of host memory, found "
-            f"{installed / GB:.3g}: offload less, or use more nodes",
-        )
+class AnswerPlan(Needs):
+    """What eval_code.py needs. prompt: tokens of the longest of so many prompts."""
+
+    def __init__(self, args, world, dtype, prompt, prompts):
+        N, sizes = args.samples_per_problem, (prompt, args.max_new_tokens)
+        self.policy = fake_policy(args.policy, dtype, *sizes)
+        if paths := parts(args.reward_model):
+            self.scalar = fake_scalar(paths[0], "", dtype, *sizes, world)
+            self.device = {"reward models": FULL * self.scalar.count * len(paths) // world}
+        self.held = self.policy.copy + sum(self.device.values())
+        rows = min(-(-prompts // world), max(1, CHUNK // N)) * N
+        self.draws = {"sampling": (self.held, rows, N)}
+
+    def training(self):
+        if not self.device:
+            return {}
+        return {"rewards": self.held + self.scalar.passes(JUDGED, False)}

@@ -9,10 +9,12 @@ Not covered: what shows beyond seven tokens, such as frequencies that change wit
 
 import contextlib
 
-from pfppo.config import UserError, reason, require
+from pfppo.config import UserError, parts, reason, require
+from pfppo.loading import load_scalars
 from pfppo.model import LEAST
 from pfppo.rollout import collate, seeded
 from pfppo.sampler import decode_one, prefill
+from pfppo.slots import Slots
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -34,9 +36,20 @@ def prove_models(models, tokens, args, device):
     """`prove_policy` and `prove_scalar` of loading.Models. A collective."""
     with models.gathered(models.policy) as lm:
         prove_policy(lm, tokens, models.policy)
-    for scalar, option in ((models.reward_model, "reward_model"), (models.critic, "policy")):
+    named = [("reward_model", path) for path in parts(args.reward_model)]
+    named.append(("policy", args.policy))
+    for scalar, (option, path) in zip((*models.reward_models, models.critic), named, strict=True):
         if scalar is not None:
-            prove_scalar(scalar, tokens, option, getattr(args, option), device)
+            prove_scalar(scalar, tokens, option, path, device)
+
+
+def proven_judges(args, tokens, ranks):
+    """The ScalarModel of every --reward_model, loaded and proved. A collective."""
+    judges = []
+    for path in parts(args.reward_model):
+        judges += load_scalars(args, tokens, ranks, [False], path)
+        prove_scalar(judges[-1], tokens, "reward_model", path, ranks.device)
+    return judges
 
 
 @contextlib.contextmanager
@@ -83,12 +96,14 @@ def prove_policy(lm, tokens, policy=None):
         alone, other = [forward(row) for row in rows], rows[1][-1]
         changed = forward([*rows[0][:-1], other])[:-1]
         compare("log-probs before another last token", changed, alone[0][:-1])
-        logits, live = prefill(lm, [row[:-1] for row in rows], 1, 2)
+        prompts = prefill(lm, [row[:-1] for row in rows])
         expected = torch.stack([x[-2] for x in alone])
-        compare("log-probs with padding on the left", logp_of(logits), expected)
-        logits = decode_one(lm, live, torch.tensor([row[-1] for row in rows], device=device))
+        compare("log-probs with padding on the left", logp_of(prompts.logits), expected)
+        slots = Slots(2, 2, max(map(len, rows)), 2, tokens.stop, device)
+        slots.refill(prompts, [(0, 0), (1, 1)])
+        slots.token = torch.tensor([row[-1] for row in rows], device=device)
         expected = torch.stack([x[-1] for x in alone])
-        compare("log-probs from the cache", logp_of(logits), expected)
+        compare("log-probs from the cache", logp_of(decode_one(lm, slots)), expected)
         if policy is not None:
             prompts, responses = zip(*((row[:2], row[2:]) for row in rows), strict=True)
             batch = collate(prompts, responses, tokens.pad, device)

@@ -8,9 +8,10 @@ A few prompts of the first step are answered, shortly, and the checks look at th
     sampler         log-probs while sampling = those of the training forward
     files           log-probs and scores = what plain transformers gives for the same folders
 
-What is tried are the training's own functions. The first line is exact in any type, the others
-hold up to rounding: in fp32 the largest difference decides; in bf16 the mean, as single tokens may
-be far off (above all where they go to another expert). Rank 0 holds one more model, whole.
+What is tried are the training's own functions. The first line is exact in any type (up to rounding
+with --compile), the others hold up to rounding: in fp32 the largest difference decides; in bf16 the
+mean, as single tokens may be far off (above all where they go to another expert). Rank 0 holds one
+more model, whole.
 
 Not covered: whether samples or rewards are any good, speed, memory, the state of a checkpoint.
 """
@@ -19,9 +20,9 @@ import dataclasses
 import time
 
 from pfppo import ppo
-from pfppo.data import step_prompts
+from pfppo.config import parts
 from pfppo.fsdp import compute_dtype, gather_lists, sum_over_ranks
-from pfppo.rollout import collate
+from pfppo.rollout import collate, step_prompts
 from pfppo.run.proofs import plain_logp, plain_scores
 
 import torch
@@ -94,8 +95,10 @@ def selfcheck(models, trained, examiner, train, forward, backward):
         ratios.append((logp - mb.old_logp).exp().detach().flatten())
         (logp.sum() * 0).backward()  # every forward with gradients is followed by its backward
     models.policy.zero_grad()
-    report.hold("ratio before the first update, from 1", torch.cat(ratios) - 1, "largest", 0.0)
-    report.hold("KL before the first update, from 0", rows.old_logp - rows.ref_logp, "largest", 0.0)
+    # Compiled, a pass with gradients is another program than one without.
+    how = (report.decides, report.limit, "(compiled)") if args.compile else ("largest", 0.0)
+    report.hold("ratio before the first update, from 1", torch.cat(ratios) - 1, *how)
+    report.hold("KL before the first update, from 0", rows.old_logp - rows.ref_logp, *how)
 
     # `evaluate` cuts rows to their length, the forward passes keep their padding.
     logp, _ = rows.evaluate(forward["actor"], models.policy, one_row)
@@ -175,5 +178,6 @@ def check_files(report, models, rows, logp, dtype, args):
         ours = model(rows.ids, rows.ends)[:, 0, 0].float()  # padded as they are
     theirs = ours[:0]
     if report.ranks.is_main:
-        theirs = (plain_scores(args.reward_model, *what) - model.mean) / model.std
+        theirs = plain_scores(parts(args.reward_model)[0], *what)
+        theirs = (theirs - model.mean) / model.std
     report.close_scalars(name.format("rewards"), ours[: len(theirs)], theirs, model)

@@ -1,22 +1,28 @@
 """`Session`: what surrounds the loop of train_ppo.py and is no part of the algorithm.
 
 Its folder and its checkpoints, the choice of the best policy by validation, the lines of its logs,
-and its end, regular or by SIGTERM. It never calls the script: the order of steps is the script's.
+and its end, regular, by SIGTERM or by Ctrl-C. It never calls the script: the order of steps is the
+script's.
 """
 
+import contextlib
 import os
+import signal
+import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from pfppo import fsdp, metrics
 from pfppo.config import require
 from pfppo.files import append_jsonl, whole_lines
 from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
+from pfppo.run.fitting import rows_at_once
 from pfppo.run.folder import claim, open_folder
-from pfppo.run.memory import require_fits
+from pfppo.run.memory import Plan
 from pfppo.run.proofs import apart
-from pfppo.run.stopping import Stop
+from pfppo.run.stopping import NAMES, Stop
 
 
 @dataclass
@@ -44,17 +50,21 @@ class Session:
     def __init__(self, args, ranks):
         """Claim --run_dir; raises UserError where it is another run's. Nothing is written yet."""
         self.args, self.ranks, self.checked = args, ranks, False
+        self.cut = None  # share of the answers to validation that had no EOS, when last looked at
         self.stop = Stop(ranks, args.grace_seconds)
         # torchrun has started this process again after a failure (`--max-restarts`)
         args.resume |= int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        label = args.filter if args.filter.isidentifier() else "own_filter"
+        label = getattr(args, "filter", "reward_model")
+        label = label if label.isidentifier() else "own_filter"
         self.folder = claim(args, ranks, f"runs/{label}")
 
     def check(self, inputs, reward_of):
-        """Raise UserError where a user's reward fails, or the run cannot fit into memory."""
+        """Raise UserError where a user's reward fails, or the run cannot fit into memory; from here
+        on `slots` are the rows that decode together."""
         with fsdp.agreed(self.ranks):
             try_reward(self.args.reward, reward_of, inputs.train.problems[:2])
-        require_fits(self.args, self.ranks, inputs.longest)
+        needs = partial(Plan, self.args, prompt=inputs.longest)
+        self.slots = rows_at_once(self.args, self.ranks, needs)
 
     def load(self, trained):
         """The State of the newest complete checkpoint, models and optimizers put into it; or that
@@ -66,8 +76,8 @@ class Session:
         return State(**known) if known else fresh
 
     def open(self, models, examiner, validation, state):
-        """Make the folder, and look at validation once before training. From here on SIGTERM saves
-        before it ends the run."""
+        """Make the folder, and look at validation once before training. From here on SIGTERM
+        and Ctrl-C save before they end the run."""
         open_folder(self.folder, self.args, self.ranks)
         if self.args.resume and state.step == 0:
             self.ranks.say(f"{self.folder}: no checkpoint to go on from, starting at step 1")
@@ -78,14 +88,14 @@ class Session:
         self.recent = deque(recent.values(), metrics.R2_STEPS)
         if state.step == 0:
             value = self.look(models, examiner, validation, state)
-            shown = "-" if value is None else f"{value:.3f}"
+            shown = "-" if value is None else metrics.validation(value, self.cut)
             self.ranks.say(f"validation before training: {shown}")
         self.stop.holding = True
 
     def look(self, models, examiner, validation, state):
         """The policy's pass rate on validation, greedy; where it is the best so far, or where none
         is known, the policy is exported."""
-        value = examiner.greedy(models, validation)
+        value, self.cut = examiner.greedy(models, validation)
         if value is None or state.best is None or value > state.best:
             state.best, state.best_step = value, state.step
             best = {"best": value, "best_step": state.step}
@@ -104,22 +114,28 @@ class Session:
             more = f"expected at most {limit:.2g}: --selfcheck says more"
             require(difference <= limit, f"--policy {self.args.policy}: {what}, {more}")
 
-    def check_stop(self, *_):
-        """Raise Stopped if this rank has been asked to end. No collective: see `may_give_up`."""
-        self.stop.check()
+    @contextlib.contextmanager
+    def may_give_up(self, rows):
+        """A context in which so many rows of this rank are sampled, which changes nothing. What it
+        gives is called with the rows that are done since: it moves a bar, and ends the phase early
+        if this rank has been asked to end. No collective."""
+        with self.stop.giving_up(), fsdp.bar("samples", total=rows) as shown:
 
-    def may_give_up(self):
-        """A context of a phase that changes nothing: `check_stop` in it ends it early."""
-        return self.stop.giving_up()
+            def progress(done):
+                shown.update(done)
+                self.stop.check()
+
+            yield progress
 
     def stops(self):
-        """Whether any rank has been asked to end."""
+        """Whether any rank has been asked to end: by what, or ""."""
         return self.stop.agreed()
 
-    def save(self, trained, state):
-        """A checkpoint every --save_every steps and after the last, written beside the next."""
+    def save(self, trained, state, steps=None):
+        """A checkpoint every --save_every steps and after the last (of `steps`; else of --steps),
+        written beside the next."""
         self.saver.poll()  # what was begun some steps ago may be complete now
-        if state.step % self.args.save_every == 0 or state.step == self.args.steps:
+        if state.step % self.args.save_every == 0 or state.step == (steps or self.args.steps):
             self.saver.start(trained, asdict(state))
 
     def log(self, row, answers, weights):
@@ -127,6 +143,8 @@ class Session:
         N = self.args.samples_per_prompt
         records = metrics.sample_records(row["step"], N, answers, weights)
         self.recent.append(sum(fsdp.gather_lists(records, self.ranks), []))
+        cut = self.cut if row.get("validation") is not None else None
+        row |= {"validation_truncated": cut}
         row = metrics.complete(row | metrics.rolling_r2(self.recent))
         if self.ranks.is_main:
             append_jsonl(self.folder / "metrics.jsonl", [row])
@@ -141,15 +159,18 @@ class Session:
         self.saver.finish()
         if stopped := stopped or self.stops():
             self.stop.close()
-            saved = f"SIGTERM, saved after step {state.step}; go on with --resume"
-            self.ranks.say(f"{self.folder}: {saved}")
+            how = f"go on with --resume (--run_dir {self.folder} --resume is enough)"
+            saved = f"saved after step {state.step}" if state.step else "no step was done"
+            self.ranks.say(f"{self.folder}: {stopped}, {saved}; {how}")
+            if stopped == NAMES[signal.SIGINT]:  # what a shell would start next is not wanted
+                sys.exit(130)
         else:
             self.stop.release()
-        return stopped
+        return bool(stopped)
 
     def leave(self, state):
         """Say what there is. No collective."""
         self.stop.close()
         files = f"policy/ ({state.chosen}), metrics.jsonl, samples.jsonl, checkpoints/"
         self.ranks.say(f"{self.folder}: {files}")
-        self.ranks.say(f"peak memory of rank 0: {metrics.peak_gib():.1f} GiB")
+        self.ranks.say(f"peak memory of rank 0: {metrics.peak_memory()}")

@@ -148,7 +148,7 @@ def ours(folder, name, run_dir):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trl", help="the Python interpreter of TRL's environment")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--theirs", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.theirs:

@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from pfppo.run import memory  # noqa: E402
+from pfppo.run import fitting  # noqa: E402
 from train_ppo import Args  # noqa: E402
 
 from transformers import LlamaConfig  # noqa: E402
@@ -64,7 +64,7 @@ def plan(paths, world, options):
     sizes |= {"max_prompt_tokens": 1024, "max_new_tokens": 2048, "gradient_checkpointing": True}
     sizes |= {"param_dtype": "bfloat16", "prompts": "", "validation": "", "test": ""}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        memory.show(Args(**paths | sizes | options, world_size=world))
+        fitting.show(Args(**paths | sizes | options, world_size=world))
     lines = [line for line in printed.getvalue().splitlines() if line.startswith("    ")]
     return {line[:31].strip(): line[31:].strip() for line in lines}
 
@@ -76,7 +76,7 @@ def column(paths, world, options):
     last = {name: rows[f"largest {name.replace('_', ' ')}"] for name in smallest}
     chosen = smallest | {name: int(size) for name, size in last.items() if size != "none"}
     rows = plan(paths, world, options | chosen)
-    rows["fits"] = "yes" if float(rows["peak"]) <= memory.USABLE * MEMORY else "no"
+    rows["fits"] = "yes" if float(rows["peak"]) <= fitting.USABLE * MEMORY else "no"
     return rows | last
 
 

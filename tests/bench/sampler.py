@@ -1,15 +1,21 @@
-"""Tokens per second of the sampler against transformers' `generate`, at the same lengths.
+"""Tokens per second of the sampler against transformers' `generate`, at the same lengths, and
+against the machine: the matrix products of its passes alone.
 
     python tests/bench/sampler.py                       # S1, all kinds of lengths, and S2 (slow)
     python tests/bench/sampler.py --only s1 --pairs 9
+    python tests/bench/sampler.py --only real --kinds full,uniform
 
 S1: Llama of 1.2 M parameters (4 layers, width 128, vocabulary 512), 64 prompts of 64 tokens x 5
 samples, 64 new tokens. S2: Llama of 97 M (12 layers, width 768, vocabulary 16,384), 8 prompts of
-256 x 5, 128 new. Random weights, fp32. Lengths are imposed on both sides from one table: full,
-uniform over 1..most, or geometric with a mean of a quarter of it: a row ends at its length.
-The two run in turn; the ratio is the median over the pairs, and so are the shares of our time in
-prefill, decode (the model's forward), sampling (`draw_tokens`) and bookkeeping (the rest). Prints a
-table, how far the sampler's log-probs are from the training forward's, and one line of JSON.
+256 x 5, 128 new. Real: the shape of SmolLM2-135M (30 layers, width 576, 9 heads for 3 of keys and
+values, vocabulary 49,152), 4 prompts of 128 x 5, 64 new. Random weights, fp32. Lengths are imposed
+on both sides from one table: full, uniform over 1..most, or geometric with a mean of a quarter of
+it: a row ends at its length.
+The three run in turn; the ratio is the median over the rounds, and so are the shares of our time in
+prefill, decode (the model's forward), sampling (`draw_tokens`) and bookkeeping (the rest). `limit`
+is the share of our time that the products of the same passes take alone: those of linear layers and
+of attention, back to back, over weights, keys and values where a model's lie. Prints a table, how
+far the sampler's log-probs are from the training forward's, and one line of JSON.
 """
 
 import argparse
@@ -37,6 +43,8 @@ SETTINGS = {
     "s1": {"prompts": 64, "prompt": 64, "new": 64, "layers": 4, "width": 128, "vocabulary": 512},
     "s2": {"prompts": 8, "prompt": 256, "new": 128, "layers": 12, "width": 768}
     | {"vocabulary": 16384},
+    "real": {"prompts": 4, "prompt": 128, "new": 64, "layers": 30, "width": 576}
+    | {"vocabulary": 49152, "heads": 9, "shared": 3, "mlp": 1536},
 }
 N, EOS = 5, 0
 KINDS = ("full", "uniform", "geometric")
@@ -48,9 +56,10 @@ def model_of(setting):
     config = LlamaConfig(
         vocab_size=setting["vocabulary"],
         hidden_size=width,
-        intermediate_size=4 * width if width < 256 else 2048,
+        intermediate_size=setting.get("mlp", 4 * width if width < 256 else 2048),
         num_hidden_layers=setting["layers"],
-        num_attention_heads=width // 32 if width < 256 else width // 64,
+        num_attention_heads=setting.get("heads", width // (32 if width < 256 else 64)),
+        num_key_value_heads=setting.get("shared"),
         max_position_embeddings=1024,
         tie_word_embeddings=width >= 256,
         bos_token_id=None,
@@ -94,7 +103,8 @@ PARTS = ("prefill", "decode", "sampling", "bookkeeping")
 
 
 def ours(model, prompts, lengths, setting):
-    """(seconds, tokens, useful share of row-steps, share of the seconds in each of PARTS)."""
+    """(seconds, tokens, useful share of row-steps, share of the seconds in each of PARTS, the
+    passes: [(rows, tokens of each, columns that they look at)])."""
     uniforms = draw_uniforms(0, 0, [(i, j) for i in range(len(prompts)) for j in range(N)], 1)
     uniforms = uniforms.expand(-1, setting["new"]).clone()
     original, spent = sampler.draw_tokens, dict.fromkeys(PARTS, 0.0)
@@ -118,15 +128,20 @@ def ours(model, prompts, lengths, setting):
 
         return call
 
-    decode, rows_of_steps = sampler.decode_one, []
+    decode, read, passes = sampler.decode_one, sampler.prefill, []
 
-    def decode_one(model, live, tokens):
-        rows_of_steps.append(len(tokens))
-        return decode(model, live, tokens)
+    def decode_one(model, slots):
+        passes.append((len(slots), 1, slots.column + 1))
+        return decode(model, slots)
+
+    def prefill(model, prompts):
+        longest = max(map(len, prompts))
+        passes.append((len(prompts), longest, longest))
+        return read(model, prompts)
 
     with ExitStack() as stack:
         for owner, name, part, function in (
-            (sampler, "prefill", "prefill", sampler.prefill),
+            (sampler, "prefill", "prefill", prefill),
             (sampler, "decode_one", "decode", decode_one),
             (sampler, "draw_tokens", "sampling", draw),
         ):
@@ -138,8 +153,34 @@ def ours(model, prompts, lengths, setting):
     tokens = sum(map(len, done.ids))
     assert [len(ids) for ids in done.ids] == lengths.tolist()
     # What the last decoding pass gives is not fed back, nor is a row's last token.
-    useful = (tokens - len(lengths)) / max(1, sum(rows_of_steps))
-    return seconds, tokens, useful, [spent[part] / seconds for part in PARTS]
+    steps = sum(rows for rows, length, _ in passes if length == 1)
+    useful = (tokens - len(lengths)) / max(1, steps)
+    return seconds, tokens, useful, [spent[part] / seconds for part in PARTS], passes
+
+
+@torch.no_grad()
+def products(model, passes):
+    """Seconds of the matrix products of these passes alone."""
+    config, head = model.config, model.lm_head
+    blocks = [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    heads, width = config.num_attention_heads, config.head_dim
+    groups = heads // config.num_key_value_heads
+    shape = max(p[0] for p in passes), config.num_key_value_heads, max(p[2] for p in passes), width
+    caches = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+    inputs = {
+        m.in_features: torch.randn(max(r * n for r, n, _ in passes), m.in_features)
+        for m in (*blocks, head)
+    }
+    start = time.perf_counter()
+    for rows, length, columns in passes:
+        for linear in blocks:
+            torch.nn.functional.linear(inputs[linear.in_features][: rows * length], linear.weight)
+        queries = torch.ones(rows, shape[1], groups * length, width)
+        for keys, values in caches:
+            scores = queries @ keys[:rows, :, :columns].transpose(2, 3)
+            scores @ values[:rows, :, :columns]
+        torch.nn.functional.linear(inputs[head.in_features][:rows], head.weight)
+    return time.perf_counter() - start
 
 
 def theirs(model, prompts, lengths, setting):
@@ -194,12 +235,15 @@ def main():
             lengths = lengths_of(kind, len(prompts) * N, setting["new"])
             rows = []
             for _ in range(args.pairs):
-                mine, tokens, useful, shares = ours(model, prompts, lengths, setting)
+                mine, tokens, useful, shares, passes = ours(model, prompts, lengths, setting)
+                alone = products(model, passes)
                 other = theirs(model, prompts, lengths, setting)
-                rows.append((other / mine, tokens / mine, *shares))
-            ratio, rate, *shares = (statistics.median(column) for column in zip(*rows, strict=True))
+                rows.append((other / mine, alone / mine, tokens / mine, *shares))
+            middle = (statistics.median(column) for column in zip(*rows, strict=True))
+            ratio, limit, rate, *shares = middle
             found[f"{name} {kind}"] = {
                 "ratio": round(ratio, 2),
+                "limit": round(limit, 3),
                 "ratios": [round(row[0], 2) for row in rows],
                 "tokens_per_second": round(rate),
                 "useful": round(useful, 3),
@@ -208,6 +252,7 @@ def main():
             split = ", ".join(f"{part} {found[f'{name} {kind}'][part]:.0%}" for part in PARTS)
             print(
                 f"{name} ({size / 1e6:.1f} M) {kind:10} {ratio:5.2f} x generate  "
+                f"products alone {limit:.0%}  "
                 f"{rate:8.0f} tokens/s  useful row-steps {useful:.1%}  {split}",
                 flush=True,
             )
