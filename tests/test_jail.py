@@ -63,6 +63,7 @@ FORGED = {
     "other names": LINK + "say('ok [{\"d\": [\"add\", {\"T\": \"max\"}]}, null]')\n",
     "too long": LINK + SENDS.format(b"\xff\xff\xff\xff"),
     "too much": LINK + SENDS.format(b"\xff\xff\xff\xff") + "    while 1: say('x' * (1 << 20))\n",
+    "all that fits": LINK + SENDS.format(b"\0\0\xff\x0f") + "    while 1: say('x' * (1 << 20))\n",
     "no text": LINK + SENDS.format(b"\4\0\0\0\xff\xff\xff\xff"),
     "trickle": "import time\n" + LINK + SENDS.format(b"\xff\0\0\0")
         + "    while 1: link.sock.sendall(b' '); time.sleep(0.2)",
@@ -96,7 +97,11 @@ def test_forged_verdicts_do_not_pass(sandbox):
     assert judge(sandbox, LINK + ADD).passed  # the forgers do find their link
     verdicts = sandbox.run([Check(program, TEST_ADD, "add", ADD) for program in FORGED.values()])
     assert not [name for name, v in zip(FORGED, verdicts, strict=True) if v.passed]
-    assert not [v for v in verdicts if "the test ended with" in v.detail]
+    for name, verdict in zip(FORGED, verdicts, strict=True):  # of the judges, only time ends any
+        assert verdict.outcome == "timeout" or "the test ended with" not in verdict.detail, name
+    # What no candidate's memory could hold is not waited for.
+    told = {name: verdict.detail for name, verdict in zip(FORGED, verdicts, strict=True)}
+    assert told["too long"] == told["too much"] == "the answer is too large"
 
 
 @pytest.mark.parametrize("reference", ["", ADD])

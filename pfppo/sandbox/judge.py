@@ -243,6 +243,7 @@ def judge(sock, options):
         memory = (2 * options["memory_mb"] << 20) + pages * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (memory if most < 0 else min(memory, most), most))
+        link.longest = options["memory_mb"] << 20  # a candidate that owns no more can send no more
         signal.setitimer(signal.ITIMER_PROF, options["timeout"])  # the end, by the kernel's hand
         os.chdir(options["directory"])
         link.end(*run_test(link, Plan(*plan), program))

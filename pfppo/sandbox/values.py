@@ -65,6 +65,7 @@ class Link:
     side = other = ""  # "J" for the judge's objects, "C" for the candidate's
     modules = ()  # names of this side's copy of the program
     error_root = BaseException  # what an exception is of which nothing else is known
+    longest = float("inf")  # bytes of a message: one that says it is longer is not waited for
 
     def __init__(self, sock):
         self.sock, self.buffer = sock, bytearray()
@@ -279,6 +280,8 @@ class Link:
     def receive(self):
         """(KIND, value) of the next message. EOFError at the end."""
         while len(self.buffer) < (end := 4 + int.from_bytes(self.buffer[:4], "little")) or end == 4:
+            if end > self.longest:
+                raise MemoryError
             chunk = self.sock.recv(CHUNK)
             if not chunk:
                 raise EOFError
