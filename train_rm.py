@@ -82,7 +82,7 @@ def main(args, ranks=None):
     # Pairs of token ids (prompt, chosen, rejected); rows are for the normaliser
     tokens = data.Tokens.of(args, ranks.say)
     if args.pairs:
-        pairs, texts = data.read_pairs(args.pairs, tokens, ranks.say)
+        pairs, texts = run.read_pairs(args.pairs, tokens, ranks.say)
         session.check(pairs)
         rows = run.rows_of(pairs)
     else:

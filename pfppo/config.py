@@ -11,9 +11,9 @@ A comment on a line of its own heads a group in `--help`. Both `--a_b` and `--a-
 of fields: int, float, str, bool (`--flag`, `--no_flag`), `Literal` (a list of choices), and numbers
 with a range: `Count`, `Positive`, `Share`, ... below; `Strings`, several words. Everything that a
 user can get wrong ends as one line on standard error and exit status 2 (`UserError`, printed by
-`launch`, on rank 0 only; `fsdp.agreed` brings it there from the others), and so does Ctrl-C, with
-status 130. Under torchrun the line stands above torchrun's own report, and torchrun itself exits
-with 1.
+`launch`, on rank 0 only; `fsdp.agreed` brings it there from the others), and so do Ctrl-C, with
+status 130, and SIGTERM, with 143. Under torchrun the line stands above torchrun's own report, and
+torchrun itself exits with 1.
 
 A script that can resume writes its arguments into the folder that it makes. With `--resume`, those
 of FOLDER/args.json are taken as if they stood in front of the command line: what is given there
@@ -32,6 +32,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
@@ -218,11 +219,9 @@ def parse(cls, argv=None):
         return args
     if not path.is_file():
         said = [f.name for f in fields.values() if getattr(args, f.name) != f.default]
-        nothing = (
-            f"--{option} {folder}: there is no run to go on with (no args.json in it), and no "
-        )
-        nothing += "other argument to begin one with"
-        require({*said} > {option, "resume"}, nothing)
+        nothing = "there is no run to go on with (no args.json in it), and no other argument"
+        begins = {*said} > {option, "resume"}
+        require(begins, f"--{option} {folder}: {nothing} to begin one with")
         return args
     words = words_of(_read_arguments(path, fields))
     try:
@@ -312,15 +311,16 @@ def _module_of(path, changed):
 
 def launch(main, cls):
     """Parse, run `main(args)`, and turn what a user can mend into one line and exit status 2, and
-    Ctrl-C into one and 130."""
+    Ctrl-C and SIGTERM into one and 130 or 143."""
     args, status = None, 2
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         try:
             args = parse(cls)
             return main(args)
         except Exception:
-            # The rank that this one waited for may have ended by Ctrl-C: then so was this one told
-            # to, and Python calls the handler here.
+            # The rank that this one waited for may have ended by a signal: then so was this one
+            # told to, and Python calls the handler here.
             time.sleep(0)
             raise
     except UserError as error:
@@ -329,12 +329,17 @@ def launch(main, cls):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         message = f"error: {error.filename or 'file system'}: {error.strerror}"
-    except KeyboardInterrupt:
-        message, status = f"ended by Ctrl-C{_how_to_go_on(args)}", 130
+    except KeyboardInterrupt as error:
+        name, status = error.args or ("Ctrl-C", 130)
+        message = f"ended by {name}{_how_to_go_on(args)}"
     message = " ".join(message.split())
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _terminate(*_):
+    raise KeyboardInterrupt("SIGTERM", 128 + signal.SIGTERM)
 
 
 def _how_to_go_on(args):

@@ -18,7 +18,6 @@ from pfppo.config import UserError, model_folders, reason, require, require_fold
 from pfppo.files import is_pointer, name_eos, no_tokenizer
 from pfppo.model import check_cache, check_positions, read_config, stop_ids
 from pfppo.problems import (
-    load_pairs,
     load_prompts,
     load_verifier,
     marks_thought,
@@ -133,14 +132,21 @@ class Tokens:
         known = (i for i in known if i is not None and i < self.rows and i not in self.stop)
         return next(known, None)
 
-    def prompt(self, prompt, where):
-        """`render`, 1 to `limit` tokens long. Raises UserError beginning with `where`."""
-        with told_in(where):
-            ids = render(prompt, self.tokenizer, self.style)
-        expected = f"expected 1 to {self.limit} (--max_prompt_tokens)"
-        fits = 0 < len(ids) <= self.limit
-        require(fits, f"{where}: prompt of {len(ids)} tokens, {expected}")
-        return self._known(ids, where)
+    def rendered(self, prompts):
+        """`render` of each of [(where, prompt)], all 1 to `limit` tokens long. Raises UserError
+        beginning with `where`, of the first one that is not, with what is known of the others."""
+        rows = []
+        for where, prompt in prompts:
+            with told_in(where):
+                rows.append(self._known(render(prompt, self.tokenizer, self.style), where))
+        sizes = [len(ids) for ids in rows]
+        if odd := [i for i, size in enumerate(sizes) if not 0 < size <= self.limit]:
+            where, count = prompts[odd[0]][0], sizes[odd[0]]
+            expected = f"expected 1 to {self.limit} (--max_prompt_tokens)"
+            rest = f"; so are {len(odd)} of {len(rows)}, of {min(sizes)} to {max(sizes)} tokens"
+            rest *= len(odd) > 1
+            raise UserError(f"{where}: prompt of {count} tokens, {expected}{rest}")
+        return rows
 
     def _known(self, ids, where):
         """The ids, if the models' tables have rows for all of them."""
@@ -154,10 +160,8 @@ class Tokens:
     def prompts(self, problems, source, texts=None):
         """Token ids of every problem's prompt; `texts` instead, one for each, where given."""
         texts = texts or [prompt_text(problem, self.style) for problem in problems]
-        return [
-            self.prompt(text, f"{source}, task {problem.task_id}")
-            for problem, text in zip(problems, texts, strict=True)
-        ]
+        where = [f"{source}, task {problem.task_id}" for problem in problems]
+        return self.rendered(list(zip(where, texts, strict=True)))
 
     def response(self, prompt, text, where):
         """A response's ids as the policy would have written them behind the prompt's ids: with the
@@ -300,18 +304,6 @@ def read_problems(args, option, tokens, tested=True, say=lambda line: None):
     """ProblemSet of `problems_of`."""
     problems = problems_of(args, option, tested, say)
     return ProblemSet(problems, tokens.prompts(problems, getattr(args, option)))
-
-
-def read_pairs(path, tokens, say=print):
-    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
-    pairs, said = [], load_pairs(path, say)
-    for line, (prompt, *responses) in said:
-        where = f"{path}, line {line}"
-        ids = tokens.prompt(prompt, where)
-        pairs.append((ids, *(tokens.response(ids, text, where) for text in responses)))
-    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
-    check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
-    return pairs, [triple for _, triple in said]
 
 
 @dataclass(frozen=True)

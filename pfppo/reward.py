@@ -94,8 +94,7 @@ def check_agreement(card, tokens, theirs, where, policy):
         if there != here:
             differs = f"its {what} differs from that of --policy {policy}"
             words = (_other_template, _other_tokens)[i](there, tokens, theirs)
-            words = words or f"hash {there} there, {here} here"
-            raise UserError(f"{where}: {differs}: {words}")
+            raise UserError(f"{where}: {differs}: {words or f'hash {there} there, {here} here'}")
 
 
 def _other_template(there, tokens, theirs):
@@ -103,11 +102,12 @@ def _other_template(there, tokens, theirs):
     for style in ("plain", "few_shot", "deepseek", "chat"):
         if there == tokens.hashes(theirs, style)[0]:
             if style != "chat" or tokens.style != "chat":
-                return f"--prompt_style {style} there, {tokens.style} here"
+                own = ", or its chat_template.jinja," * (style == "chat")
+                return f"--prompt_style {style}{own} there, {tokens.style} here"
             pair = [str(part.chat_template) for part in (theirs, tokens.tokenizer)]
             common = len(os.path.commonprefix(pair))
             shown = (repr(text[common : common + 40]) for text in pair)
-            return "{} there, {} here, from character {} on".format(*shown, common)
+            return f"{' there, '.join(shown)} here, from character {common} on"
     return ""
 
 

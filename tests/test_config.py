@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -283,7 +284,9 @@ def launched(monkeypatch, capsys):
     def run(*words, error=None, rank="0"):
         def main(args):
             assert args == Args(batch_size=7)
-            if error:
+            if isinstance(error, signal.Signals):
+                signal.raise_signal(error)
+            elif error:
                 raise error
 
         monkeypatch.setattr(sys, "argv", ["some/script.py", "--batch_size=7", *words])
@@ -305,6 +308,7 @@ def launched(monkeypatch, capsys):
         ([], OSError(errno.ENOSPC, "No space left", "model.bin"), 2, "model.bin: No space left"),
         ([], OSError(errno.EACCES, "Permission denied"), 2, "file system: Permission denied"),
         ([], KeyboardInterrupt(), 130, "ended by Ctrl-C; the same command starts it again"),
+        ([], signal.SIGTERM, 143, "ended by SIGTERM; the same command starts it again"),
         ([], None, 0, ""),
     ],
 )

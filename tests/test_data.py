@@ -16,13 +16,13 @@ from pfppo.data import (
     load_tokenizer,
     problems_of,
     read_inputs,
-    read_pairs,
     read_problems,
     render,
 )
 from pfppo.problems import Problem, assemble, load_problems
 from pfppo.problems.extract import extract_code
 from pfppo.rollout import step_prompts
+from pfppo.run import read_pairs
 from pfppo.sandbox import Sandbox
 
 import conftest
@@ -73,6 +73,11 @@ def tokens_of(tmp_path_factory):
         return conftest.tokens_of(make_tokenizer(template, **how), style, limit, str(policy))
 
     return make
+
+
+def prompt_of(tokens, prompt):
+    """Its token ids."""
+    return tokens.rendered([("here", prompt)])[0]
 
 
 def write(folder, *rows):
@@ -154,6 +159,14 @@ def test_several_turns_or_a_system_turn_need_the_chat_style(tokens_of, tmp_path,
         message = refused(read, path, tokens_of(style))
         assert message.startswith(str(path)) and "line 2: " in message
         assert "--prompt_style chat" in message
+
+
+def test_of_prompts_that_are_too_long_all_are_counted(tokens_of, tmp_path):
+    path = write(tmp_path, *(pair("word " * count) for count in (1, 30, 2, 40)))
+    message = refused(read_pairs, path, tokens_of(limit=20))
+    first, rest = message.split("; ")
+    assert "line 2: prompt of " in first and first.endswith("1 to 20 (--max_prompt_tokens)")
+    assert rest.startswith("so are 2 of 4, ")
 
 
 def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tokens_of, tmp_path):
@@ -369,7 +382,7 @@ def test_a_response_is_read_and_written_behind_its_prompt_with_one_end(make, tex
     """What a response says does not depend on the blank that its tokenizer would put first."""
     tokens = conftest.tokens_of(make())
     for prompt in ("def f(xs):\n", "def f(xs):", "# 3"):
-        ids = tokens.prompt(prompt, "here")
+        ids = prompt_of(tokens, prompt)
         response = tokens.response(ids, text, "here")
         assert response[-1] == tokens.end and response.count(tokens.end) == 1
         assert tokens.decode([ids], [response]) == [text]
@@ -386,7 +399,7 @@ def test_a_response_is_read_and_written_behind_its_prompt_with_one_end(make, tex
 def test_humanevals_references_pass_through_such_a_tokenizer():
     tokens, checks = conftest.tokens_of(sentencepiece(), limit=4000), []
     for problem in load_problems(DATA / "HumanEval.jsonl.gz", "humaneval"):
-        ids = tokens.prompt(problem.prompt, "here")
+        ids = prompt_of(tokens, problem.prompt)
         response = tokens.response(ids, problem.canonical_solution, "here")
         checks.append(assemble(problem, *tokens.decode([ids], [response])))
     with Sandbox() as sandbox:
@@ -409,7 +422,7 @@ def test_a_thought_is_no_answer_where_its_marks_are_special_tokens(make, special
     tokenizer.add_tokens(["<|fim|>"], special_tokens=True)  # says nothing
     tokens = conftest.tokens_of(tokenizer)
     for begin, end in (marks[:2], marks[2:]):
-        prompt = tokens.prompt(f"Write f.{begin}\n", "here")  # some templates begin the thought
+        prompt = prompt_of(tokens, f"Write f.{begin}\n")  # some templates begin the thought
         for before in ("", begin, f"x{end}{begin}"):
             said = f"{before}def f():\n    return 0{end}def f():<|fim|>\n    return 1\n"
             (text,) = tokens.decode([prompt], [tokens.response(prompt, said, "here")])
@@ -461,7 +474,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(tmp_path):
     args = SimpleNamespace(policy=tmp_path, prompt_style=str(file), max_prompt_tokens=99)
     own = Tokens.of(args, print)
     assert own.style == "chat" and own.tokenizer.chat_template == OWN
-    assert own.tokenizer.decode(own.prompt("a question", "")) == f"<user>a question{EOS}"
+    assert own.tokenizer.decode(prompt_of(own, "a question")) == f"<user>a question{EOS}"
     before = Tokens.of(SimpleNamespace(**vars(args) | {"prompt_style": "chat"}), print)
     assert before.hashes()[0] != own.hashes()[0]
     own.tokenizer.save_pretrained(tmp_path)
@@ -509,7 +522,7 @@ def test_a_pair_s_response_has_the_ids_that_the_template_gives_a_turn(
     tokens, said = policy_with(tokenizer, tmp_path, sorted({eos, last}) if named else eos)
     assert (tokens.end, tokens.stop) == (last, sorted({eos, last}))
     assert [repr(end) in line for line in said] == [True] * (last != eos and not named)
-    prompt = tokens.prompt("f", "here")
+    prompt = prompt_of(tokens, "f")
     rendered = tokenizer.apply_chat_template(
         answered([turn("user", "f")], "return 1"), tokenize=False
     )
@@ -530,7 +543,7 @@ def test_a_pair_s_response_has_the_ids_that_the_template_gives_a_turn(
 def test_an_indent_that_a_template_strips_stays_in_a_response(tmp_path, template):
     tokenizer, text = make_tokenizer(template), "    if x:\n        return 1"
     tokens, _ = policy_with(tokenizer, tmp_path, tokenizer.eos_token_id)
-    prompt = tokens.prompt("f", "here")
+    prompt = prompt_of(tokens, "f")
     (said,) = tokens.decode([prompt], [tokens.response(prompt, text, "here")])
     assert said.startswith(text)
 
@@ -542,10 +555,10 @@ def test_text_that_was_rendered_before_gets_no_second_beginning(named):
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**around)
     tokens = conftest.tokens_of(tokenizer)
     for text in ("<s>[INST] f [/INST]", "\n<s>[INST] f [/INST]", "[INST] f [/INST]", ""):
-        ids = tokens.prompt(text, "here")
+        ids = prompt_of(tokens, text)
         assert ids.count(1) == 1 and ids.count(2) == 0
     # An end that the text has itself stays, as between the turns of a dialogue.
-    assert tokens.prompt("<s>[INST] f [/INST] g</s>", "here").count(2) == 1
+    assert prompt_of(tokens, "<s>[INST] f [/INST] g</s>").count(2) == 1
 
 
 def test_a_prompt_begins_as_transformers_begins_it_whatever_class_cuts_the_text(tmp_path):
@@ -555,9 +568,9 @@ def test_a_prompt_begins_as_transformers_begins_it_whatever_class_cuts_the_text(
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     named = AutoTokenizer.from_pretrained(tmp_path)("  x")["input_ids"]
     tokens = conftest.tokens_of(load_tokenizer(tmp_path))
-    assert tokens.prompt("  x", "here")[0] == named[0] == tokens.tokenizer.bos_token_id
+    assert prompt_of(tokens, "  x")[0] == named[0] == tokens.tokenizer.bos_token_id
     load_tokenizer(tmp_path).save_pretrained(tmp_path)  # as an export does
-    assert load_tokenizer(tmp_path)("  x")["input_ids"] == tokens.prompt("  x", "here")
+    assert load_tokenizer(tmp_path)("  x")["input_ids"] == prompt_of(tokens, "  x")
 
 
 # ----------------------------------------------------------------------------- what a step sees
@@ -622,7 +635,7 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
         ({"prompts_per_step": 3}, ["--prompts_per_step 3: more than the 2 prompts"]),
         ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
         ({"reward": "tests"}, ["--prompts ", "1 of 2 problems have no 'test', such as ['line 1']"]),
-        ({"max_prompt_tokens": 2}, ["prompt of 3 tokens"]),
+        ({"max_prompt_tokens": 2}, ["prompt of 3 tokens, expected 1 to 2 (--max_prompt_tokens)"]),
         ({"max_new_tokens": 200}, ["--policy ", "203 tokens, expected at most 128"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),
     ],

@@ -75,6 +75,7 @@ class Args:
     run_dir: str
     seed: int = 1
     filter: str = "best_random"
+    data: str = ""
     steps: int = 40
     resume: bool = False
 
@@ -95,6 +96,18 @@ def test_a_fresh_run_directory_holds_its_arguments(ranks, tmp_path):
     known = dataclasses.asdict(Args(str(folder), seed=3, resume=True))
     assert json.loads((folder / "args.json").read_text()) == known
     assert [path.name for path in folder.iterdir()] == ["args.json"]
+
+
+def test_a_file_that_has_changed_is_told_and_told_once(ranks, tmp_path, capsys):
+    own, data = tmp_path / "own.py", tmp_path / "rows.jsonl"
+    own.write_text("one"), data.write_text("rows")
+    for changed, told in ((None, []), (None, []), (own, [own]), (None, []), (data, [data])):
+        if changed:
+            changed.write_text("another")
+        args = Args(str(tmp_path / "run"), filter=f"{own}:f", data=str(data), resume=True)
+        open_folder(claim(args, ranks, "runs/x"), args, ranks)
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split(": has changed since")[0] for line in said] == list(map(str, told))
 
 
 def test_an_empty_folder_and_one_of_a_killed_start_are_fresh_runs(ranks, tmp_path):

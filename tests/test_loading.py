@@ -272,7 +272,11 @@ def test_what_differs_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm
 
 WORDS = {  # what was trained with, what there is now -> what is said
     "style": ("plain", "chat", "--prompt_style plain there, chat here"),
-    "style back": ("chat", "deepseek", "--prompt_style chat there, deepseek here"),
+    "style back": (
+        "chat",
+        "deepseek",
+        "--prompt_style chat, or its chat_template.jinja, there, dee",
+    ),
     "template": (
         "chat",
         "chat",

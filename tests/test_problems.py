@@ -813,6 +813,18 @@ def test_programs_of_others_stand_below_the_setup_but_for_a_future_import(tmp_pa
     assert second["solution"] == f"{problem.setup}{problem.prompt}    return 1\n"
 
 
+def test_a_response_alone_is_read_as_a_model_says_it_and_other_texts_as_they_stand(tmp_path):
+    code, said = "def f(x):\n    return 2\n", []
+    fenced = f"Here it is:\n```python\n{code}```\n"
+    kinds = ("response", "solution", "solution", "completion")
+    texts = (fenced, fenced, code + "    # not ``` here\n", " \n")
+    rows = [{"task_id": "t/1", k: text} for k, text in zip(kinds, texts, strict=True)]
+    found = read_samples(write(tmp_path, *rows), ADD[1:2], say=said.append)
+    assert [row["solution"] for row in found[:2]] == [code, fenced]
+    empty, held = said
+    assert "1 of 4 samples are empty" in empty and "1 of 4 samples hold ``` and" in held
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -828,7 +840,7 @@ def test_a_sample_that_cannot_be_used_is_named(tmp_path, row, message):
 
 
 def test_problems_without_a_sample_are_an_error_unless_they_are_allowed(tmp_path):
-    path = write(tmp_path, {"task_id": "t/2", "completion": ""})
+    path = write(tmp_path, {"task_id": "t/2", "completion": " 1"})
     message = refused(read_samples, path, ADD)
     assert message.startswith(f"{path}: 3 of 4 problems have no sample, such as ['t/0']: ")
     assert "--allow_partial" in message

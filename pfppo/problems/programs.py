@@ -34,12 +34,16 @@ def _reference(problem):
     if not code.strip():  # the names of the prompt and of the setup still serve the tests
         code = "pass\n" if problem.prompt.endswith(" ") else "    pass\n"
     program = program_of(problem, code, bool(definition_of(problem).search(code)))
+    return program if _is_python(program) else ""
+
+
+def _is_python(program):
     try:
         with warnings.catch_warnings(action="ignore"):
             ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ""
-    return program
+        return False
+    return True
 
 
 SAID = ("response", "completion", "solution")  # fields of a samples file that hold an answer
@@ -65,15 +69,18 @@ def read_samples(path, problems, allow_partial=False, say=print):
     (of MBPP: of the split that the samples are from) has no sample, unless `allow_partial`: pass@k
     then speaks of the others, perhaps the easy ones, and a line says so."""
     known = {problem.task_id: problem for problem in problems}
-    counts, samples = Counter(), []
+    counts, samples, empty, fenced = Counter(), [], 0, 0
     for line, given, said in load_samples(path):
         names = (str(given), f"Mbpp/{given}")  # a number in Google's file
         task = next((name for name in names if name in known), None)
         expected = f"expected one of the problems', such as {next(iter(known))!r}"
         require(task, f"{path}, line {line}: task_id {given!r} is in no problem: {expected}")
         sample = {"task_id": task, "sample": counts[task], "response": next(iter(said.values()))}
-        samples.append(sample | {"solution": _solution(known[task], said, f"{path}, line {line}")})
+        samples.append(sample | {"solution": _solution(known[task], said)})
         counts[task] += 1
+        empty += not any(text.strip() for text in said.values())
+        if "response" not in said and "```" in sample["response"]:
+            fenced += not _is_python(samples[-1]["solution"])
     splits = [s for s in MBPP_SPLITS if all(in_split(known[task], s) for task in counts)]
     asked = [task for task in known if not splits or in_split(known[task], splits[0])]
     missing = [task for task in asked if task not in counts]
@@ -82,15 +89,20 @@ def read_samples(path, problems, allow_partial=False, say=print):
     require(allow_partial or not missing, f"{path}: {few}: {advice}")
     if missing:
         say(f"--allow_partial: {few}; pass@k leaves them out")
+    if empty:
+        say(f"{path}: {empty} of {len(samples)} samples are empty")
+    if fenced:
+        why = "hold ``` and are no Python: code is taken out of texts in 'response' alone"
+        say(f"{path}: {fenced} of {len(samples)} samples {why}")
     return samples
 
 
-def _solution(problem, said, where):
+def _solution(problem, said):
     """What is executed of a sample: a whole program, the setup included; of no code the text."""
     if not problem.is_code:
         return next(iter(said.values()))
-    expected = f"expected a string in 'completion' or 'solution', found {sorted(said)}"
-    require({"completion", "solution"} & said.keys(), f"{where}: {expected}")
+    if said.keys() == {"response"}:  # as a chat model says it
+        return assemble(problem, said["response"]).program
     code = said["solution"] if "solution" in said else problem.prompt + said["completion"]
     return program_of(replace(problem, prompt=""), code, whole=True)
 

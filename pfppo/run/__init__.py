@@ -52,6 +52,7 @@ from pfppo.run.pairs import (
     pair_metrics,
     pairs_by_tests,
     raw_scores,
+    read_pairs,
     rows_of,
     shares,
     split_by_prompt,

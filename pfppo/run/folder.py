@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what its files are, and whether all nodes see the same one.
 
     args.json             the arguments
+    inputs.json           SHA-256 of the files that they name
     metrics.jsonl         one object per step
     samples.jsonl         one object per sample
     checkpoints/step_N/   complete state after N steps (checkpoint.py)
@@ -8,13 +9,17 @@
 
 A folder belongs to the run whose arguments stand in it: another one's is refused before long work.
 `--resume` reads them (config.parse), so the folder's name is enough to go on.
+A file that has changed since is no other argument: it may be a function that was mended, or
+problems that were. What was made of it stays, which is said.
 JSON files are replaced whole; JSONL files grow by whole steps, and on resume they are cut back to
 the checkpoint's step.
 
 Not covered: several runs in one folder.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -49,10 +54,29 @@ def open_folder(folder, args, ranks):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "args.json", dataclasses.asdict(args))
+            for path in _note_inputs(folder / "inputs.json", args):
+                ranks.say(f"{path}: has changed since {folder} was begun: what it gave there stays")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from error
 
     on_main(ranks, make)
+
+
+def _note_inputs(path, args):
+    """Write the digests of the files that options name, of functions in files too. Returns those
+    whose digest was another one."""
+    found = {}
+    for value in dataclasses.asdict(args).values():
+        for place in (value, value.rpartition(":")[0]) if isinstance(value, str) else ():
+            if place and Path(place).is_file():
+                with open(place, "rb") as file:
+                    found[place] = hashlib.file_digest(file, "sha256").hexdigest()
+    known = {}
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(path.read_text()))
+    if found:
+        write_json(path, found)
+    return [place for place in found if known.get(place, found[place]) != found[place]]
 
 
 def _check(folder, args, option, files):

@@ -1,5 +1,5 @@
-"""Preference pairs, for train_rm.py: out of executed samples, which are drawn once and kept; their
-split; and what a reward model says of them.
+"""Preference pairs, for train_rm.py: of a file, or out of executed samples, which are drawn once
+and kept; their split; and what a reward model says of them.
 
     samples.jsonl    all N samples of every prompt: task_id, sample, prompt, response, passed, ids
                      (tokens, EOS included where there is one), and pair: chosen, rejected or null
@@ -23,7 +23,7 @@ from pfppo.config import require
 from pfppo.files import append_jsonl, rewrite_jsonl, whole_lines
 from pfppo.fsdp import gather_lists
 from pfppo.model import check_positions, empty_classifier, read_config
-from pfppo.problems import load_verifier, prompt_text
+from pfppo.problems import load_pairs, load_verifier, prompt_text
 from pfppo.reward import bradley_terry_loss
 from pfppo.rollout import collate, seeded
 from pfppo.run.fitting import rows_at_once
@@ -48,6 +48,18 @@ def edit_distance(a, b):
         row = np.concatenate([[i], np.minimum(row[1:] + 1, row[:-1] + (b != x))])
         row = np.minimum.accumulate(row - places) + places  # insertions, one after the other
     return int(row[-1])
+
+
+def read_pairs(path, tokens, say=print):
+    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
+    pairs, said = [], load_pairs(path, say)
+    prompts = tokens.rendered([(f"{path}, line {line}", prompt) for line, (prompt, *_) in said])
+    for ids, (line, (_, *responses)) in zip(prompts, said, strict=True):
+        where = f"{path}, line {line}"
+        pairs.append((ids, *(tokens.response(ids, text, where) for text in responses)))
+    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
+    check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
+    return pairs, [triple for _, triple in said]
 
 
 def farthest_pair(responses, passed):
