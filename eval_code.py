@@ -41,9 +41,9 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     benchmark: Literal["lab", "humaneval", "mbpp", "leetcode"] = "lab"  # form of the problems
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
     samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
-    allow_partial: bool = False  # --samples may lack some problems: pass@k of those it has
+    allow_partial: bool = False  # some problems may lack a sample, or be too long: pass@k of others
     prompt_style: run.styles("plain", "few_shot", "chat", "deepseek") = "plain"  # few_shot: MBPP's
-    max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
+    max_prompt_tokens: Count = 8192  # longest prompt; a longer one is an error
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # of samples and stochastic filters
     out: str = ""  # folder for samples.jsonl and results.jsonl; empty: runs/eval, -2, ...
@@ -141,8 +141,10 @@ def main(args):
             ranks.say(f'a response ends at {stops} (--stop "": not)')
         if args.prompt_style == "few_shot":
             texts = problems.few_shot_prompts(asked, problems.load_prompts(args.problems))
-        prompted = data.ProblemSet(asked, tokens.prompts(asked, args.problems, texts))
-        data.check_longest(args, prompted.longest)
+        advice = "; --allow_partial leaves them out of pass@k"
+        how = {"say": args.allow_partial and ranks.say, "advice": advice}
+        prompted = data.ProblemSet.of(asked, args.problems, tokens, texts, **how)
+        asked = prompted.problems
         how = {"prompt": prompted.longest, "prompts": len(asked)}
         slots = run.rows_at_once(args, ranks, partial(run.AnswerPlan, args, **how))
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)

@@ -141,7 +141,7 @@ def main(args, ranks=None):
     raw = run.raw_scores(model, rows, *how, bar="normaliser")
     alike = f"--run_dir {session.folder}: the model scores all {len(rows)} responses alike"
     require(raw.std() > 0, alike)
-    card = reward.RewardCard(raw.mean().item(), raw.std().item(), *tokens.hashes())
+    card = reward.RewardCard(raw.mean().item(), raw.std().item(), *tokens.hashes(), tokens.named)
     known = run.pair_metrics(model, training, *how)["accuracy"]
     unseen = run.pair_metrics(model, held_out, *how)["accuracy"]
     session.finish(model, tokens, card)

@@ -296,6 +296,7 @@ def results_of(out, problems, rows, answer, group, slots, verifier, ranks):
     draw = answer and partial(answer, progress=progress)
     chunks = chunks_of(rows, out, len(results), total, group, size, draw, ranks)
     note_done()
+    bar.initial = bar.n
     with ThreadPoolExecutor(1) as pool, bar:
         try:
             running = None  # (chunk, what gives its verdicts)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pfppo.config import UserError, model_folders, reason, require, require_folder, told_in
 from pfppo.files import is_pointer, name_eos, no_tokenizer
-from pfppo.model import check_cache, check_positions, read_config, stop_ids
+from pfppo.model import check_cache, read_config, room_of, stop_ids
 from pfppo.problems import (
     load_prompts,
     load_verifier,
@@ -87,7 +87,9 @@ class Tokens:
     rows: int  # ids below are known to policy and reward model
     never: list[int]  # ids that are not sampled: no token has them, or a model lacks them
     style: str  # --prompt_style; "chat" too where that is a file: the tokenizer has its template
-    limit: int  # --max_prompt_tokens
+    named: str  # --prompt_style as it was given
+    limit: int  # tokens that a prompt may have
+    limited_by: str = "--max_prompt_tokens"
 
     @classmethod
     def of(cls, args, say=print):
@@ -120,7 +122,9 @@ class Tokens:
             say(f"--policy {path}: {len(never)} of {sizes[0]} ids are never sampled: {why}")
         fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, *stop)
         pad = next(i for i in fillers if i is not None and i < rows)
-        return cls(path, tokenizer, stop, end, pad, rows, never, style, args.max_prompt_tokens)
+        room = room_of(args)
+        named = args.prompt_style
+        return cls(path, tokenizer, stop, end, pad, rows, never, style, named, *room)
 
     @property
     def classifier_pad(self):
@@ -132,21 +136,23 @@ class Tokens:
         known = (i for i in known if i is not None and i < self.rows and i not in self.stop)
         return next(known, None)
 
-    def rendered(self, prompts):
-        """`render` of each of [(where, prompt)], all 1 to `limit` tokens long. Raises UserError
-        beginning with `where`, of the first one that is not, with what is known of the others."""
+    def rendered(self, prompts, say=None, advice=""):
+        """`render` of each of [(where, prompt)]; those that are too long are left out, None here,
+        and say(line) is told. Without `say`, or where none is left, they are a UserError."""
         rows = []
         for where, prompt in prompts:
             with told_in(where):
-                rows.append(self._known(render(prompt, self.tokenizer, self.style), where))
+                ids = render(prompt, self.tokenizer, self.style)
+            require(ids, f"{where}: prompt of 0 tokens, expected 1 at least")
+            rows.append(self._known(ids, where))
         sizes = [len(ids) for ids in rows]
-        if odd := [i for i, size in enumerate(sizes) if not 0 < size <= self.limit]:
-            where, count = prompts[odd[0]][0], sizes[odd[0]]
-            expected = f"expected 1 to {self.limit} (--max_prompt_tokens)"
-            rest = f"; so are {len(odd)} of {len(rows)}, of {min(sizes)} to {max(sizes)} tokens"
-            rest *= len(odd) > 1
-            raise UserError(f"{where}: prompt of {count} tokens, {expected}{rest}")
-        return rows
+        if long := [i for i, size in enumerate(sizes) if size > self.limit]:
+            where, most = prompts[long[0]][0], f"at most {self.limit} ({self.limited_by})"
+            first = f"{where}: prompt of {sizes[long[0]]} tokens, expected {most}"
+            others = f"{len(long)} of {len(rows)} are longer, up to {max(sizes)} tokens"
+            require(say and len(long) < len(rows), f"{first}; {others}{advice}")
+            say(f"left out: {first}; {others}")
+        return [ids if len(ids) <= self.limit else None for ids in rows]
 
     def _known(self, ids, where):
         """The ids, if the models' tables have rows for all of them."""
@@ -156,12 +162,6 @@ class Tokens:
                 rows = f"the {self.rows} rows of the models' tables"
                 raise UserError(f"{where}: token {token!r} has id {i}, beyond {rows}")
         return ids
-
-    def prompts(self, problems, source, texts=None):
-        """Token ids of every problem's prompt; `texts` instead, one for each, where given."""
-        texts = texts or [prompt_text(problem, self.style) for problem in problems]
-        where = [f"{source}, task {problem.task_id}" for problem in problems]
-        return self.rendered(list(zip(where, texts, strict=True)))
 
     def response(self, prompt, text, where):
         """A response's ids as the policy would have written them behind the prompt's ids: with the
@@ -280,6 +280,17 @@ class ProblemSet:
     problems: list  # problems.Problem
     prompts: list[list[int]]
 
+    @classmethod
+    def of(cls, problems, source, tokens, texts=None, **how):
+        """Those whose prompts are short enough; `texts` in place of prompts where given; how: as
+        in `Tokens.rendered`."""
+        texts = texts or [prompt_text(problem, tokens.style) for problem in problems]
+        where = (f"{source}, task {problem.task_id}" for problem in problems)
+        prompts = tokens.rendered(list(zip(where, texts, strict=True)), **how)
+        pairs = zip(problems, prompts, strict=True)
+        fit = [(problem, ids) for problem, ids in pairs if ids]
+        return cls([problem for problem, _ in fit], [ids for _, ids in fit])
+
     def __len__(self):
         return len(self.problems)
 
@@ -301,9 +312,9 @@ def problems_of(args, option, tested=True, say=lambda line: None):
 
 
 def read_problems(args, option, tokens, tested=True, say=lambda line: None):
-    """ProblemSet of `problems_of`."""
+    """ProblemSet of `problems_of`, without those whose prompts are too long, which is said."""
     problems = problems_of(args, option, tested, say)
-    return ProblemSet(problems, tokens.prompts(problems, getattr(args, option)))
+    return ProblemSet.of(problems, getattr(args, option), tokens, say=say)
 
 
 @dataclass(frozen=True)
@@ -332,11 +343,4 @@ def read_inputs(args, say=print):
     extra = "" if tested else ", ".join(train.problems[0].extra)
     learn += f" ({tested} with tests{extra and '; not read: ' + extra})" * (args.verify == "tests")
     say("problems: {}, {} for validation, {} for the test".format(learn, *map(len, others)))
-    check_longest(args, inputs.longest)
     return inputs
-
-
-def check_longest(args, prompt):
-    """Raise UserError where a model has too few positions for so long a prompt and a response."""
-    for name, path in model_folders(args):
-        check_positions(path, name, prompt + args.max_new_tokens)

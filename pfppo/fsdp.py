@@ -60,6 +60,7 @@ def bar(what, items=None, total=None, stay=False):
     and be seen in a log too."""
     hidden = True if os.environ.get("RANK", "0") != "0" else False if stay else None
     how = {"disable": hidden, "leave": stay, "delay": 0 if stay else 1, "mininterval": 1}
+    how["smoothing"] = 0  # the mean rate so far: rows end in bursts, which say nothing of the rest
     form = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}]"
     return tqdm(items, what, total, bar_format=form, **how)
 

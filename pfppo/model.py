@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 from pfppo import files
-from pfppo.config import UserError, reason, require, require_folder
+from pfppo.config import UserError, model_folders, reason, require, require_folder
 
 import torch
 import transformers
@@ -219,12 +219,15 @@ def position_limits(config):
     return {name: limit for name, limit in limits.items() if limit}
 
 
-def check_positions(path, option, longest, what="the longest prompt with --max_new_tokens"):
-    """Raise UserError if a row of `longest` tokens is longer than the model has positions for."""
-    for name, positions in position_limits(read_config(path, option)).items():
-        expected = f"expected at most {positions}, the {name} of its config.json"
-        fits = longest <= positions
-        require(fits, f"--{option} {path}: {what} is {longest} tokens, {expected}")
+def room_of(args):
+    """(most tokens of a prompt, what says so): --max_prompt_tokens, or positions less responses."""
+    room, why = args.max_prompt_tokens, "--max_prompt_tokens"
+    new = 0 if getattr(args, "pairs", "") else args.max_new_tokens
+    for option, path in model_folders(args):
+        for name, most in position_limits(read_config(path, option)).items():
+            less = f"--max_new_tokens {new} leaves {most - new} of {most}, the {name} of its config"
+            room, why = min((room, why), (most - new, f"--{option} {path}: {less}"))
+    return room, why
 
 
 def check_cache(path, option="policy"):

@@ -65,6 +65,7 @@ class RewardCard:
     std: float
     template: str  # data.Tokens.hashes
     vocabulary: str  # likewise
+    style: str = ""  # --prompt_style that it was trained with; for words
 
     def save(self, folder):
         write_json(Path(folder) / CARD, asdict(self))
@@ -77,7 +78,7 @@ def load_card(folder):
         return None
     try:
         card = RewardCard(**json.loads(path.read_text()))
-        card = RewardCard(float(card.mean), float(card.std), card.template, card.vocabulary)
+        card = replace(card, mean=float(card.mean), std=float(card.std))
         if not (math.isfinite(card.mean) and 0 < card.std < math.inf):
             raise ValueError(f"mean {card.mean}, std {card.std}")
         return card
@@ -93,27 +94,24 @@ def check_agreement(card, tokens, theirs, where, policy):
         there, here = (card.template, card.vocabulary)[i], tokens.hashes()[i]
         if there != here:
             differs = f"its {what} differs from that of --policy {policy}"
-            words = (_other_template, _other_tokens)[i](there, tokens, theirs)
+            words = (_other_template, _other_tokens)[i](card, tokens, theirs)
             raise UserError(f"{where}: {differs}: {words or f'hash {there} there, {here} here'}")
 
 
-def _other_template(there, tokens, theirs):
-    """Style and template that the RM was trained with, as far as the hash tells."""
-    for style in ("plain", "few_shot", "deepseek", "chat"):
-        if there == tokens.hashes(theirs, style)[0]:
-            if style != "chat" or tokens.style != "chat":
-                own = ", or its chat_template.jinja," * (style == "chat")
-                return f"--prompt_style {style}{own} there, {tokens.style} here"
-            pair = [str(part.chat_template) for part in (theirs, tokens.tokenizer)]
-            common = len(os.path.commonprefix(pair))
-            shown = (repr(text[common : common + 40]) for text in pair)
-            return f"{' there, '.join(shown)} here, from character {common} on"
-    return ""
+def _other_template(card, tokens, theirs):
+    """What the RM was trained with and what there is now: styles, and where templates part."""
+    words = f"--prompt_style {card.style} there, {tokens.named} here" * bool(card.style)
+    if theirs and tokens.style == "chat" and card.template == tokens.hashes(theirs)[0]:
+        pair = [str(part.chat_template) for part in (theirs, tokens.tokenizer)]
+        common = len(os.path.commonprefix(pair))
+        shown = (repr(text[common : common + 40]) for text in pair)
+        words += f"{words and ': '}{' there, '.join(shown)} here, from character {common} on"
+    return words
 
 
-def _other_tokens(there, tokens, theirs):
+def _other_tokens(card, tokens, theirs):
     """How many tokens have other ids, where the RM's own are known; and one of them."""
-    if theirs is None or there != tokens.hashes(theirs)[1]:
+    if theirs is None or card.vocabulary != tokens.hashes(theirs)[1]:
         return ""
     pair = [part.get_vocab() for part in (theirs, tokens.tokenizer)]
     odd = sorted(dict(pair[0].items() ^ pair[1].items()))

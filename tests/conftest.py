@@ -110,7 +110,7 @@ def tokens_of(tokenizer=None, style="plain", limit=100, policy="", stop=None):
 
     tokenizer = tokenizer or tiny_tokenizer()
     stop = stop or [tokenizer.eos_token_id]
-    return Tokens(policy, tokenizer, stop, stop[0], 0, len(tokenizer), [], style, limit)
+    return Tokens(policy, tokenizer, stop, stop[0], 0, len(tokenizer), [], style, style, limit)
 
 
 def write_model(folder, model, tokenizer=None):

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import eval_code
 import train_ppo
 import train_rm
-from pfppo.config import parse
+from pfppo.config import UserError, parse
 from pfppo.data import (
+    ProblemSet,
     Tokens,
     load_tokenizer,
     problems_of,
@@ -93,6 +94,7 @@ def turn(role, content):
 
 ASK = [turn("user", "q")]
 DIALOGUE = [turn("system", "s"), *ASK, turn("assistant", "a"), turn("user", "r")]
+HUMAN = "\n\nHuman: q\n\nAssistant:"
 RENDERED = "[system]s[user]q[assistant]a[user]r[assistant]"
 
 
@@ -100,10 +102,10 @@ def answered(before, content):
     return [*before, turn("assistant", content)]
 
 
-def read_any(path, tokens):
+def read_any(path, tokens, say=print):
     """Problems with tests or without."""
     args = SimpleNamespace(prompts=path, verify="tests")
-    return read_problems(args, "prompts", tokens, tested=False)
+    return read_problems(args, "prompts", tokens, tested=False, say=say)
 
 
 def pair(prompt, chosen="yes", rejected="no"):
@@ -123,6 +125,8 @@ def pair(prompt, chosen="yes", rejected="no"):
         pair("q", answered(ASK, "yes"), answered(ASK, "no")) | {"score_chosen": 7.0},
         {"chosen": answered(ASK, "yes"), "rejected": answered(ASK, "no")},
         {"instruction": ASK, "pos": "yes", "neg": "no"},
+        pair(HUMAN, f"{HUMAN} yes", f"{HUMAN} no"),
+        pair("q", f"{HUMAN} yes", f"{HUMAN} no"),
     ],
 )
 def test_every_form_of_a_pair_gives_equal_rows(tokens_of, tmp_path, row, style):
@@ -161,14 +165,6 @@ def test_several_turns_or_a_system_turn_need_the_chat_style(tokens_of, tmp_path,
         assert "--prompt_style chat" in message
 
 
-def test_of_prompts_that_are_too_long_all_are_counted(tokens_of, tmp_path):
-    path = write(tmp_path, *(pair("word " * count) for count in (1, 30, 2, 40)))
-    message = refused(read_pairs, path, tokens_of(limit=20))
-    first, rest = message.split("; ")
-    assert "line 2: prompt of " in first and first.endswith("1 to 20 (--max_prompt_tokens)")
-    assert rest.startswith("so are 2 of 4, ")
-
-
 def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tokens_of, tmp_path):
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     message = refused(read_pairs, write(tmp_path, pair(DIALOGUE)), tokens_of("chat", 9, strict))
@@ -177,22 +173,26 @@ def test_a_chat_template_that_refuses_a_turn_is_named_with_the_line(tokens_of, t
 
 
 @pytest.mark.parametrize("read, where", [(read_pairs, "line 2"), (read_any, "task t/2")])
-def test_a_prompt_longer_than_the_limit_is_refused_with_both_lengths(
-    tokens_of, tmp_path, read, where
-):
-    path = write(tmp_path, pair("ab"), pair("abcd") | {"task_id": "t/2"})
-    message = refused(read, path, tokens_of(limit=3))
-    for part in (f"{path}, {where}: ", "4 tokens", "1 to 3", "--max_prompt_tokens"):
-        assert part in message
-    read(path, tokens_of(limit=4))
+def test_prompts_longer_than_the_limit_are_left_out_and_counted(tokens_of, tmp_path, read, where):
+    rows = pair("ab"), pair("abcd") | {"task_id": "t/2"}, pair("abcdef")
+    path, said = write(tmp_path, *rows), []
+    read(path, tokens_of(limit=6), said.append)
+    assert said == []
+    found = read(path, tokens_of(limit=3), said.append)
+    assert len(found[0] if read is read_pairs else found) == 1
+    first = f"{path}, {where}: prompt of 4 tokens, expected at most 3 (--max_prompt_tokens)"
+    assert said == [f"left out: {first}; 2 of 3 are longer, up to 6 tokens"]
+    with pytest.raises(UserError, match="prompt of 2 tokens, expected at most 1 .*3 of 3 are"):
+        read(path, tokens_of(limit=1), said.append)
 
 
-def test_a_pair_longer_than_the_policy_has_positions_for_is_refused(tokens_of, tmp_path):
-    path = write(tmp_path, pair("q" * 9, "y" * 590))  # and EOS
-    read_pairs(path, tokens_of())
-    path = write(tmp_path, pair("q" * 9, "y" * 591))
-    message = refused(read_pairs, path, tokens_of())
-    assert f"the longest row of --pairs {path} is 601 tokens, expected at most 600" in message
+def test_pairs_longer_than_the_policy_has_positions_for_are_left_out(tokens_of, tmp_path):
+    long, said = pair("q" * 9, "y" * 591), []  # and EOS
+    path = write(tmp_path, pair("q" * 9, "y" * 590), long)
+    pairs, texts = read_pairs(path, tokens_of(), said.append)
+    assert len(pairs) == len(texts) == 1
+    assert f"{path}, line 2: row of 601 tokens, expected at most 600" in said[0]
+    assert "line 1: row of 601 tokens" in refused(read_pairs, write(tmp_path, long), tokens_of())
 
 
 @pytest.mark.parametrize("closing", [False, True])  # such an EOS would end the prompt
@@ -209,8 +209,8 @@ def test_a_prompt_is_tokenized_as_it_stands_or_as_a_users_turn_and_no_more(
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_problems_that_choose_or_judge_the_policy_need_tests(args, name):
     setattr(args, name, args.prompts)
-    said = f"--{name} {args.prompts}: 1 of 2 problems have no 'test', such as ['line 1'] (has"
-    assert refused(read_inputs, args).startswith(said)
+    said = f"--{name} {args.prompts}: 1 of 2 problems have no 'test', such as ['line 1']"
+    assert refused(read_inputs, args) == said
 
 
 def test_a_chat_template_that_is_not_used_is_told(args, capsys):
@@ -248,7 +248,8 @@ def test_in_chat_style_an_instruction_is_asked_where_there_is_one(tokens_of, tmp
         tokens = tokens_of(style)
         asked = read_any(path, tokens)
         assert tokens.decode([[]] * 2, asked.prompts) == expected
-        assert tokens.prompts(asked.problems, "", ["code"] * 2) == [asked.prompts[1]] * 2
+        again = ProblemSet.of(asked.problems, "", tokens, ["code"] * 2)
+        assert again.prompts == [asked.prompts[1]] * 2
 
 
 def test_a_dialogue_is_a_prompt_and_its_last_turn_the_question(tokens_of, tmp_path):
@@ -457,7 +458,7 @@ def policy_with(tokenizer, folder, stop):
     """Tokens of a policy whose folder names these ends, in style chat, and what was said."""
     tokenizer.save_pretrained(folder)
     tiny_config("llama", vocab_size=len(tokenizer), eos_token_id=stop).save_pretrained(folder)
-    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99)
+    args = SimpleNamespace(policy=folder, prompt_style="chat", max_prompt_tokens=99, pairs="-")
     said = []
     return Tokens.of(args, said.append), said
 
@@ -471,7 +472,7 @@ def test_a_template_of_ones_own_takes_the_place_of_the_tokenizers(tmp_path):
     file.write_text(OWN)
     make_tokenizer(CHAT).save_pretrained(tmp_path)
     tiny_config("llama", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    args = SimpleNamespace(policy=tmp_path, prompt_style=str(file), max_prompt_tokens=99)
+    args = SimpleNamespace(policy=tmp_path, prompt_style=str(file), max_prompt_tokens=99, pairs="-")
     own = Tokens.of(args, print)
     assert own.style == "chat" and own.tokenizer.chat_template == OWN
     assert own.tokenizer.decode(prompt_of(own, "a question")) == f"<user>a question{EOS}"
@@ -635,8 +636,7 @@ def test_prompts_come_as_tokens_with_what_tokens_mean(args):
         ({"prompts_per_step": 3}, ["--prompts_per_step 3: more than the 2 prompts"]),
         ({"refill": 1}, ["--refill 1: more rounds of 2 than 2 prompts of "]),
         ({"reward": "tests"}, ["--prompts ", "1 of 2 problems have no 'test', such as ['line 1']"]),
-        ({"max_prompt_tokens": 2}, ["prompt of 3 tokens, expected 1 to 2 (--max_prompt_tokens)"]),
-        ({"max_new_tokens": 200}, ["--policy ", "203 tokens, expected at most 128"]),
+        ({"max_new_tokens": 200}, ["--policy ", "200 leaves -72 of 128, the max_position_emb"]),
         ({"validation": "nowhere.jsonl"}, ["nowhere.jsonl"]),
     ],
 )

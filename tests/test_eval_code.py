@@ -65,6 +65,21 @@ def test_eval_code_judges_completions_and_solutions_in_input_order(tiny, tmp_pat
     assert [r["passed"] for r in results] == [True, False] * 3
 
 
+def test_a_problem_that_is_too_long_is_refused_or_left_out(tiny, tmp_path, capsys):
+    rows = read(tiny / "held_out.jsonl")[:3]
+    rows[1]["prompt"] = "# " + "what it does " * 99 + "\n" + rows[1]["prompt"]
+    file = write_rows(tmp_path / "long.jsonl", rows)
+    words = asked(tiny, tmp_path / "o", problems=file)
+    with pytest.raises(UserError, match="8 leaves 248 of 256, .*1 of 3 are .*--allow_partial lea"):
+        run(eval_code, *words)
+    assert not (tmp_path / "o").exists()
+    run(eval_code, *words, "--allow_partial")
+    assert "left out: " in (said := capsys.readouterr().out) and "2 problems" in said
+    assert [r["task_id"] for r in read(tmp_path / "o/results.jsonl")] == [
+        rows[i]["task_id"] for i in (0, 2)
+    ]
+
+
 def test_eval_code_goes_on_where_it_was_stopped(tiny, tmp_path, capsys, monkeypatch):
     words = {"samples_per_problem": 2, "sampling_batch": 1, "filters": "best_worst"}
     words |= {"reward_model": tiny / "rm"}
@@ -317,7 +332,7 @@ def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
             "--filters agreeing: asks for members",  # nobody asks the reward models
         ),
         (("--temperature", -0.5), "--temperature -0.5: expected at least 0, or -1"),
-        (("--max_new_tokens", 250), "expected at most 256, the max_position_embeddings"),
+        (("--max_new_tokens", 250), "250 leaves 6 of 256, the max_position_embeddings"),
         (("--prompt_style", "few_shot"), "--prompt_style few_shot: the examples are MBPP's"),
         (("--samples", "x", "--reward_model", "lab"), "--samples: without a model's answers, so"),
         (("--samples", "x", "--stop", "y"), "--stop: with --samples nothing is sampled"),

@@ -14,7 +14,7 @@ from pfppo import loading
 from pfppo.config import UserError
 from pfppo.data import Tokens
 from pfppo.lab import default as lab
-from pfppo.model import causal_lm_config, check_folder, check_positions
+from pfppo.model import causal_lm_config, check_folder, room_of
 
 import families
 import pytest
@@ -42,7 +42,8 @@ def folder(tiny, tmp_path):
 
 def reading(policy, **changed):
     """What ids mean to the policy in a folder."""
-    options = {"policy": policy, "prompt_style": "plain", "max_prompt_tokens": 99} | changed
+    options = {"policy": policy, "prompt_style": "plain", "max_prompt_tokens": 99}
+    options |= {"max_new_tokens": 9} | changed
     return Tokens.of(SimpleNamespace(**options))
 
 
@@ -185,7 +186,7 @@ def test_a_token_beyond_the_rows_is_one_line_wherever_it_stands(folder):
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
     tokens, line = reading(folder), "here: token '<extra>' has id 512, beyond the 512 rows"
-    assert refused(tokens.prompt, "<extra> a", "here").startswith(line)
+    assert refused(tokens.rendered, [("here", "<extra> a")]).startswith(line)
     assert refused(tokens.response, [5], "b<extra>", "here").startswith(line)
 
 
@@ -480,7 +481,7 @@ def test_a_reward_model_that_looks_ahead_is_refused_whatever_its_offset_and_in_e
         run(eval_code, *models, *problems)
     short = {"n_positions": 16, "max_position_embeddings": 16}
     other_model(folder, "gpt2", AutoModelForSequenceClassification, **SCALAR | short)
-    with pytest.raises(UserError, match=f"--reward_model {folder}: .*expected at most 16"):
+    with pytest.raises(UserError, match=f"--reward_model {folder}: --max_new_tokens 64 leaves -48"):
         run(eval_code, *models, *problems)
 
 
@@ -497,9 +498,9 @@ def test_longrope_beyond_its_first_length_is_refused(folder, family):
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
     long = {"original_max_position_embeddings": 40} if family == "phi3" else {}
     other_model(folder, family, rope_parameters=rope | factors, **long)
-    check_positions(folder, "policy", 40)
-    message = refused(check_positions, folder, "policy", 41)
-    assert "expected at most 40, the original_max_position_embeddings" in message
+    args = SimpleNamespace(policy=folder, max_prompt_tokens=99, max_new_tokens=30)
+    room, why = room_of(args)
+    assert room == 10 and "30 leaves 10 of 40, the original_max_position_embeddings" in why
 
 
 def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, monkeypatch):

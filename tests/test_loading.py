@@ -272,28 +272,21 @@ def test_what_differs_on_the_card_is_an_error_with_both_hashes(ranks, policy, rm
 
 WORDS = {  # what was trained with, what there is now -> what is said
     "style": ("plain", "chat", "--prompt_style plain there, chat here"),
-    "style back": (
-        "chat",
-        "deepseek",
-        "--prompt_style chat, or its chat_template.jinja, there, dee",
-    ),
-    "template": (
-        "chat",
-        "chat",
-        "'B {{ messages[0].content }}' there, 'C {{ messages[0].content }}'",
-    ),
+    "style back": ("chat", "deepseek", "--prompt_style chat there, deepseek here"),
+    "template": ("chat", "chat", "--prompt_style chat there, chat here: 'B {{ messages[0].content"),
+    "file": ("own.jinja", "chat", "--prompt_style own.jinja there, chat here: 'B {{ messages[0].c"),
 }
 
 
 @pytest.mark.parametrize("case", WORDS)
 def test_another_style_or_template_is_told_in_words(ranks, policy, tmp_path, case):
     then, now, said = WORDS[case]
-    old = tokens_of(then, "A B {{ messages[0].content }}")
+    old = tokens_of("chat" if case == "file" else then, "A B {{ messages[0].content }}")
     folder = write_model(tmp_path, tiny_classifier("llama"), old.tokenizer)
-    save_card(folder, old)
+    save_card(folder, old, style=then)
     message = refusal(ranks, policy, folder, tokens_of(now, "A C {{ messages[0].content }}"))
     assert f"its prompt template differs from that of --policy {policy}: {said}" in message
-    assert ("from character 2 on" in message) == (case == "template")
+    assert ("from character 2 on" in message) == (case in ("template", "file"))
 
 
 def test_another_vocabulary_is_told_with_the_number_of_tokens(ranks, policy, tmp_path):

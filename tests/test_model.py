@@ -230,11 +230,14 @@ def test_a_causal_lm_is_refused_by_its_architecture_or_by_what_it_lacks(tmp_path
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_longer_than_the_model_has_positions_for_are_refused(folders, architecture):
-    folder = folders[architecture]
-    networks.check_positions(folder, "policy", 128)
-    message = refused(networks.check_positions, folder, "policy", 129)
-    assert re.match(f"--policy {folder}: .* is 129 tokens, .* at most 128", message)
+def test_a_prompt_has_the_room_that_positions_leave_and_no_more_than_asked(folders, architecture):
+    args = SimpleNamespace(policy=folders[architecture], max_prompt_tokens=90, max_new_tokens=38)
+    assert networks.room_of(args) == (90, "--max_prompt_tokens")
+    args.max_new_tokens = 39
+    room, why = networks.room_of(args)
+    assert room == 89 and "--max_new_tokens 39 leaves 89 of 128" in why
+    args.pairs = "pairs.jsonl"  # nothing is sampled
+    assert networks.room_of(args)[0] == 90
 
 
 def test_a_damaged_generation_config_is_named_and_a_missing_one_is_not(tmp_path):

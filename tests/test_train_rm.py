@@ -375,7 +375,7 @@ def test_the_labs_reward_model_goes_on_where_it_was_stopped(tiny, tmp_path, monk
         ({"held_out": 1.5}, "--held_out 1.5: expected 0 to 1"),
         ({"held_out": 1}, "--held_out 1: leaves no pairs for training"),
         ({"pairs": "", "samples_per_prompt": 1}, "a pair needs at least 2"),
-        ({"pairs": "", "max_new_tokens": 250}, "expected at most 256"),
+        ({"pairs": "", "max_new_tokens": 250}, "250 leaves 6 of 256"),
         ({"run_dir": "."}, "--run_dir .: is not empty and holds no run"),
         ({"device_memory": 1e-4}, "--device_memory 0.0001: training needs"),
         ({"pairs": "", "device_memory": 1e-4}, "--device_memory 0.0001: sampling needs"),

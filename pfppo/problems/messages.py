@@ -170,12 +170,10 @@ def read_pair(row, where):
         found = f"expected a string or a list of messages, found nothing (has: {', '.join(row)}"
         found += "); write rows of prompt, chosen, rejected" if name != "prompt" else ")"
         require(name == "prompt" or values[name] is not None, f"{places[name]}: {found}")
-    if values["prompt"] is None:
-        values = {name: _transcript(value) for name, value in values.items()}
-    else:
-        asked = _transcript(values["prompt"])
-        ends = asked != values["prompt"] and not asked[-1]["content"]  # with a bare "Assistant:"
-        values["prompt"] = asked[:-1] if ends else asked
+    given = values["prompt"]
+    values = {name: _transcript(value) for name, value in values.items()}
+    if values["prompt"] != given and not values["prompt"][-1]["content"]:  # a bare "Assistant:"
+        values["prompt"].pop()
     *before, chosen = read_turns(values["chosen"], places["chosen"], "assistant")
     *other, rejected = read_turns(values["rejected"], places["rejected"], "assistant")
     differ = f"{where}: chosen and rejected differ before their last messages ({len(before)} and "

@@ -70,7 +70,8 @@ class ByTests:
         count = f"{len(lacking)} of {len(problems)} problems have no 'test', such as {lacking[:1]}"
         named = [p for p in problems if not p.test and not lacks_answer(p)]
         advice = "; their answers are numbers: --verify last_number?" if named else ""
-        has = next((f" (has also: {', '.join(p.extra)})" for p in problems if not p.test), "")
+        extra = next((", ".join(p.extra) for p in problems if not p.test), "")
+        has = f" (has also: {extra})" * bool(extra)
         require(not lacking, f"{where}: {count}{has}{advice}")
         for problem in problems:
             require(not (why := _idle(problem.test)), f"{where}: {problem.task_id!r}: {why}")

@@ -22,7 +22,7 @@ from pfppo.answers import Examiner
 from pfppo.config import require
 from pfppo.files import append_jsonl, rewrite_jsonl, whole_lines
 from pfppo.fsdp import gather_lists
-from pfppo.model import check_positions, empty_classifier, read_config
+from pfppo.model import empty_classifier, position_limits, read_config
 from pfppo.problems import load_pairs, load_verifier, prompt_text
 from pfppo.reward import bradley_terry_loss
 from pfppo.rollout import collate, seeded
@@ -51,15 +51,28 @@ def edit_distance(a, b):
 
 
 def read_pairs(path, tokens, say=print):
-    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them."""
-    pairs, said = [], load_pairs(path, say)
-    prompts = tokens.rendered([(f"{path}, line {line}", prompt) for line, (prompt, *_) in said])
-    for ids, (line, (_, *responses)) in zip(prompts, said, strict=True):
-        where = f"{path}, line {line}"
-        pairs.append((ids, *(tokens.response(ids, text, where) for text in responses)))
-    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in pairs)
-    check_positions(tokens.policy, "policy", longest, f"the longest row of --pairs {path}")
-    return pairs, [triple for _, triple in said]
+    """Pairs (prompt, chosen, rejected) of a JSONL file: as token ids, and as the file says them.
+    Those that are too long are left out, which is said; UserError where all are."""
+    pairs, texts, long, said = [], [], [], load_pairs(path, say)
+    limits = position_limits(read_config(tokens.policy, "policy"))
+    most = min(limits.values(), default=math.inf)
+    asked = [(f"{path}, line {line}", triple[0]) for line, triple in said]
+    for ids, (place, _), (_, triple) in zip(tokens.rendered(asked, say), asked, said, strict=True):
+        if not ids:
+            continue
+        chosen, rejected = (tokens.response(ids, text, place) for text in triple[1:])
+        size = len(ids) + max(len(chosen), len(rejected))
+        if size > most:
+            long.append(f"{place}: row of {size} tokens")
+        else:
+            pairs.append((ids, chosen, rejected))
+            texts.append(triple)
+    if long:
+        expected = f"expected at most {most}, the positions of --policy {tokens.policy}"
+        left_out = f"{long[0]}, {expected}; {len(long)} of {len(said)} are longer"
+        require(pairs, left_out)
+        say(f"left out: {left_out}")
+    return pairs, texts
 
 
 def farthest_pair(responses, passed):
@@ -81,7 +94,6 @@ def pairs_by_tests(args, tokens, folder, ranks):
     """Pairs by executing tests. Returns (pairs as token ids, as text, all samples as rows). A
     collective; raises UserError, also where no prompt has a pair."""
     asked, path = data.read_problems(args, "prompts", tokens, say=ranks.say), folder / FILE
-    check_positions(args.policy, "policy", asked.longest + args.max_new_tokens)
     empty_classifier(read_config(args.policy, "policy"))  # better it fails now than after sampling
     samples = fsdp.on_main(ranks, _known, path, asked, N := args.samples_per_prompt)
     left = len(asked) - len(samples) // N
@@ -141,6 +153,7 @@ def _draw(args, tokens, asked, samples, slots, path, ranks):
         lm = loading.read_causal_lm(args.policy, dtype=dtype).to(ranks.device)
         prove_policy(lm, tokens)
         how = {"samples": N, "progress": lambda rows: bar.update(rows * ranks.world / 2)}
+        bar.initial = len(samples)
         while (first := len(samples) // N) < len(asked):
             bar.n = len(samples)  # what was told of this rank's rows was about right
             part = slice(first, first + size)
