@@ -41,6 +41,7 @@ from pfppo.reliability import Weights, alignment, binned_r2
 import numpy as np
 import torch
 
+LONG = 30.0  # seconds of a step whose line says what they went into
 R2_STEPS = 5  # one step of the lab has too few samples to fill ten bins
 
 
@@ -203,7 +204,8 @@ def line(metrics, steps):
         value = metrics.get(name)
         return "-" if value is None else format(value, form)
 
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds_"))
+    laps = {n[8:]: x for n, x in metrics.items() if n.startswith("seconds_") and x}
+    seconds = sum(laps.values())
     text = (
         f"step {metrics['step']:>3}/{steps}  reward {show('reward_all', '+.2f')} "
         f"(kept {show('reward_kept', '+.2f')})  score {show('score_all', '.2f')} "
@@ -213,6 +215,8 @@ def line(metrics, steps):
     if metrics.get("truncated"):  # had no EOS within --max_new_tokens
         text += f"cut {share(metrics['truncated'])}  "
     text += f"{seconds:.1f} s"
+    if seconds >= LONG:
+        text += f" ({', '.join(f'{name} {value:.0f}' for name, value in laps.items())})"
     if (value := metrics.get("validation")) is not None:
         text += f"  validation {validation(value, metrics.get('validation_truncated'))}"
     return text if metrics["kept"] else text + "  nothing kept: no update"

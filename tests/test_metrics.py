@@ -206,6 +206,8 @@ def test_the_line_of_a_step_shows_the_numbers_that_matter_and_those_that_are_the
     )
     assert line_of() == line_of(validation=None) == expected
     assert line_of(validation=0.625) == expected + "  validation 0.625"
+    slow = line_of(seconds_update=60.4, seconds_validation=None)
+    assert slow == expected.replace("3.5 s", "61.9 s (sample 1, score 0, update 60)")
     empty = line_of(kept=0.0, reward_kept=None, score_kept=None, kl_k1=None, clip_fraction=None)
     assert empty.endswith("nothing kept: no update")
     assert "(kept -)" in empty and "kl -" in empty and "clip -" in empty
