@@ -319,9 +319,8 @@ def launch(main, cls):
             args = parse(cls)
             return main(args)
         except Exception:
-            # The rank that this one waited for may have ended by a signal: then so was this one
-            # told to, and Python calls the handler here.
-            time.sleep(0)
+            # The rank that this one waited for may have ended by a signal that came here too:
+            time.sleep(0)  # Python calls its handler now
             raise
     except UserError as error:
         message = f"error: {error}"
@@ -338,8 +337,9 @@ def launch(main, cls):
     sys.exit(status)
 
 
-def _terminate(*_):
-    raise KeyboardInterrupt("SIGTERM", 128 + signal.SIGTERM)
+def _terminate(number, _):
+    signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+    raise KeyboardInterrupt("SIGTERM", 128 + number)
 
 
 def _how_to_go_on(args):
