@@ -303,7 +303,7 @@ BAD = {
     "minibatch": ({"minibatch": 6}, "--minibatch 6: does not divide the 8 samples"),
     "prompts": ({"prompts_per_step": 32, "minibatch": 64}, "more than the 24 prompts"),
     "negative KL": ({"kl_coef": -0.1}, "--kl_coef -0.1: expected at least 0"),
-    "long response": ({"max_new_tokens": 250}, "expected at most 256, the max_position_embeddings"),
+    "long response": ({"max_new_tokens": 250}, "250 leaves 6 of 256, the max_position_embeddings"),
     "no policy": ({"policy": "./nowhere"}, "--policy ./nowhere: there is no such folder"),
     "no reward model": ({"reward_model": ""}, "--reward model: needs a --reward_model, found none"),
     "memory": ({"device_memory": 1e-4}, "--device_memory 0.0001: "),
