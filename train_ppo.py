@@ -116,17 +116,17 @@ def collect(step, round, models, train, examiner, reward_of, session, meter):
     # 2. Score: by --verify to know the truth, by the reward slot to learn from.
     problems, asked = ([part[i] for i, _ in keys] for part in (train.problems, train.prompts))
     texts = tokens.decode(asked, samples.ids)
-    answers = reward.Answers(
-        problems,
-        texts,
-        scores=examiner.scores(problems, texts),  # [B]
-        finished=torch.tensor(samples.finished),
-        rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp),
-        seed=args.seed,
-        reward_models=models.reward_models,
-        microbatch=args.microbatch,
-    )
-    with fsdp.agreed(ranks):  # a user's reward may fail on one rank
+    with session.rescues():  # a user's function may fail, on one rank
+        answers = reward.Answers(
+            problems,
+            texts,
+            scores=examiner.scores(problems, texts),  # [B]
+            finished=torch.tensor(samples.finished),
+            rows=rollout.collate(asked, samples.ids, tokens.pad, ranks.device, samples.logp),
+            seed=args.seed,
+            reward_models=models.reward_models,
+            microbatch=args.microbatch,
+        )
         answers.rewards = reward_of(answers) - args.missing_eos_penalty * ~answers.finished  # [B]
     meter.lap("score")
     return answers

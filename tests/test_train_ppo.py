@@ -180,6 +180,24 @@ def test_other_options_run(tiny, tmp_path, own):
     assert row["truncated"] > 0.5 and min(s["reward"] for s in samples) >= -0.5
 
 
+def test_a_reward_that_fails_in_mid_run_leaves_what_is_done(tiny, tmp_path):
+    text = "calls = []\n\n\ndef score(prompts, responses, problems):\n    calls.append(1)\n"
+    text += (
+        "    assert len(calls) < 5, 'server away'\n    return [len(text) for text in responses]\n"
+    )
+    file = tmp_path / "own.py"  # it is tried once, and once more for its mean and deviation
+    file.write_text(text)
+    words = options(tiny, tmp_path / "run", **BARE | {"steps": 4, "reward": f"{file}:score"})
+    message = refused(run, train_ppo, *words)
+    assert (
+        f"server away (own.py, line 6); saved after step 2; go on with --run_dir {tmp_path}"
+        in message
+    )
+    file.write_text(text.replace("< 5", "< 9"))
+    run(train_ppo, "--run_dir", tmp_path / "run", "--resume")
+    assert [row["step"] for row in numbers(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_a_reward_without_spread_over_sft_samples_stays_as_it_is(tiny, tmp_path):
     run(train_ppo, *options(tiny, tmp_path / "run", **BARE, reward="tests"))
     samples = read(tmp_path / "run/samples.jsonl")  # of an untaught policy, which fails all

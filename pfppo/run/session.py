@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from pfppo import fsdp, metrics
-from pfppo.config import require
+from pfppo.config import UserError, require
 from pfppo.files import append_jsonl, whole_lines
 from pfppo.reward import try_reward
 from pfppo.run import checkpoint, export
@@ -69,7 +69,7 @@ class Session:
     def load(self, trained):
         """The State of the newest complete checkpoint, models and optimizers put into it; or that
         of step 0. trained: {name: (sharded model, optimizer)}."""
-        fresh = State(0, self.args.kl_coef)
+        self.trained, fresh = trained, State(0, self.args.kl_coef)
         if self.args.selfcheck:  # which leaves everything as it is
             return fresh
         known = checkpoint.load(self.folder, trained, self.ranks)
@@ -90,7 +90,7 @@ class Session:
             value = self.look(models, examiner, validation, state)
             shown = "-" if value is None else metrics.validation(value, self.cut)
             self.ranks.say(f"validation before training: {shown}")
-        self.stop.holding = True
+        self.state, self.stop.holding = state, True
 
     def look(self, models, examiner, validation, state):
         """The policy's pass rate on validation, greedy; where it is the best so far, or where none
@@ -127,6 +127,26 @@ class Session:
 
             yield progress
 
+    @contextlib.contextmanager
+    def rescues(self):
+        """A context in which nothing changes, and a user's function may fail on any rank: then it
+        has failed on all, and what is done so far is saved."""
+        try:
+            with fsdp.agreed(self.ranks):
+                yield
+        except UserError as error:
+            if self.state.step == 0:
+                raise
+            self.keep(self.trained, self.state)
+            how = f"saved after step {self.state.step}; go on with --run_dir {self.folder} --resume"
+            raise UserError(f"{error}; {how}") from error
+
+    def keep(self, trained, state):
+        """Save what is not saved yet."""
+        if self.saver.newest != state.step:
+            self.saver.start(trained, asdict(state))
+        self.saver.finish()
+
     def stops(self):
         """Whether any rank has been asked to end: by what, or ""."""
         return self.stop.agreed()
@@ -154,8 +174,8 @@ class Session:
     def close(self, trained, state):
         """Save what is not saved yet. Returns whether the run was told to end."""
         stopped = self.stops()
-        if stopped and self.saver.newest != state.step:
-            self.saver.start(trained, asdict(state))
+        if stopped:
+            self.keep(trained, state)
         self.saver.finish()
         if stopped := stopped or self.stops():
             self.stop.close()
