@@ -19,6 +19,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 from pfppo.config import UserError, divisors, near, require
@@ -43,6 +44,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    store: dist.Store  # where ranks meet that may wait longer
 
     @property
     def is_main(self):
@@ -55,9 +57,8 @@ class Ranks:
 
 
 def bar(what, items=None, total=None, stay=False):
-    """tqdm over `items`, or of `total` that are done by and by, on rank 0. It is of a phase inside
-    a step: on a terminal only, once that has taken a second, and gone at its end; or it may `stay`,
-    and be seen in a log too."""
+    """tqdm over `items`, or of `total`, on rank 0, for a phase inside a step: on a terminal only,
+    once that has taken a second, and gone at its end; or it may `stay`, and be seen in a log."""
     hidden = True if os.environ.get("RANK", "0") != "0" else False if stay else None
     how = {"disable": hidden, "leave": stay, "delay": 0 if stay else 1, "mininterval": 1}
     how["smoothing"] = 0  # the mean rate so far: rows end in bursts, which say nothing of the rest
@@ -66,8 +67,7 @@ def bar(what, items=None, total=None, stay=False):
 
 
 def _die_with_agent():
-    """Be killed when the torchrun process that started this one dies: no orphan goes on training.
-    Linux only, else nothing."""
+    """Be killed when the torchrun process that started this one dies (on Linux): no orphans."""
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = os.getppid()
@@ -80,8 +80,7 @@ def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
     """Join the process group that torchrun describes, or be a world of one. Raises UserError.
 
     shard_group_size: weights are sharded within groups of this many neighbouring ranks (a node's)
-    and replicated across groups; 0: over all ranks. minutes: that a collective may wait for a rank;
-    rank 0 makes the lab while the others wait.
+    and replicated across groups; 0: over all ranks. minutes: that a collective may wait for a rank.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,14 +103,13 @@ def init_ranks(device="auto", shard_group_size=0, minutes=10.0):
     torch.backends.cuda.enable_cudnn_sdp(False)
     size = shard_group_size or world
     divides = f"--shard_group_size {size}: does not divide the {world} ranks there are"
-    divides += near(size, divisors(world))
-    require(world % size == 0, divides)
+    require(world % size == 0, divides + near(size, divisors(world)))
     shape, names = ((world,), ("shard",))
     if size < world:
         shape, names = (world // size, size), ("replicate", "shard")
     mesh = init_device_mesh(device, shape, mesh_dim_names=names)
     index = local if device == "cuda" else None
-    return Ranks(rank, local, world, torch.device(device, index), mesh)
+    return Ranks(rank, local, world, torch.device(device, index), mesh, store)
 
 
 def find_blocks(model):
@@ -282,22 +280,27 @@ def gather_lists(values, ranks):
 
 
 @contextlib.contextmanager
-def agreed(ranks):
-    """A UserError inside, on whichever rank, is raised on all of them. A collective at its end:
-    without it the others would wait, and rank 0, which prints, would have nothing to say."""
+def agreed(ranks, patient=False):
+    """A UserError inside, on whichever rank, is raised on all of them: else the others would wait,
+    and rank 0, which prints, would have nothing to say. A collective at its end; a `patient` one
+    has no --collective_timeout, for what takes one rank long (a download, the lab's making)."""
     failure = None
     try:
         yield
     except UserError as error:
         failure = str(error)
+    if patient:
+        here = f"meeting {ranks.store.add(f'meetings of {ranks.rank}', 1)}"
+        ranks.store.add(here, 1)
+        while ranks.store.add(here, 0) < ranks.world:
+            time.sleep(0.2)
     for message in gather_lists([failure], ranks):
         require(message is None, message)
 
 
 def from_main(value, ranks):
     """Rank 0's value on all ranks."""
-    box = [value]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box := [value], 0)
     return box[0]
 
 

@@ -75,7 +75,7 @@ def _fetched(path, name, ranks):
     """The folder of a Hub id; a folder as it is."""
     folder = path
     for turn in (ranks.local == 0, ranks.local != 0) if is_hub_id(path) else ():
-        with fsdp.agreed(ranks):
+        with fsdp.agreed(ranks, patient=True):
             try:
                 if turn:
                     folder = snapshot_download(path, ignore_patterns=[*UNREAD, "*.bin"])

@@ -394,6 +394,24 @@ def test_adam_of_what_is_offloaded_has_a_share_of_the_cores(monkeypatch):
     assert counts == [6]  # where it is the 1 that torchrun sets, and only there
 
 
+def test_what_takes_one_rank_longer_than_a_collective_may_is_waited_for_where_that_is_said():
+    """As a download or the lab's making; and what fails there fails everywhere."""
+
+    def work(ranks, patient, failing=False):
+        with fsdp.agreed(ranks, patient=patient):
+            if ranks.is_main:
+                time.sleep(4)
+                require(not failing, "no network")
+        return ranks.rank
+
+    limit = {"minutes": 2 / 60}
+    assert forked(lambda ranks: [work(ranks, True), work(ranks, True)], **limit) == [[0, 0], [1, 1]]
+    with pytest.raises(AssertionError, match="no network"):
+        forked(lambda ranks: work(ranks, True, failing=True), **limit)
+    with pytest.raises(AssertionError, match="Timed out"):
+        forked(lambda ranks: work(ranks, False), **limit)
+
+
 def test_groups_must_divide_the_ranks():
     with pytest.raises(Exception, match="--shard_group_size 3: does not divide the 2 ranks"):
         forked(lambda ranks: None, shard_group_size=3)

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 
 from pfppo.config import described, model_folders, parts
+from pfppo.fsdp import agreed
 from pfppo.lab import world
 from pfppo.model import Policy
 from pfppo.rollout import collate
@@ -77,11 +78,11 @@ def make(args, ranks, make_reward_model=None):
     if not used:
         return
     check_shared(FOLDER, f"the lab's folder {FOLDER}", ranks)
-    if ranks.is_main:
-        make_problems()
-        if used & {"policy", "reward_model"} and not (FOLDER / "policy").exists():
-            make_policy(ranks.device)
-    torch.distributed.barrier()
+    with agreed(ranks, patient=True):
+        if ranks.is_main:
+            make_problems()
+            if used & {"policy", "reward_model"} and not (FOLDER / "policy").exists():
+                make_policy(ranks.device)
     if "reward_model" in used and not is_trained(FOLDER / "reward_model"):
         make_reward_model(str(FOLDER / "reward_model"), ranks)
 
