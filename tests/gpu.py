@@ -399,7 +399,8 @@ def main(words=None):
             time_all(report, device, options.small)
     result = {"device": "cpu", "torch": torch.__version__, "checks": report.checks}
     if options.device == "cuda":
-        result["device"] = torch.cuda.get_device_properties(0).name
+        met = torch.cuda.is_available()
+        result["device"] = torch.cuda.get_device_properties(0).name if met else "none was found"
     result |= {"times": report.times, "seconds": time.monotonic() - report.started}
     print(json.dumps(result, indent=1), file=said)
     return int(not all(check["ok"] for check in report.checks.values()))

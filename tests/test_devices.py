@@ -251,6 +251,13 @@ def test_the_script_for_a_gpu_runs_on_a_cpu(capsys):
     assert found["times"]["seconds of a decode step"]["captured"] == "left out: no GPU"
 
 
+def test_the_script_for_a_gpu_says_that_there_is_none(capsys):
+    assert gpu.main(["--small"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "none was found"
+    assert {"parity", "runs", "times"} <= {n for n, c in found["checks"].items() if not c["ok"]}
+
+
 @pytest.mark.slow
 def test_the_script_for_a_gpu_runs_on_a_pretended_one(capsys, monkeypatch):
     """Where nothing is compiled, but blocks are fixed."""

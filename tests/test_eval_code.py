@@ -338,9 +338,10 @@ def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
         (("--samples", "x", "--stop", "y"), "--stop: with --samples nothing is sampled"),
         (("--stop", "", "y"), '--stop: expected strings, or "" alone for none, found both'),
         (
-            ("--device_memory", 1e-4),
+            ("--device_memory", 2.8e-4),
             "even with a single row: lower --max_new_tokens, or take a device",
         ),
+        (("--device_memory", 1e-4), "with a single row of few tokens: take a device with more"),
         (("--device_memory", 1e-4, "--sampling_batch", 6), "with 6 rows that decode together: l"),
     ],
 )

@@ -12,6 +12,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -29,7 +30,7 @@ from pfppo.rollout import collate
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ARCHITECTURES, ragged, tiny_classifier, tiny_lm
+from conftest import ARCHITECTURES, ROOT, ragged, tiny_classifier, tiny_lm
 from devices import pretended
 from ranks import forked, ranked, refused
 from torch import nn
@@ -410,6 +411,21 @@ def test_what_takes_one_rank_longer_than_a_collective_may_is_waited_for_where_th
         forked(lambda ranks: work(ranks, True, failing=True), **limit)
     with pytest.raises(AssertionError, match="Timed out"):
         forked(lambda ranks: work(ranks, False), **limit)
+
+
+def test_what_torch_is_told_of_gpus_before_it_meets_one():
+    """cuDNN's attention is off on every rank; blocks of memory grow where they are."""
+
+    def told(ranks):
+        return torch.backends.cuda.cudnn_sdp_enabled()
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    assert forked(told, 1) == [False]
+    environment = {n: v for n, v in os.environ.items() if n != "PYTORCH_ALLOC_CONF"}
+    code = "import pfppo, os; print(os.environ['PYTORCH_ALLOC_CONF'])"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert said.stdout == "expandable_segments:True\n"
 
 
 def test_groups_must_divide_the_ranks():

@@ -160,6 +160,9 @@ def test_laps_are_in_seconds_and_peak_memory_is_in_gib(monkeypatch):
     assert (
         0.05 < float(metrics.peak_memory().removesuffix(" GiB")) < 64
     )  # torch alone is more than 50 MiB
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    assert metrics.peak_memory().startswith("3.0 GiB on the device, ")
 
 
 PROMISED = """step reward_all reward_kept score_all score_kept score_dropped kl_k1 kl_k3 entropy

@@ -309,6 +309,13 @@ def test_draws_have_the_probabilities_of_what_top_k_and_top_p_leave(options, kep
     assert torch.allclose(logp, whole.log()[tokens], atol=1e-6)  # before top-k and top-p
 
 
+def test_of_150_000_tokens_each_is_drawn_by_the_uniforms_that_are_its_own():
+    """Sums in fp32 are off by some tokens here."""
+    tokens = torch.arange(0, 150_000, 997)
+    uniforms = (tokens.double() + 0.5) / 150_000
+    assert draw_tokens(torch.zeros(len(tokens), 150_000), uniforms)[0].equal(tokens)
+
+
 def test_draws_at_temperature_0_are_the_likeliest_token_with_logp_at_1():
     logits = torch.tensor([[0.3, 2.0, -1.0], [5.0, 0.0, 1.0]])
     tokens, logp = draw_tokens(logits, torch.tensor([0.99, 0.99]), 0)

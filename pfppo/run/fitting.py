@@ -126,9 +126,11 @@ def _parts(plan, phase, rows):
     return {"the policy": plan.policy.copy, "keys and values": cache}
 
 
-def _cure(plan, phase, rows):
-    """What a phase that does not fit was tried with, and what can be done."""
+def _cure(plan, phase, rows, excess):
+    """What a phase that is too large by so many bytes was tried with, and what can be done."""
     draws = phase in plan.draws
+    if draws and rows == 1 and _parts(plan, phase, 1).get("keys and values", excess) < excess:
+        return f"even with a single row of few tokens: {plan.others[0].removeprefix('or ')}"
     if draws and rows > 1:
         less = f"with {rows} rows that decode together: lower --sampling_batch (0: as many as fit)"
     elif draws:
@@ -149,7 +151,7 @@ def _require_phases(plan, rows, limit, where, share):
             raise UserError(
                 f"{where}: {phase} needs {size / GB:.3g} GB per rank (of it "
                 f"{', '.join(f'{name} {part / GB:.3g}' for name, part in parts)}), found "
-                f"{limit / GB:.3g} ({share}), {_cure(plan, phase, rows)}"
+                f"{limit / GB:.3g} ({share}), {_cure(plan, phase, rows, size - limit)}"
             )
 
 
