@@ -40,10 +40,10 @@ class Args(run.Machine):  # and options that change no number: pfppo/run/options
     policy: str = "lab"  # causal LM: a folder, a Hub id, or "lab"
     benchmark: Literal["lab", "humaneval", "mbpp", "leetcode"] = "lab"  # form of the problems
     problems: str = ""  # the benchmark's file (JSONL, .gz); empty: the lab's test problems
-    samples: str = ""  # JSONL of task_id and completion or solution; then no model is used
+    samples: str = ""  # JSONL of task_id and completion, solution or response: no model is used
     allow_partial: bool = False  # some problems may lack a sample, or be too long: pass@k of others
     prompt_style: run.styles("plain", "few_shot", "chat", "deepseek") = "plain"  # few_shot: MBPP's
-    max_prompt_tokens: Count = 8192  # longest prompt; a longer one is an error
+    max_prompt_tokens: Count = 8192  # longest prompt; a longer one is an error, see --allow_partial
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # of samples and stochastic filters
     out: str = ""  # folder for samples.jsonl and results.jsonl; empty: runs/eval, -2, ...

@@ -36,7 +36,7 @@ class Args(run.LongRun):  # and options that change no number: pfppo/run/options
     validation: str = "auto"  # problems that choose the policy; auto: the lab's with its prompts
     test: str = "auto"  # problems of the final table; auto: the lab's with its prompts
     prompt_style: run.styles("plain", "chat", "deepseek") = "plain"  # as code, or as a dialogue
-    max_prompt_tokens: Count = 1024  # longest prompt; a longer one is an error
+    max_prompt_tokens: Count = 1024  # longest prompt; longer ones are left out
     timeout: Positive = 3.0  # CPU seconds that one sample's tests may take
     verify: str = "tests"  # what is right: tests, last_number (= `answer`), file.py:function
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU

@@ -36,7 +36,7 @@ class Args(run.Saved):  # and options that change no number: pfppo/run/options.p
     prompts: str = "lab"  # JSONL: HumanEval, MBPP, ..., or "lab": what pairs are built from
     run_dir: str = ""  # where the checkpoint goes; empty: runs/reward_model, -2, ...
     prompt_style: run.styles("plain", "chat", "deepseek") = "plain"  # as code, or as a dialogue
-    max_prompt_tokens: Count = 1024  # longest prompt
+    max_prompt_tokens: Count = 1024  # longest prompt; longer ones are left out
     param_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPU
     seed: Seed = 1  # samples, order of pairs, new head
     # Pairs from samples

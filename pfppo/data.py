@@ -211,11 +211,11 @@ class Tokens:
             texts.append(whole[len(before) :] if whole.startswith(before) else said(ids))
         return texts
 
-    def hashes(self, tokenizer=None, style=""):
+    def hashes(self, tokenizer=None):
         """(template, vocabulary): 12 hex digits each that change when prompts are rendered
-        differently, or any token has another id; of another tokenizer or style where given."""
-        tokenizer, style = tokenizer or self.tokenizer, style or self.style
-        template = [style, tokenizer.chat_template if style == "chat" else None]
+        differently, or any token has another id; of another tokenizer where given."""
+        tokenizer = tokenizer or self.tokenizer
+        template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
         vocabulary = sorted(tokenizer.get_vocab().items())
         texts = (json.dumps(value).encode() for value in (template, vocabulary))
         return tuple(hashlib.sha256(text).hexdigest()[:12] for text in texts)

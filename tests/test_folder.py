@@ -76,6 +76,7 @@ class Args:
     seed: int = 1
     filter: str = "best_random"
     data: str = ""
+    note: str = ""
     steps: int = 40
     resume: bool = False
 
@@ -105,6 +106,7 @@ def test_a_file_that_has_changed_is_told_and_told_once(ranks, tmp_path, capsys):
         if changed:
             changed.write_text("another")
         args = Args(str(tmp_path / "run"), filter=f"{own}:f", data=str(data), resume=True)
+        args.note = "no file, and too long to be the name of one" * 9
         open_folder(claim(args, ranks, "runs/x"), args, ranks)
         said = capsys.readouterr().out.splitlines()
         assert [line.split(": has changed since")[0] for line in said] == list(map(str, told))

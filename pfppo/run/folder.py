@@ -68,7 +68,7 @@ def _note_inputs(path, args):
     found = {}
     for value in dataclasses.asdict(args).values():
         for place in (value, value.rpartition(":")[0]) if isinstance(value, str) else ():
-            if place and Path(place).is_file():
+            if os.path.isfile(place):  # False of what is too long for a name
                 with open(place, "rb") as file:
                     found[place] = hashlib.file_digest(file, "sha256").hexdigest()
     known = {}
