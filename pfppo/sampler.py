@@ -17,8 +17,8 @@ Temperature divides the logits; 0 is greedy. Top-k and top-p are for evaluation 
 would be wrong under them. Nothing is read from the model's generation config but the stop ids
 (`model.stop_ids`).
 
-With `compiled` the pass of `decode_one` is compiled. Its shapes must not change for that: the model
-sees the whole block at every step, and rows that have ended stay.
+With `compiled` the pass of `decode_one` is compiled. Its shapes must be few for that: the model
+sees the whole block at every step, and `Slots.compact` does no more than halve it.
 
 Not covered: encoder-decoder, recurrent and hybrid models (refused: `model.check_cache`),
 speculative decoding.
@@ -69,11 +69,12 @@ def sample(
     """Sample N responses to each of `prompts` (lists of token ids, not empty) from a causal LM.
 
     uniforms [P * N, max_new_tokens], the N rows of a prompt together; `stop` end-of-sequence ids;
-    `never` ids of probability 0; `batch` slots; `progress(rows)` is called at every token with the
-    rows that are done since, of one that goes on the share of max_new_tokens that this token is,
-    and may raise to give the sampling up. `ended(row, ids, new)`: how many of its ids a row keeps,
-    as what they say has ended (the last `new` were not there when it was asked before), or None.
-    It must be a function of the ids alone: it is asked now and then, and of all rows in the end.
+    `never` ids of probability 0; `batch` slots; `progress(rows)` is called at every pass with the
+    rows that are done since, of one that goes on the share that these tokens are of its own and of
+    its prompt's, and may raise to give the sampling up. `ended(row, ids, new)`: how many of its ids
+    a row keeps, as what they say has ended (the last `new` were not there when it was asked
+    before), or None. It must be a function of the ids alone: it is asked now and then, and of all
+    rows in the end.
     compiled: so is the pass of every decode step; it changes no number by more than rounding.
     """
     P, N = len(prompts), samples_per_prompt
@@ -84,29 +85,34 @@ def sample(
     never = torch.tensor(list(never), dtype=torch.long, device=device)
     # Longest first: a prompt that waits is then no longer than the rows that live.
     waiting = deque(sorted(range(P), key=lambda i: -len(prompts[i])))
-    longest = max(map(len, prompts), default=0)
-    slots, ready = Slots(P * N, batch, longest, uniforms.shape[1], stop, device, compiled), None
+    longest, width = max(map(len, prompts), default=0), uniforms.shape[1]
+    slots, ready = Slots(P * N, batch, longest, width, stop, device, compiled), None
+    tokens = sum(map(len, prompts)) + P * N * width  # at most; a prompt is read once
+    # Rows that a token is; a sum of rounded shares must not be more than all rows.
+    share = (1 - 1e-9) * P * N / max(1, tokens)
     for step in itertools.count(1):
         free = len(slots) - slots.live
         if ready is None and waiting and free >= max(1, FREE_SHARE * len(slots)):
             most = max(1, READ // len(prompts[waiting[0]]))
             chosen = [waiting.popleft() for _ in range(min(len(waiting), -(-free // N), most))]
             ready = prefill(model, [prompts[i] for i in chosen])
+            progress(share * int(ready.lengths.sum()))
             rows = deque((i * N + j, source) for source, i in enumerate(chosen) for j in range(N))
         if ready and free:
             who, logits = slots.refill(ready, [rows.popleft() for _ in range(min(free, len(rows)))])
             ready = ready if rows else None
         elif slots.live:
-            if not (waiting or compiled):
+            if not waiting:
                 slots.compact(FREE_SHARE)
             logits, who = decode_one(model, slots), slots.alive.nonzero()[:, 0]
             logits = logits if len(who) == len(slots) else logits[who]
         else:
             return slots.samples(ended)
         numbers = uniforms[slots.row[who], slots.count[who]]
-        progress(slots.take(who, *draw_tokens(logits, numbers, temperature, top_k, top_p, never)))
+        drawn = draw_tokens(logits, numbers, temperature, top_k, top_p, never)
+        progress(share * slots.take(who, *drawn))
         if ended and step % ASKED == 0:
-            progress(slots.let_go(ended, ASKED))
+            progress(share * slots.let_go(ended, ASKED))
 
 
 @dataclass

@@ -23,6 +23,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 MASKED_SHARE = 1 / 8  # share of masked columns at which it is worth to move the others
+FEWER = 16  # a block of fixed shapes is halved down to this part: five shapes, long tails included
 
 
 @dataclass
@@ -96,6 +97,10 @@ class FixedLayer(RoomLayer):
     def get_mask_sizes(self, query_length):
         return self.keys.shape[2], 0
 
+    def move(self, sources, targets, slots):
+        super().move(sources, targets, slots)
+        self.keys, self.values = self.keys[:slots], self.values[:slots]
+
 
 class Slots:
     """The rows that decode together, and what all `rows` rows have drawn so far.
@@ -110,6 +115,7 @@ class Slots:
         those of other calls are few."""
         size, self.fixed = rounded if fixed else int, fixed
         slots = min(size(rows), max(1, batch))
+        self.least = max(1, slots // FEWER)
         self.layers, self.stop = [], torch.tensor(stop, device=device)
         columns = size(longest + width - 1)  # the last token is not fed back
         # Where rows wait, columns are used again: rarely, if there are some more.
@@ -160,8 +166,8 @@ class Slots:
         return who, prompts.logits[source]
 
     def take(self, who, tokens, logp):
-        """Note the tokens [n] of slots `who` and their log-probs. Returns the rows that this does:
-        of one that ends what it had left of its tokens, else the share that one token is."""
+        """Note the tokens [n] of slots `who` and their log-probs. Returns how many tokens
+        need not be drawn any more: one of a row that goes on, all it had left of one that ends."""
         row, count, width = self.row[who], self.count[who], self.ids.shape[1]
         ended = torch.isin(tokens, self.stop)
         self.ids[row, count], self.logp[row, count] = tokens, logp
@@ -170,18 +176,18 @@ class Slots:
         self.alive[who] = goes_on = ~ended & (count + 1 < width)
         done = torch.where(goes_on, 1, width - count).sum()
         done, self.live = torch.stack([done, self.alive.sum()]).tolist()
-        return done / width * (1 - 1e-9)  # rounded shares must not sum up to more than the rows
+        return done
 
     def let_go(self, ended, steps):
-        """End the rows that have `ended` in the last `steps`. Returns the rows that this does: what
-        they had left."""
+        """End the rows that have `ended` in the last `steps`. Returns how many tokens they had
+        left."""
         who = self.alive.nonzero()[:, 0]
         row, count = self.row[who], self.count[who]
         asked = zip(row.tolist(), self.ids[row].tolist(), count.tolist(), strict=True)
         over = [ended(i, ids[:n], steps) is not None for i, ids, n in asked]
         who = who[torch.tensor(over, dtype=torch.bool, device=who.device)]
         self.alive[who], self.live = False, self.live - len(who)
-        return int((self.ids.shape[1] - self.count[who]).sum()) / self.ids.shape[1] * (1 - 1e-9)
+        return int((self.ids.shape[1] - self.count[who]).sum())
 
     def rewind(self, least, share=0.0):
         """Move the rows that live to the front of the block, if this frees a share of its columns;
@@ -193,17 +199,23 @@ class Slots:
             self.start -= first
 
     def compact(self, share):
-        """Move live rows of the tail over dead ones, if more than a share of the slots are dead."""
-        if len(self) - self.live <= share * len(self):
+        """Move live rows of the tail over dead ones, if more than a share of the slots are dead. A
+        block of fixed shapes is halved, as often as half of it will do."""
+        keep = self.live
+        if self.fixed:
+            keep = len(self)
+            while keep // 2 >= max(self.live, self.least):
+                keep //= 2
+        if len(self) - keep <= share * len(self):
             return
         targets = (~self.alive[: self.live]).nonzero()[:, 0]
         sources = self.alive[self.live :].nonzero()[:, 0] + self.live
         for layer in self.layers:
-            layer.move(sources, targets, self.live)
+            layer.move(sources, targets, keep)
         for name in ("row", "count", "token", "start", "alive"):
             tensor = getattr(self, name)
             tensor[targets] = tensor[sources]
-            setattr(self, name, tensor[: self.live])
+            setattr(self, name, tensor[:keep])
 
     def samples(self, ended=None):
         """What all rows have drawn, in their order, up to where they have `ended`."""

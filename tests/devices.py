@@ -15,11 +15,11 @@ backend was asked for: nccl takes tensors of the device only, gloo those of the 
 
 Not covered: streams (all run in order, so no race is found), kernels and their numbers, memory,
 operators that a GPU lacks, gradients that cross devices (they raise), `grad` set to a tensor of
-another device, generators of the device, functions of torch that are Python and make tensors inside
-(their own reading of `.device` says cpu).
+another device, generators of the device, sparse and pickled tensors, a process with two devices.
 """
 
 import contextlib
+import warnings
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -32,11 +32,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CPU, PLAIN, device_of = (
-    torch.device("cpu"),
-    (torch.Tensor, nn.Parameter),
-    torch.Tensor.device.__get__,
-)
+CPU, PLAIN = torch.device("cpu"), (torch.Tensor, nn.Parameter)
+device_of = torch.Tensor.device.__get__
 ATEN = torch.ops.aten
 COPIES = {ATEN.copy_, ATEN._to_copy, ATEN._foreach_copy_, ATEN._foreach_copy}
 INDEXED = {ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._index_put_impl_, ATEN._unsafe_index}
@@ -59,6 +56,7 @@ class Tags:
 
     def __init__(self):
         self.known, self.device, self.moving = {}, torch.device("cuda", 0), False
+        self.inside = False  # a function of torch that was given tensors of the device, and no name
 
     def put(self, tensor, kind="cuda"):
         """Tag a tensor's storage as "cuda" or, in host memory, as "pinned". Returns the tensor."""
@@ -96,12 +94,19 @@ class Operators(TorchDispatchMode):
                 return func(*args, **kwargs)
             return NotImplemented  # a DTensor: its local tensors come by
         with torch._C.DisableTorchFunction():
+            lists = func.overloadpacket.__name__.startswith("_foreach")
+            if lists and len(set(places := [self.tags.of(x) for x in args[0]])) > 1:
+                return self.one_by_one(func, types, places, args, kwargs)
             operands = [*tensors_in(args), *tensors_in(kwargs.values())]
             device = self.common(func, args, kwargs, operands)
             if (wanted := kwargs.get("device")) is not None:
-                # Formulas of autograd name the device that their operands have in truth.
-                formula = wanted == CPU and operands and torch._C._current_graph_task_id() >= 0
-                device = wanted if self.tags.moving or not formula else device
+                # Formulas of autograd, and functions made of others, name the device that their
+                # operands have in truth.
+                formula = operands and torch._C._current_graph_task_id() >= 0
+                if self.tags.moving or wanted != CPU or not (formula or self.tags.inside):
+                    device = wanted
+                elif not operands:
+                    device = self.tags.device
                 kwargs["device"] = CPU if wanted.type == "cuda" else wanted
             pinned = kwargs.get("pin_memory")
             kwargs |= {"pin_memory": False} if pinned else {}
@@ -112,6 +117,17 @@ class Operators(TorchDispatchMode):
                     if x.untyped_storage()._cdata not in shared:
                         self.tags.put(x, "pinned" if pinned else "cuda")
             return out
+
+    def one_by_one(self, func, types, places, args, kwargs):
+        """An operator over lists whose tensors are in two places: for each apart, as in torch."""
+        found = [None] * len(args[0])
+        for device in set(places):
+            mine = [i for i, place in enumerate(places) if place == device]
+            those = [[x[i] for i in mine] if isinstance(x, (list, tuple)) else x for x in args]
+            made = self.__torch_dispatch__(func, types, those, kwargs)
+            for i, x in zip(mine, made or (), strict=False):
+                found[i] = x
+        return found if func._schema.returns else None
 
     def common(self, func, args, kwargs, operands):
         """The device of an operator's results. RuntimeError where its operands are at two."""
@@ -170,7 +186,7 @@ class Functions(TorchFunctionMode):
             T.get_device: lambda x: -1 if self.tags.of(x).index is None else self.tags.of(x).index,
             T.to: self.to,
             T.cpu: lambda x, **how: self.to(x, CPU, **how),
-            T.cuda: lambda x, *device, **how: self.to(x, *(device or ["cuda"]), **how),
+            T.cuda: lambda x, device=None, **how: self.to(x, device or "cuda", **how),
             T.numpy: lambda x, **how: self.host(x).numpy(**how),
             T.__array__: lambda x, *how: self.host(x).__array__(*how),
             T.pin_memory: self.pin,
@@ -184,9 +200,19 @@ class Functions(TorchFunctionMode):
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.table.get(func, func)(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = torch.device("cuda", kwargs["device"])
+        if func in self.table:
+            return self.table[func](*args, **kwargs)
+        given = tensors_in([*args, *kwargs.values()])
+        named = kwargs.get("device") is not None
+        inside = not named and any(self.tags.of(x).type == "cuda" for x in given)
+        with patch.object(self.tags, "inside", inside):
+            return func(*args, **kwargs)
 
     def to(self, tensor, *args, copy=False, **kwargs):
+        args = [torch.device("cuda", x) if type(x) is int else x for x in args]
         if args and isinstance(args[0], torch.Tensor):
             args = (self.tags.of(args[0]), args[0].dtype, *args[1:])
         device, dtype, _, form = torch._C._nn._parse_to(*args, **kwargs)
@@ -213,8 +239,10 @@ class Functions(TorchFunctionMode):
         return self.tags.put(new) if self.tags.of(tensor).type == "cuda" else new
 
     def make(self, data, *, device=None, pin_memory=False, **how):
-        on = torch.device(device or "cpu")
-        made = torch.tensor(data, device=None if on.type == "cuda" else on, **how)
+        kept = self.tags.of(data) if isinstance(data, torch.Tensor) else CPU
+        on = torch.device(kept if device is None else device)
+        with warnings.catch_warnings(action="ignore"):  # torch's, which the caller has had
+            made = torch.tensor(data, device=None if on.type == "cuda" else on, **how)
         return self.tags.put(made) if on.type == "cuda" else made
 
     def as_tensor(self, data, dtype=None, device=None):

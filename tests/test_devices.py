@@ -69,6 +69,8 @@ REFUSED = {
     "a.pin_memory()": "cannot pin",
     "torch.rand(3, generator=torch.Generator(), device='cuda')": "Expected a 'cuda' device type",
     "torch.empty(3, device='meta').to('cuda')": "meta",
+    "torch.nn.Embedding(3, 2).cuda()(i)": TWO,
+    "torch._foreach_mul([a, b], [b, b])": TWO,
 }
 TAKEN = {
     "a + b.sum()": "cuda",
@@ -88,6 +90,15 @@ TAKEN = {
     "a.double().to(torch.device('cuda', 0), torch.float32)": "cuda",
     "torch.autograd.grad((w * a).sum(), w)[0]": "cuda",
     "torch.empty(2, device='meta')": "meta",
+    "torch.nn.Linear(2, 2).cuda().weight": "cuda",
+    "torch.tensor(a)": "cuda",
+    "torch.ones(2, device=0)": "cuda",
+    "torch.nn.functional.one_hot(i.cuda())": "cuda",
+    "torch.nn.utils.rnn.pad_sequence([a, a[:2]])": "cuda",
+    "torch.pinverse(a.expand(3, 3))": "cuda",
+    "torch._foreach_mul([a, b], 2.0)[0]": "cuda",
+    "torch._foreach_mul([a, b], 2.0)[1]": "cpu",
+    "torch._foreach_add_([b, a], [b, a]) and b": "cpu",
 }
 
 
@@ -172,7 +183,6 @@ def test_two_ranks_train_in_bf16(world, tmp_path):
     assert "on the device" in said and len(numbers(tmp_path / "run")) == 1
 
 
-@pytest.mark.slow
 def test_hybrid_groups_of_two_nodes_train_with_offloads(world, tmp_path):
     argv = ppo_options(world, tmp_path / "run", *OFFLOADS, "--shard_group_size", 2)
     statuses, said = on_ranks(4, train_ppo, [*argv, "--prompts_per_step", 4, "--minibatch", 8])

@@ -10,7 +10,7 @@ from pfppo.rollout import collate
 import pytest
 import torch
 from conftest import policy_of, ragged, scalar_of, tiny_classifier, tiny_lm
-from test_sampler import PROMPTS, SIX, drawn
+from test_sampler import LAB, PROMPTS, SIX, TAIL, drawn, scheduled
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # makes and compiles C++, takes minutes
 CASES = [("llama", "eager"), *(pytest.param(n, "eager", marks=pytest.mark.slow) for n in SIX[1:])]
@@ -42,10 +42,11 @@ def test_compiled_steps_draw_the_same_tokens_and_are_compiled_once(lms, architec
     expected, other = drawn(model), drawn(model, seed=6)
     with counted(backend) as graphs:
         found = drawn(model, batch=5, compiled=True)
-        assert drawn(model, seed=6, batch=5, compiled=True).ids == other.ids and graphs() == 1
+        assert graphs() == 3  # of 5 slots, and when nothing waits of 2 and 1
+        assert drawn(model, seed=6, batch=5, compiled=True).ids == other.ids and graphs() == 3
         short = [prompt[:4] for prompt in PROMPTS]
         sampler.sample(model, short, torch.zeros(6, 13), stop=[1], batch=5, compiled=True)
-        assert graphs() == 2  # the block has fewer columns
+        assert graphs() == 5  # the block has fewer columns: of 5 slots, and of 1
     assert (found.ids, found.finished) == (expected.ids, expected.finished)
     logp, plain = (torch.tensor(sum(x.logp, [])) for x in (found, expected))
     assert (logp - plain).abs().max() < 1e-5
@@ -60,6 +61,15 @@ def test_a_fixed_block_that_is_full_is_moved_and_changes_nothing(lms):
     ):
         found = drawn(lms["llama"], repeats=20, batch=4, compiled=True)
     assert len(moved) > 2 * 5 and found.ids == drawn(lms["llama"], repeats=20).ids
+
+
+@pytest.mark.parametrize("lengths, least", [(LAB, 0.7), (TAIL, 0.6)], ids=["lab", "long tail"])
+def test_a_fixed_block_is_halved_when_nothing_waits(lengths, least):
+    """Of 240 rows that all start at once; it has five sizes at most."""
+    with mock.patch.object(sampler, "compiled_once", lambda function: function):
+        _, decodes = scheduled(tiny_lm("llama"), lengths.long().clamp(1, 80), compiled=True)
+    assert set(decodes) <= {256, 128, 64, 32, 16} and len(set(decodes)) > 3
+    assert sum(lengths.long().clamp(1, 80) - 1) >= least * sum(decodes)
 
 
 def gradients(net):

@@ -215,13 +215,19 @@ def split_by_prompt(pairs, share, seed):
     return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
 
 
+def tokens_in(row):
+    """Tokens of a row or a pair of lists of ids."""
+    return sum(map(len, row))
+
+
 def shares(rows, size, ranks):
-    """[(rows, weight)]: this rank's every W-th of `rows`, at most `size` together.
+    """[(rows, weight)]: this rank's every W-th of `rows`, at most `size` together, by length, so
+    that there is little padding.
 
     All ranks get equally many such parts, whatever the number of rows, as a sharded model must run
     everywhere at once: a rank that has none left gets one row of weight 0, else the weight is 1.
     """
-    mine = rows[ranks.rank :: ranks.world]
+    mine = sorted(rows, key=tokens_in)[ranks.rank :: ranks.world]
     starts = range(0, math.ceil(len(rows) / ranks.world), size)
     return [(mine[i : i + size] or rows[:1], float(i < len(mine))) for i in starts]
 
@@ -230,14 +236,15 @@ def shares(rows, size, ranks):
 def raw_scores(model, rows, pad_id, microbatch, ranks, bar=""):
     """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. bar: the name of a
     bar that rank 0 shows. A collective."""
-    scores, hidden = [], not (bar and ranks.is_main)
-    for some, weight in tqdm(
-        shares(rows, 2 * microbatch, ranks), bar, mininterval=1, disable=hidden
-    ):
+    found, hidden = [], not (bar and ranks.is_main)
+    order = sorted(range(len(rows)), key=lambda i: tokens_in(rows[i]))
+    parts = shares([rows[i] for i in order], 2 * microbatch, ranks)
+    for some, weight in tqdm(parts, bar, mininterval=1, disable=hidden):
         batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
-        found = model(batch.ids, batch.ends).flatten().tolist()
-        scores += found if weight else []
-    return torch.tensor(gather_lists(scores, ranks), dtype=torch.float64)
+        found += model(batch.ids, batch.ends).flatten().tolist() if weight else []
+    scores = torch.empty(len(rows), dtype=torch.float64)
+    scores[order] = torch.tensor(gather_lists(found, ranks), dtype=torch.float64)
+    return scores
 
 
 def pair_metrics(model, pairs, *how):
