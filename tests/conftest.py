@@ -1,4 +1,4 @@
-"""Tiny random models, a tiny tokenizer and a process group of one, shared by the network's tests.
+"""Tiny random models, a tiny tokenizer, a process group of one and a sandbox, shared by the tests.
 
 One thread per process: the models are too small for two, and results then do not depend on it.
 """
@@ -183,6 +183,14 @@ def ranks():
 
     yield init_ranks("cpu")
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    from pfppo.sandbox import Sandbox
+
+    with Sandbox(workers=2, timeout=1.0, memory_mb=256) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="session")
