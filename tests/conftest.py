@@ -5,6 +5,7 @@ One thread per process: the models are too small for two, and results then do no
 
 import contextlib
 import errno
+import json
 import os
 import sys
 from pathlib import Path
@@ -152,6 +153,13 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def write(folder, *rows):
+    """A JSONL file of objects, and of lines that stand as they are."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
 @contextlib.contextmanager
 def full_disk(size=100):
     """No file of this process can grow beyond `size` bytes: writes raise OSError."""
@@ -191,6 +199,15 @@ def sandbox():
 
     with Sandbox(workers=2, timeout=1.0, memory_mb=256) as shared:
         yield shared
+
+
+@pytest.fixture(scope="module")
+def passed():
+    """Verdicts of checks: bools."""
+    from pfppo.sandbox import Sandbox
+
+    with Sandbox(workers=1) as sandbox:
+        yield lambda *checks: [verdict.passed for verdict in sandbox.run(list(checks))]
 
 
 @pytest.fixture(scope="session")
