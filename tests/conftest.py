@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def tiny(tmp_path_factory):
     from running import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny policy's."""
+    return shutil.copytree(tiny / "policy", tmp_path / "policy")
 
 
 @pytest.fixture(scope="session")
