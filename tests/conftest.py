@@ -93,7 +93,7 @@ def tiny_classifier(architecture, seed=0, **changes):
     return seeded(AutoModelForSequenceClassification, config, seed)
 
 
-def tiny_tokenizer(words=WORDS):
+def tiny_tokenizer(words=WORDS, template=None):
     """One token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -101,9 +101,8 @@ def tiny_tokenizer(words=WORDS):
     vocabulary = {word: i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=words[3]))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
-    )
+    special = {"eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
 
 
 def tokens_of(tokenizer=None, style="plain", limit=100, policy="", stop=None):
