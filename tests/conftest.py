@@ -1,11 +1,13 @@
-"""Tiny random models, a tiny tokenizer and a process group of one, shared by the network's tests.
+"""Tiny random models, a tiny tokenizer, a process group of one and a sandbox, shared by the tests.
 
 One thread per process: the models are too small for two, and results then do not depend on it.
 """
 
 import contextlib
 import errno
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def tiny_classifier(architecture, seed=0, **changes):
     return seeded(AutoModelForSequenceClassification, config, seed)
 
 
-def tiny_tokenizer(words=WORDS):
+def tiny_tokenizer(words=WORDS, template=None):
     """One token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -99,9 +101,8 @@ def tiny_tokenizer(words=WORDS):
     vocabulary = {word: i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=words[3]))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
-    )
+    special = {"eos_token": "<eos>", "bos_token": "<bos>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
 
 
 def tokens_of(tokenizer=None, style="plain", limit=100, policy="", stop=None):
@@ -152,6 +153,13 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def write(folder, *rows):
+    """A JSONL file of objects, and of lines that stand as they are."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return path
+
+
 @contextlib.contextmanager
 def full_disk(size=100):
     """No file of this process can grow beyond `size` bytes: writes raise OSError."""
@@ -185,6 +193,23 @@ def ranks():
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def sandbox():
+    from pfppo.sandbox import Sandbox
+
+    with Sandbox(workers=2, timeout=1.0, memory_mb=256) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def passed():
+    """Verdicts of checks: bools."""
+    from pfppo.sandbox import Sandbox
+
+    with Sandbox(workers=1) as sandbox:
+        yield lambda *checks: [verdict.passed for verdict in sandbox.run(list(checks))]
+
+
 @pytest.fixture(scope="session")
 def lms():
     """{architecture: causal LM}, made once; tests leave the weights as they are."""
@@ -197,6 +222,12 @@ def tiny(tmp_path_factory):
     from running import make_tiny
 
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    """A copy of the tiny policy's."""
+    return shutil.copytree(tiny / "policy", tmp_path / "policy")
 
 
 @pytest.fixture(scope="session")

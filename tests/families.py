@@ -39,6 +39,12 @@ def tiny_family(name, sizes=SIZES, build=AutoModelForCausalLM):
     return seeded(build, config)
 
 
+def other_model(folder, family, build=AutoModelForCausalLM, **values):
+    """The folder's tokenizer with a random model of another family."""
+    sizes = SIZES | {"vocab_size": 512, "max_position_embeddings": 256} | values
+    tiny_family(family, sizes, build).save_pretrained(folder)
+
+
 def greedy(model, prompt, steps, stop, never):
     """Tokens of a naive loop: the whole row again for every one of them."""
     ids = list(prompt)

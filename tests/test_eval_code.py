@@ -1,4 +1,4 @@
-"""eval_code.py, end to end on tiny random checkpoints; and the lab's own making, shortened."""
+"""eval_code.py, end to end on tiny random checkpoints."""
 
 import dataclasses
 import json
@@ -9,14 +9,12 @@ from pfppo import answers, data, sampler
 from pfppo.config import UserError
 from pfppo.data import encode, load_tokenizer
 from pfppo.filters import FILTERS
-from pfppo.lab import default as lab
 from pfppo.problems import Stops
 
 import numpy as np
 import pytest
 import torch
 from conftest import tokens_of, words_of
-from ranks import refused
 from running import read, run, write_rows
 from test_slots import counted
 
@@ -301,51 +299,3 @@ def test_contamination_ends_with_1_above_the_limit_that_was_asked_for(tiny, tmp_
     assert run(eval_code, *argv, "--max_overlap", 1.0) == 0
     assert run(eval_code, *argv, "--max_overlap", 0.9) == 1
     assert "100.0%" in capsys.readouterr().out
-
-
-def test_the_lab_is_made_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lab, "SFT_STEPS", 3)
-    monkeypatch.setattr(lab, "PROBLEMS", {"train": 8, "rm": 8, "validation": 4, "test": 4})
-    run(eval_code, "--max_new_tokens", 8)
-    made = capsys.readouterr().out
-    assert "SFT policy of" in made and "8 problems in" in made
-    assert len(read("runs/lab/test.jsonl")) == 4
-    run(eval_code, "--max_new_tokens", 8)
-    again = capsys.readouterr().out
-    assert "SFT policy of" not in again and "runs/eval-2" in again
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (("--top_p", 0), "--top_p 0.0: expected more than 0, at most 1"),
-        (("--top_k", -1), "--top_k -1: expected at least 0"),
-        (("--k", "1,0"), "--k 1,0: expected numbers from 1 on"),
-        (("--k", "one"), "--k one: expected numbers from 1 on"),
-        (("--k", "2"), "--k 2: expected at most --samples_per_problem 1"),
-        (("--temperature", 0, "--samples_per_problem", 2), "--temperature 0: gives one answer 2 t"),
-        (("--filters", "best_of_n"), "--filters best_of_n: what they keep is judged by a --reward"),
-        (("--reward_model", "lab", "--filters", "foo"), "--filters foo: unknown, expected one of"),
-        (
-            ("--reward_model", "lab,lab", "--reward", "tests", "--filters", "agreeing"),
-            "--filters agreeing: asks for members",  # nobody asks the reward models
-        ),
-        (("--temperature", -0.5), "--temperature -0.5: expected at least 0, or -1"),
-        (("--max_new_tokens", 250), "250 leaves 6 of 256, the max_position_embeddings"),
-        (("--prompt_style", "few_shot"), "--prompt_style few_shot: the examples are MBPP's"),
-        (("--samples", "x", "--reward_model", "lab"), "--samples: without a model's answers, so"),
-        (("--samples", "x", "--stop", "y"), "--stop: with --samples nothing is sampled"),
-        (("--stop", "", "y"), '--stop: expected strings, or "" alone for none, found both'),
-        (
-            ("--device_memory", 2.8e-4),
-            "even with a single row: lower --max_new_tokens, or take a device",
-        ),
-        (("--device_memory", 1e-4), "with a single row of few tokens: take a device with more"),
-        (("--device_memory", 1e-4, "--sampling_batch", 6), "with 6 rows that decode together: l"),
-    ],
-)
-def test_eval_code_says_what_is_wrong_in_one_line(tiny, tmp_path, words, expected, monkeypatch):
-    monkeypatch.setattr(eval_code.loading, "read_causal_lm", None)
-    assert expected in refused(run, eval_code, *asked(tiny, tmp_path / "o", *words))
-    assert not (tmp_path / "o").exists()

@@ -1,5 +1,5 @@
 """Model folders as people have them, through whole runs: forms of weights, tables of other sizes,
-families that cannot be used; and a reward of a user's own."""
+folders that are no whole model, where an answer ends."""
 
 import json
 import re
@@ -7,19 +7,15 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import eval_code
 import train_ppo
-import train_rm
-from pfppo import loading
-from pfppo.config import UserError
 from pfppo.data import Tokens
-from pfppo.lab import default as lab
-from pfppo.model import causal_lm_config, check_folder, room_of
+from pfppo.model import causal_lm_config, check_folder
 
 import families
 import pytest
 import torch
-from conftest import quick, words_of
+from conftest import quick
+from families import other_model
 from ranks import refused
 from running import numbers, options, run
 from safetensors.torch import load_file, save_file
@@ -33,11 +29,6 @@ from transformers import (
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 BARE = {"validation": "", "test": "", "steps": 1, "actor_lr": 1e-30}
-
-
-@pytest.fixture
-def folder(tiny, tmp_path):
-    return shutil.copytree(tiny / "policy", tmp_path / "policy")
 
 
 def reading(policy, **changed):
@@ -216,91 +207,6 @@ def test_a_policy_that_could_never_end_is_refused(folder):
     assert "no end-of-sequence id is below the 512 rows" in refused(reading, folder)
 
 
-# ---- what is told before anything is made --------------------------------------------------------
-
-OWN = "def broken(prompts, responses, problems):\n    return [1 / 0] * len(prompts)\n"
-BROKEN = '{"prompt": "a"}\n{"prompt'
-PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
-USERS = {  # files that a user brings
-    "broken.jsonl": BROKEN,
-    "bare.jsonl": '{"prompt": "a"}\n',
-    "pairs.jsonl": json.dumps(PAIR) + "\n",
-    "turns.jsonl": 16 * (json.dumps(PAIR | {"system": "s"}) + "\n"),
-    "told.jsonl": '{"task_id": "HumanEval/0", "completion": "pass"}\n',
-    "said.jsonl": '{"task_id": "lab/test/0", "text": "pass"}\n',
-    "judged.jsonl": '{"task_id": "a", "reward": "x"}\n',
-    "own.py": OWN,
-}
-RM = {"reward_model": "rm"}
-TOLD = [  # script, options, the line; what they leave out is the lab's
-    (train_ppo, {"prompts": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
-    (train_ppo, {"prompts": "."}, ".: is a folder, expected a JSONL file, such as bare.jsonl"),
-    (train_ppo, {"prompts": "bare.jsonl"}, "--prompts_per_step 48: more than the 1 prompts"),
-    (train_ppo, {"prompts": "bare.jsonl", "reward": "tests"}, "1 of 1 problems have no 'test'"),
-    (train_ppo, {"validation": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
-    (train_ppo, {"test": "bare.jsonl"}, "--test bare.jsonl: 1 of 1 problems have no 'test'"),
-    (train_ppo, {"policy": "nowhere"}, "--policy nowhere: there is no such folder"),
-    (train_ppo, {"policy": "cut"} | RM, "--policy cut/model.safetensors: damaged or cut short"),
-    (train_ppo, {"policy": "mute"} | RM, "--policy mute: cannot read the tokenizer: there is none"),
-    (train_ppo, {"policy": "large"}, "--reward_model is the lab's, whose tokens are not those of"),
-    (train_ppo, {"policy": "a/b"}, "--reward_model is the lab's, whose tokens are not those of"),
-    (train_ppo, {"policy": "a/b", "prompts": "broken.jsonl"} | RM, "line 2: not JSON"),
-    (train_ppo, {"reward_model": "cut"}, "--reward_model cut: not a reward model but a causal LM"),
-    (train_ppo, {"reward_model": "bare.jsonl"}, "bare.jsonl: is a file, expected a model's folder"),
-    (train_ppo, {"reward": "own.py:broken"}, "--reward own.py:broken: ZeroDivisionError"),
-    (train_ppo, {"filter": "own.py:other"}, "--filter own.py:other: own.py has no function"),
-    (train_ppo, {"prompt_style": "chat"}, "the tokenizer of the lab's policy has no chat template"),
-    (train_ppo, {"max_new_tokens": "512"}, "--max_new_tokens 512: expected less than 512"),
-    (train_rm, {"pairs": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
-    (train_rm, {"pairs": "bare.jsonl"}, "bare.jsonl, line 1: field 'chosen' (or 'pos')"),
-    (train_rm, {"pairs": "turns.jsonl"}, "turns.jsonl, line 1: a prompt of 2 messages (system, "),
-    (train_rm, {"prompts": "bare.jsonl"}, "--prompts bare.jsonl: 1 of 1 problems have no 'test'"),
-    (train_rm, {"policy": "cut"}, "--policy cut/model.safetensors: damaged or cut short"),
-    (eval_code, {"samples": "said.jsonl"}, "line 1: expected a string in 'completion', 'solu"),
-    (eval_code, {"samples": "told.jsonl"}, "none of the lab's problems: name their file, --prob"),
-    (eval_code, {"contamination": "broken.jsonl"}, "broken.jsonl, line 2: not JSON"),
-    (eval_code, {"from_samples": "judged.jsonl"}, "expected a number in 'reward', found 'x'"),
-    (eval_code, {"problems": "bare.jsonl"}, "bare.jsonl: 1 of 1 problems have no 'test'"),
-    (eval_code, {"reward_model": "cut"}, "--reward_model cut: not a reward model but a causal LM"),
-    (eval_code, {"policy": "cut"}, "--policy cut/model.safetensors: damaged or cut short"),
-    (eval_code, {"reward": "own.py:broken"}, "--reward own.py:broken: ZeroDivisionError"),
-]
-
-
-@pytest.fixture(scope="module")
-def users(tiny, tmp_path_factory):
-    """A user's folder: files, and folders of models that are not as they should be."""
-    here = tmp_path_factory.mktemp("users")
-    for name, text in USERS.items():
-        (here / name).write_text(text)
-    shutil.copytree(tiny / "rm", here / "rm")
-    for name in ("cut", "mute", "large"):
-        shutil.copytree(tiny / "policy", here / name)
-    with open(here / "cut/model.safetensors", "r+b") as file:
-        file.truncate(1000)
-    for path in (here / "mute").glob("tokenizer*"):
-        path.unlink()
-    config = json.loads((here / "large/config.json").read_text())
-    (here / "large/config.json").write_text(json.dumps(config | {"vocab_size": 600}))
-    return here
-
-
-def made(folder):
-    """All that is in a folder, less what Python keeps of a user's own file."""
-    return [path for path in sorted(folder.rglob("*")) if "__pycache__" not in str(path)]
-
-
-@pytest.mark.parametrize("script, options, line", TOLD)
-def test_a_mistake_is_told_before_anything_is_made(users, monkeypatch, script, options, line):
-    for name in ("make_problems", "make_policy"):  # minutes
-        monkeypatch.setattr(lab, name, lambda *_: pytest.fail("the lab is made"))
-    monkeypatch.setattr(loading, "snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    monkeypatch.chdir(users)
-    before = made(users)
-    assert line in refused(run, script, *words_of(**options))
-    assert made(users) == before
-
-
 # ---- folders that are no whole model -------------------------------------------------------------
 
 
@@ -425,110 +331,3 @@ def test_a_family_s_default_is_no_end_and_what_is_exported_stops_where_it_did(ti
     assert (
         AutoModelForCausalLM.from_pretrained(run_dir / "policy").generation_config.eos_token_id == 0
     )
-
-
-# ---- architectures -------------------------------------------------------------------------------
-
-
-def other_model(folder, family, build=AutoModelForCausalLM, **values):
-    """The folder's tokenizer with a random model of another family."""
-    sizes = families.SIZES | {"vocab_size": 512, "max_position_embeddings": 256} | values
-    families.tiny_family(family, sizes, build).save_pretrained(folder)
-
-
-UNFIT = {  # (option, family): what its configuration says
-    ("policy", "bart"): {"is_encoder_decoder": False},
-    ("policy", "bert"): {"is_decoder": False},
-    ("policy", "xlm-roberta"): {},
-    ("policy", "modernbert-decoder"): {},
-    ("policy", "openai-gpt"): {"n_positions": 256},
-}
-SCALAR = {"is_decoder": False, "id2label": {0: "reward"}}
-UNFIT |= {("reward_model", name): SCALAR for name in ("bert", "distilbert", "modernbert")}
-
-
-@pytest.mark.parametrize("option, family", UNFIT)
-def test_a_family_that_cannot_be_used_rightly_is_one_line(tiny, tmp_path, option, family):
-    causal = option == "policy"
-    folder = shutil.copytree(tiny / ("policy" if causal else "rm"), tmp_path / option)
-    build = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-    other_model(folder, family, build, **UNFIT[option, family])
-    line = f"--{option} {folder}: .*(causal decoder|decoder with)"
-    with pytest.raises(UserError, match=line):
-        run(train_ppo, *options(tiny, tmp_path / "run", **{option: folder}), "--selfcheck")
-    if causal and family != "modernbert-decoder":  # it samples rightly, it is trained wrongly
-        problems = ("--problems", tiny / "held_out.jsonl", "--out", tmp_path / "run")
-        with pytest.raises(UserError, match=line):
-            run(eval_code, "--policy", folder, *problems)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_reward_model_that_looks_ahead_is_refused_whatever_its_offset_and_in_evaluation(
-    tiny, tmp_path
-):
-    folder = shutil.copytree(tiny / "rm", tmp_path / "rm")
-    other_model(folder, "bert", AutoModelForSequenceClassification, **SCALAR)
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"] += 30
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "reward_model.json").unlink()
-    line = f"--reward_model {folder}: .*causal decoder"
-    with pytest.raises(UserError, match=line):
-        run(train_ppo, *options(tiny, tmp_path / "run", reward_model=folder))
-    models = ("--policy", tiny / "policy", "--reward_model", folder)
-    problems = ("--problems", tiny / "held_out.jsonl", "--out", tmp_path / "run")
-    with pytest.raises(UserError, match=line):
-        run(eval_code, *models, *problems)
-    short = {"n_positions": 16, "max_position_embeddings": 16}
-    other_model(folder, "gpt2", AutoModelForSequenceClassification, **SCALAR | short)
-    with pytest.raises(UserError, match=f"--reward_model {folder}: --max_new_tokens 64 leaves -48"):
-        run(eval_code, *models, *problems)
-
-
-def test_a_family_without_a_classifier_is_one_line_where_a_critic_is_needed(tiny, folder, tmp_path):
-    other_model(folder, "codegen", n_positions=256)
-    argv = options(tiny, tmp_path / "run", policy=folder, reward_model="", reward="noisy:middle")
-    with pytest.raises(UserError, match="family codegen transformers has no sequence classifier"):
-        run(train_ppo, *argv)
-
-
-@pytest.mark.parametrize("family", ["phi3", "llama"])  # the length in the config, in its rope
-def test_longrope_beyond_its_first_length_is_refused(folder, family):
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40}
-    long = {"original_max_position_embeddings": 40} if family == "phi3" else {}
-    other_model(folder, family, rope_parameters=rope | factors, **long)
-    args = SimpleNamespace(policy=folder, max_prompt_tokens=99, max_new_tokens=30)
-    room, why = room_of(args)
-    assert room == 10 and "30 leaves 10 of 40, the original_max_position_embeddings" in why
-
-
-def test_a_sampler_that_is_not_the_policy_ends_the_first_step(tiny, tmp_path, monkeypatch):
-    original = train_ppo.sampler.sample
-
-    def wrong(*args, **how):
-        samples = original(*args, **how)
-        samples.logp = [[x - 0.1 for x in row] for row in samples.logp]
-        return samples
-
-    monkeypatch.setattr(train_ppo.sampler, "sample", wrong)
-    with pytest.raises(UserError, match="log-probs of sampler and training differ by 0.1 nats"):
-        run(train_ppo, *options(tiny, tmp_path / "run", **BARE))
-
-
-# ---- rewards -------------------------------------------------------------------------------------
-
-
-def test_an_own_reward_is_in_standard_deviations_as_a_checkpoint_knows_them(tiny, tmp_path, capsys):
-    own = tmp_path / "own.py"
-    own.write_text("def large(p, responses, q):\n    return [100.0 + len(r) for r in responses]\n")
-    reward = {"reward": f"{own}:large", "reward_clip": 1e9, "filter": "none"}
-    argv = options(tiny, tmp_path / "run", **BARE, **reward)
-    run(train_ppo, *argv)
-    said, (row,) = capsys.readouterr().out, numbers(tmp_path / "run")
-    state = json.loads((tmp_path / "run/checkpoints/step_1/state.json").read_text())
-    assert abs(row["reward_all"]) < 1.5 and row["value_loss"] < 100
-    assert re.search(r"own.py:large: rewards of 24 samples of the SFT policy: mean 1\d\d", said)
-    run(train_ppo, *argv, "--resume", "--steps", 2)
-    again = json.loads((tmp_path / "run/checkpoints/step_2/state.json").read_text())
-    assert again["scale"] == state["scale"] and "SFT policy" not in capsys.readouterr().out

@@ -39,9 +39,7 @@ def args_of(policy, reward_model="", **changes):
 
 
 def tokens_of(style="plain", template=None):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return conftest.tokens_of(tokenizer, style)
+    return conftest.tokens_of(tiny_tokenizer(template=template), style)
 
 
 def save_card(folder, tokens=None, **changes):
@@ -57,9 +55,6 @@ def write(folder, architecture, **options):
 
 def no_read(path):
     raise AssertionError("nobody may read the whole model")
-
-
-# ------------------------------------------------------------------------------- slices of files
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ outputs are their parameters, so there is a gradient for each token.
 """
 
 import math
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import train_ppo
@@ -15,6 +13,7 @@ from pfppo.rollout import Rollout, seeded
 
 import pytest
 import torch
+from ranks import Peers
 
 LENGTHS = [4, 1, 6, 3]
 T = 6
@@ -35,25 +34,6 @@ def tensor(*values):
 def close(found, expected, **tolerance):
     expected = torch.as_tensor(expected, dtype=found.dtype)
     torch.testing.assert_close(found, expected, **tolerance)
-
-
-class Peers:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, world):
-        self.barrier, self.slots = threading.Barrier(world, timeout=20), {}
-
-    def sum(self, x):
-        self.slots[threading.get_ident()] = x
-        self.barrier.wait()
-        total = sum(self.slots.values())
-        self.barrier.wait()
-        return total
-
-    def run(self, function, *parts):
-        """[function(*part, sum over ranks) of each rank]"""
-        with ThreadPoolExecutor(len(parts)) as pool:
-            return list(pool.map(lambda part: function(*part, self.sum), parts))
 
 
 # ------------------------------------------------------------------- rewards, KL, GAE, whitening

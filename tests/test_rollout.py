@@ -1,4 +1,4 @@
-"""Rows, masks, what is kept of them on each rank, minibatches, the sizes of a run; streams.
+"""Rows, masks, what is kept of them on each rank, minibatches, sizes of a run; streams, steps.
 
 Not here: that ranks, padding and microbatches change no gradient (test_ppo.py).
 """
@@ -7,7 +7,7 @@ import math
 from dataclasses import fields
 from types import SimpleNamespace
 
-from pfppo.rollout import Rollout, check_sizes, collate, seeded
+from pfppo.rollout import Rollout, check_sizes, collate, seeded, step_prompts
 
 import pytest
 import torch
@@ -250,3 +250,32 @@ def test_sizes_that_divide_are_one_line():
 def test_sizes_that_do_not_divide_are_refused_with_both_numbers(changes, keeps, world, numbers):
     message = refused(check_sizes, sizes(**changes), keeps, world)
     assert all(number in message for number in numbers)
+
+
+def epoch_of(count, size, epoch, seed):
+    steps = range(epoch * (count // size), (epoch + 1) * (count // size))
+    return sum((step_prompts(count, size, step, seed) for step in steps), [])
+
+
+@pytest.mark.parametrize("count, size", [(12, 4), (11, 4)])
+def test_an_epoch_is_a_permutation_of_the_prompts_but_for_a_part_that_fills_no_step(count, size):
+    epochs = [epoch_of(count, size, epoch, seed=1) for epoch in range(20)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == count // size * size
+    assert len(set(map(tuple, epochs))) == 20  # each another one
+    assert set(sum(epochs, [])) == set(range(count))  # every prompt is seen sooner or later
+
+
+def test_a_step_is_a_function_of_seed_and_step_alone():
+    first = step_prompts(50, 5, 7, seed=1)
+    torch.rand(3)  # the global state plays no part
+    assert step_prompts(50, 5, 7, seed=1) == first
+    assert step_prompts(50, 5, 7, seed=2) != first
+    assert step_prompts(50, 5, 8, seed=1) != first
+
+
+def test_the_rounds_of_a_step_have_different_prompts():
+    for step in range(3):
+        rounds = [step_prompts(12, 4, step, 1, round) for round in range(3)]
+        assert sorted(sum(rounds, [])) == list(range(12))
+        assert rounds[0] == step_prompts(12, 4, step, 1)

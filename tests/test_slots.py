@@ -1,16 +1,17 @@
 """Fixed shapes: decode steps and blocks that are compiled give the numbers of plain ones, and are
-compiled for few shapes. Slots themselves are tried by what is sampled in them: test_sampler.py."""
+compiled for few shapes. Slots are filled again; what is sampled in them: test_sampler.py."""
 
 import contextlib
 from unittest import mock
 
 from pfppo import fsdp, sampler, slots
 from pfppo.rollout import collate
+from pfppo.sampler import sample
 
 import pytest
 import torch
-from conftest import policy_of, ragged, scalar_of, tiny_classifier, tiny_lm
-from test_sampler import LAB, PROMPTS, SIX, TAIL, drawn, scheduled
+from conftest import EOS, policy_of, ragged, scalar_of, tiny_classifier, tiny_lm
+from test_sampler import PROMPTS, SIX, drawn, passes
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)  # makes and compiles C++, takes minutes
 CASES = [("llama", "eager"), *(pytest.param(n, "eager", marks=pytest.mark.slow) for n in SIX[1:])]
@@ -63,15 +64,6 @@ def test_a_fixed_block_that_is_full_is_moved_and_changes_nothing(lms):
     assert len(moved) > 2 * 5 and found.ids == drawn(lms["llama"], repeats=20).ids
 
 
-@pytest.mark.parametrize("lengths, least", [(LAB, 0.7), (TAIL, 0.6)], ids=["lab", "long tail"])
-def test_a_fixed_block_is_halved_when_nothing_waits(lengths, least):
-    """Of 240 rows that all start at once; it has five sizes at most."""
-    with mock.patch.object(sampler, "compiled_once", lambda function: function):
-        _, decodes = scheduled(tiny_lm("llama"), lengths.long().clamp(1, 80), compiled=True)
-    assert set(decodes) <= {256, 128, 64, 32, 16} and len(set(decodes)) > 3
-    assert sum(lengths.long().clamp(1, 80) - 1) >= least * sum(decodes)
-
-
 def gradients(net):
     return torch.cat([p.grad.to_local().flatten() for p in net.parameters() if p.grad is not None])
 
@@ -110,3 +102,49 @@ def test_compiled_blocks_give_log_probs_scalars_and_gradients(
                 assert (out - expected).abs().max() < 1e-5
                 assert (grad - plain_grad).abs().max() < 1e-5 * plain_grad.abs().max()
         assert graphs() == 2
+
+
+def scheduled(model, lengths, prompts, repeats, batch, **options):
+    """The forward passes of `sample` for rows that end at these lengths: (prefills, decodes)."""
+    uniforms = torch.zeros(len(lengths), int(lengths.max()))
+    uniforms[torch.arange(len(lengths)), lengths - 1] = 2.0  # the sign for EOS
+
+    def draw(logits, numbers, *options):
+        return torch.where(numbers > 1, EOS, 5), numbers
+
+    with mock.patch.object(sampler, "draw_tokens", draw), passes(model) as shapes:
+        how = {"stop": [EOS], "samples_per_prompt": repeats, "batch": batch}
+        samples = sample(model, prompts, uniforms, **how, **options)
+    assert [len(row) for row in samples.ids] == lengths.tolist()
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    return prefills, [rows for rows, columns in shapes if columns == 1]
+
+
+LAB = torch.randn(240, generator=torch.Generator().manual_seed(1)) * 8 + 22  # tokens of a response
+TAIL = (torch.randn(240, generator=torch.Generator().manual_seed(2)) + 2.6).exp()
+
+
+@pytest.mark.parametrize("batch", [16, 48, 96, 256])
+@pytest.mark.parametrize("lengths", [LAB, TAIL], ids=["lab", "long tail"])
+def test_slots_are_filled_again_and_hardly_one_is_idle(lengths, batch):
+    """48 prompts x 5 against batches that wait for their longest row. Each prompt is read once."""
+    model = tiny_lm("llama", max_position_embeddings=4096)
+    lengths, generator = lengths.long().clamp(1, 80), torch.Generator().manual_seed(3)
+    prompts = ragged(torch.randint(5, 40, (48,), generator=generator).tolist())
+    prefills, decodes = scheduled(model, lengths, prompts, 5, batch)
+    assert sum(rows for rows, _ in prefills) == 48
+    assert sum(rows * columns for rows, columns in prefills) < 1.1 * sum(map(len, prompts)) + 800
+    useful = int(lengths.sum()) - len(lengths)  # the first token needs no decode step
+    assert useful >= 0.98 * sum(decodes)
+    waiting = sum(int(part.max()) - 1 for part in lengths.split(batch // 5 * 5))
+    assert len(decodes) <= (1 if batch == 256 else 0.7) * waiting
+
+
+@pytest.mark.parametrize("lengths, least", [(LAB, 0.75), (TAIL, 0.7)], ids=["lab", "long tail"])
+def test_a_fixed_block_is_halved_when_nothing_waits(lengths, least):
+    """Of 240 rows that all start at once; it has five sizes at most."""
+    lengths = lengths.long().clamp(1, 80)
+    with mock.patch.object(sampler, "compiled_once", lambda function: function):
+        _, decodes = scheduled(tiny_lm("llama"), lengths, PROMPTS[:1], 240, 256, compiled=True)
+    assert set(decodes) <= {256, 128, 64, 32, 16} and len(set(decodes)) == 5
+    assert int(lengths.sum()) - len(lengths) >= least * sum(decodes)

@@ -10,11 +10,11 @@ import train_rm
 from pfppo import fsdp, rollout
 from pfppo.config import UserError
 from pfppo.metrics import NAMES
-from pfppo.run import checkpoint, session
+from pfppo.run import session
 
 import pytest
 import torch
-from conftest import quick, words_of
+from conftest import words_of
 from ranks import refused
 from running import forked, numbers, options, read, run, write_rows
 from safetensors.torch import load_file
@@ -78,37 +78,6 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("instant", quick(["start"], ["append_jsonl", "start", "finish"]))
-def test_an_interrupted_run_resumes_to_the_same_numbers(
-    tiny, finished, tmp_path, monkeypatch, instant
-):
-    step_of = {
-        "append_jsonl": lambda path, rows: rows[0]["step"],
-        "start": lambda saver, trained, state: state["step"],
-        "finish": lambda saver: saver.pending and saver.pending[0],
-    }[instant]
-
-    def interrupted(*args):
-        if step_of(*args) == 4:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    owner = session if instant == "append_jsonl" else checkpoint.Saver
-    original = getattr(owner, instant)
-    monkeypatch.setattr(owner, instant, interrupted)
-    argv = options(tiny, tmp_path / "run", steps=4, save_every=2)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_ppo, *argv)
-    monkeypatch.undo()
-    run(train_ppo, *argv, "--resume")
-    assert numbers(tmp_path / "run") == numbers(finished)
-    folders = tmp_path / "run", finished
-    samples = [(folder / "samples.jsonl").read_text() for folder in folders]
-    assert samples[0] == samples[1]
-    resumed, whole = (load_file(folder / "policy/model.safetensors") for folder in folders)
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", INDUCTOR])
 def test_a_compiled_run_has_the_numbers_of_a_plain_one_and_compiles_in_its_first_steps(
@@ -129,26 +98,6 @@ def test_a_compiled_run_has_the_numbers_of_a_plain_one_and_compiles_in_its_first
     assert [row["response"] for row in rows[0]] == [row["response"] for row in rows[1]]
     for row, plain in zip(numbers(tmp_path / "run"), numbers(finished), strict=True):
         assert row == {n: pytest.approx(x, 1e-3, 1e-4) if x else x for n, x in plain.items()}
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, finished, tmp_path, capsys):
-    copy = shutil.copytree(finished, tmp_path / "copy")
-    broken = next((copy / "checkpoints/step_4/sharded").glob("*.distcp"))
-    broken.write_bytes(broken.read_bytes()[:-10])
-    run(train_ppo, *options(tiny, copy, steps=4, save_every=2), "--resume")
-    assert "step_4: incomplete, falling back to" in capsys.readouterr().out
-    assert numbers(copy) == numbers(finished)
-
-
-def test_resume_without_a_name_goes_on_with_the_last_run(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    argv = options(tiny, "", test="", validation="", steps=1)
-    run(train_ppo, *argv, "--resume")
-    assert "runs/best_random: no checkpoint to go on from" in capsys.readouterr().out
-    run(train_ppo, *argv, "--steps", 2, "--resume")
-    said = capsys.readouterr().out
-    assert "step   2/2" in said and "step   1/2" not in said
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["best_random"]
 
 
 @pytest.mark.parametrize(
@@ -314,45 +263,6 @@ def test_a_step_has_bars_on_a_terminal_and_a_log_has_a_line_of_it(
     assert bars("x", total=1).disable
 
 
-# ---- what a user can get wrong -------------------------------------------------------------------
-
-BAD = {
-    "unknown filter": ({"filter": "bset"}, "--filter bset: unknown, expected one of single, none"),
-    "minibatch": ({"minibatch": 6}, "--minibatch 6: does not divide the 8 samples"),
-    "prompts": ({"prompts_per_step": 32, "minibatch": 64}, "more than the 24 prompts"),
-    "negative KL": ({"kl_coef": -0.1}, "--kl_coef -0.1: expected at least 0"),
-    "long response": ({"max_new_tokens": 250}, "250 leaves 6 of 256, the max_position_embeddings"),
-    "no policy": ({"policy": "./nowhere"}, "--policy ./nowhere: there is no such folder"),
-    "no reward model": ({"reward_model": ""}, "--reward model: needs a --reward_model, found none"),
-    "memory": ({"device_memory": 1e-4}, "--device_memory 0.0001: "),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_option_is_one_line_before_anything_is_loaded(tiny, tmp_path, monkeypatch, case):
-    monkeypatch.setattr(train_ppo.loading, "load_models", None)
-    changed, expected = BAD[case]
-    assert expected in refused(run, train_ppo, *options(tiny, tmp_path / "run", **changed))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({"reward": "nice"}, "--reward nice: unknown"),
-        ({"run_dir": "file/run"}, "--run_dir file/run: .*file is a file, expected a folder"),
-        ({"run_dir": "/proc/run"}, "--run_dir /proc/run: (cannot|no permission to) write into /pr"),
-        ({"filter": "my_filters:own"}, "--filter my_filters:own: cannot import my_filters"),
-    ],
-)
-def test_a_mistake_is_told_before_the_lab_is_made(tmp_path, monkeypatch, changed, expected):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=expected):
-        run(train_ppo, *words_of(**changed))
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 @pytest.mark.parametrize(
     "kind, name, expected",
     [("reward", "failing", "KeyError: 'x'"), ("filter", "leaving", "SystemExit: 0")],
@@ -363,14 +273,6 @@ def test_what_a_user_s_function_does_wrong_is_told_before_anything_is_written(
     with pytest.raises(UserError, match=f"--{kind} .*own.py:{name}.*{expected}"):
         run(train_ppo, *options(tiny, tmp_path / "run", **{kind: f"{own}:{name}"}))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_run_directory_of_another_run_is_refused(tiny, finished, tmp_path):
-    argv = options(tiny, finished, steps=4, save_every=2)
-    with pytest.raises(UserError, match="holds a run with these arguments: give --resume"):
-        run(train_ppo, *argv)
-    with pytest.raises(UserError, match="other arguments .*seed 1 there, 2 here"):
-        run(train_ppo, *argv, "--resume", "--seed", 2)
 
 
 # ---- two ranks -----------------------------------------------------------------------------------

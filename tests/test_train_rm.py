@@ -2,26 +2,19 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import train_ppo
 import train_rm
-from pfppo import data, fsdp, lab
-from pfppo.lab import default
+from pfppo import data
 from pfppo.loading import read_classifier
-from pfppo.model import ScalarModel, read_config
+from pfppo.model import ScalarModel
 from pfppo.rollout import collate
-from pfppo.run import checkpoint, export, is_trained, pairs
-from pfppo.run.reward_session import RewardSession
 
 import pytest
 import torch
-from conftest import ROOT, files_of, words_of
+from conftest import words_of
 from ranks import refused
-from running import forked, options, read, run, wait_for_steps, write_rows
+from running import forked, options, read, run, write_rows
 from test_slots import counted
 from transformers import AutoModelForSequenceClassification
 
@@ -45,27 +38,6 @@ def sampled_words(tiny, folder, count=12, problem=EASY, **changed):
     asked = write_rows(folder.parent / "problems.jsonl", rows)
     sizes = {"prompts": asked, "max_new_tokens": 24, "batch": 2, "held_out": 0.2}
     return rm_words(folder, tiny / "policy", "", **sizes | changed)
-
-
-def stop_in(monkeypatch, name, count, stop, owner=fsdp):
-    """From its `count`-th call on, a function calls `stop` first."""
-    calls, call = [], getattr(owner, name)
-
-    def counted(*args, **options):
-        calls.append(name)
-        if len(calls) >= count:
-            stop()
-        return call(*args, **options)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
-def crash():
-    raise KeyboardInterrupt
-
-
-def ask():
-    signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize("padding", ["none", "eos", "its own"])
@@ -214,177 +186,3 @@ def test_many_ranks_train_the_reward_model_of_one_whatever_is_left_for_each(
     for ours, theirs in rows:
         known = {name: value for name, value in theirs.items() if value is not None}
         assert {name: ours[name] for name in known} == pytest.approx(known, rel=1e-3)
-
-
-def test_stopped_and_resumed_training_is_bit_equal_and_samples_once(tiny, tmp_path, monkeypatch):
-    """A crash at step 2, before the first checkpoint; SIGTERM in step 4; a crash at the end, when
-    the model is to be written."""
-    words = sampled_words(tiny, tmp_path / "rm", 24, save_every=3)
-    run(train_rm, *sampled_words(tiny, tmp_path / "whole", 24, save_every=3))
-    resumed = ("--resume", "--save_every", 2)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_in(patch, "step", 2, crash)
-        run(train_rm, *words)
-    assert {"args.json", "samples.jsonl", "pairs.jsonl"} <= {
-        p.name for p in (tmp_path / "rm").iterdir()
-    }
-    monkeypatch.setattr(pairs, "Examiner", pytest.fail)  # nothing is sampled again
-    with monkeypatch.context() as patch:
-        stop_in(patch, "step", 4, ask)
-        run(train_rm, *words, *resumed)
-    assert len(read(tmp_path / "rm/metrics.jsonl")) == 4
-    assert checkpoint.complete(tmp_path / "rm")[0].name == "step_4"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(export, "write", lambda *args: crash())
-        run(train_rm, *words, *resumed)
-    assert not is_trained(tmp_path / "rm")
-    said = refused(read_config, tmp_path / "rm", "reward_model")
-    assert "go on with it (train_rm.py --run_dir FOLDER --resume)" in said
-    with monkeypatch.context() as patch:
-        patch.setattr(fsdp, "step", pytest.fail)  # all steps are done
-        run(train_rm, *words, *resumed)
-    whole, stopped = (files_of(tmp_path / name) for name in ("whole", "rm"))
-    assert whole.keys() == stopped.keys()  # no checkpoints are left
-    assert [name for name in whole if whole[name] != stopped[name]] == ["args.json"]
-
-
-def test_a_finished_reward_model_needs_nothing_and_is_left_as_it_is(
-    tiny, tmp_path, monkeypatch, capsys
-):
-    words = rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RewardSession, "_clear", lambda self: crash())  # killed after the last file
-        run(train_rm, *words)
-    AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
-    before = files_of(tmp_path / "rm")
-    assert "give --resume" in refused(run, train_rm, *words)
-    assert not run(train_rm, *words, "--resume", "--save_every", 5)
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == f"{tmp_path / 'rm'}: the reward model is finished, nothing to do"
-    kept = {name: text for name, text in before.items() if not name.startswith("checkpoints")}
-    assert files_of(tmp_path / "rm") == kept
-
-
-def test_a_sampling_that_is_stopped_keeps_the_parts_that_are_there(tiny, tmp_path, monkeypatch):
-    """Parts of two prompts; a crash in the fourth, whose first rows are half-way in the file."""
-    monkeypatch.setattr(pairs, "LEAST", 10)
-    run(train_rm, *sampled_words(tiny, tmp_path / "whole"))
-    words, answers = sampled_words(tiny, tmp_path / "rm"), pairs.Examiner.answers
-    drawn = []
-
-    def three(examiner, model, asked, *how, **more):
-        drawn.extend(problem.task_id for problem in asked.problems)
-        return crash() if len(drawn) == 8 else answers(examiner, model, asked, *how, **more)
-
-    monkeypatch.setattr(pairs.Examiner, "answers", three)
-    with pytest.raises(KeyboardInterrupt):
-        run(train_rm, *words)
-    path, whole = tmp_path / "rm/samples.jsonl", (tmp_path / "whole/samples.jsonl").read_bytes()
-    assert read(path) == read(tmp_path / "whole/samples.jsonl")[: 6 * 5]
-    path.write_bytes(whole[: len(path.read_bytes()) + 1000])
-    run(train_rm, *words, "--resume")
-    assert path.read_bytes() == whole
-    assert len(drawn) == len(set(drawn)) + 2 == 12 + 2  # only the part that crashed
-
-
-@pytest.mark.parametrize(
-    "damage, expected",
-    [
-        (lambda text: text.split("\n", 5)[5], "not the 5 samples of each of the 12 prompts"),
-        (lambda text: text + text, "not the 5 samples of each of the 12 prompts"),
-        (lambda text: text.replace('"ids"', '"tokens"'), "not the 5 samples of each"),
-        (lambda text: "x" + text, "line 1: damaged, expected a JSON object"),
-    ],
-)
-def test_samples_that_do_not_fit_are_one_line(tiny, tmp_path, monkeypatch, damage, expected):
-    words, path = sampled_words(tiny, tmp_path / "rm"), tmp_path / "rm/samples.jsonl"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_rm.loading, "new_scalar", lambda *args: crash())
-        run(train_rm, *words)
-    path.write_text(damage(path.read_text()))
-    said = refused(run, train_rm, *words, "--resume")
-    assert said.startswith(str(path)) and expected in said
-
-
-def test_a_training_goes_on_with_the_pairs_that_it_began_with(tiny, tmp_path, monkeypatch):
-    file = shutil.copy(tiny / "pairs.jsonl", tmp_path / "pairs.jsonl")
-    words = rm_words(tmp_path / "rm", tiny / "policy", file)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_in(patch, "step", 1, crash)
-        run(train_rm, *words)
-    rows = read(file)
-    write_rows(tmp_path / "pairs.jsonl", rows[1:])
-    said = refused(run, train_rm, *words, "--resume")
-    assert said.startswith(f"{tmp_path / 'rm/pairs.jsonl'}: not the pairs that {file} gives now")
-    write_rows(tmp_path / "pairs.jsonl", rows)
-    run(train_rm, *words, "--resume")
-    assert is_trained(tmp_path / "rm")
-
-
-@pytest.mark.slow
-def test_a_training_that_is_killed_ends_as_one_that_is_not(tiny, tmp_path):
-    words = sampled_words(tiny, tmp_path / "whole", 24, save_every=1)
-    run(train_rm, *words)
-    steps, words = len(read(tmp_path / "whole/metrics.jsonl")), list(map(str, words))
-    words[words.index(str(tmp_path / "whole"))] = str(tmp_path / "rm")
-    for step in (steps // 4, steps // 2, None):
-        argv = [sys.executable, "train_rm.py", *words, "--resume"]
-        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if step:
-            wait_for_steps(process, tmp_path / "rm", step)
-            process.kill()
-        said = process.communicate()[0]
-    assert process.returncode == 0, said
-    whole, killed = (files_of(tmp_path / name) for name in ("whole", "rm"))
-    assert whole.keys() == killed.keys()
-    assert [name for name in whole if whole[name] != killed[name]] == ["args.json"]
-
-
-def test_the_labs_reward_model_goes_on_where_it_was_stopped(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(default, "FOLDER", tmp_path / "lab")
-    shutil.copytree(tiny / "policy", tmp_path / "lab/policy")
-    for name in default.PROBLEMS:
-        prompts = [EASY["prompt"].replace("xs", f"xs, k={i}") for i in range(12)]
-        rows = [EASY | {"task_id": f"{name}/{i}", "prompt": p} for i, p in enumerate(prompts)]
-        write_rows(tmp_path / f"lab/{name}.jsonl", rows)
-    asked = SimpleNamespace(reward_model="lab", policy="lab")
-    lab.resolve(asked)
-
-    def make():
-        ranks = fsdp.init_ranks("cpu")
-        try:
-            lab.make(asked, ranks, train_rm.make_for_lab)
-        finally:
-            torch.distributed.destroy_process_group()
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop_in(patch, "step", 1, ask)
-        make()
-    assert stopped.value.code == 0 and not is_trained(tmp_path / "lab/reward_model")
-    monkeypatch.setattr(pairs, "Examiner", pytest.fail)
-    make()
-    read_classifier(tmp_path / "lab/reward_model")
-    assert read(tmp_path / "lab/reward_model/metrics.jsonl")[-1]["held_out_accuracy"] is not None
-    monkeypatch.setattr(train_rm, "main", pytest.fail)
-    make()  # it is there
-
-
-@pytest.mark.parametrize(
-    "changed, expected",
-    [
-        ({"held_out": 1.5}, "--held_out 1.5: expected 0 to 1"),
-        ({"held_out": 1}, "--held_out 1: leaves no pairs for training"),
-        ({"pairs": "", "samples_per_prompt": 1}, "a pair needs at least 2"),
-        ({"pairs": "", "max_new_tokens": 250}, "250 leaves 6 of 256"),
-        ({"run_dir": "."}, "--run_dir .: is not empty and holds no run"),
-        ({"device_memory": 1e-4}, "--device_memory 0.0001: training needs"),
-        ({"pairs": "", "device_memory": 1e-4}, "--device_memory 0.0001: sampling needs"),
-    ],
-)
-def test_train_rm_says_what_is_wrong_in_one_line(tiny, tmp_path, changed, expected, monkeypatch):
-    for name in ("new_scalar", "read_causal_lm"):
-        monkeypatch.setattr(train_rm.loading, name, None)
-    words = {"prompts": tiny / "train.jsonl"} | changed
-    argv = rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl", **words)
-    assert expected in refused(run, train_rm, *argv)
-    assert not (tmp_path / "rm").exists()

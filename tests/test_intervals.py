@@ -1,0 +1,54 @@
+"""Statistics of the study: Student's t, rank correlation, regret, interactions."""
+
+import math
+
+from pfppo.lab.intervals import t_inside, t_interval, t_quantile
+from pfppo.lab.study import Args
+from pfppo.lab.tables import interactions, rank_correlation, regret
+
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize(
+    "df, wanted", [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_students_t_has_the_quantiles_of_the_books_and_its_density(df, wanted):
+    assert t_quantile(0.95, df) == pytest.approx(wanted, abs=5e-5)
+    x = np.linspace(0, 3, 30_001)
+    density = (1 + x**2 / df) ** (-(df + 1) / 2) * math.gamma((df + 1) / 2)
+    density /= math.sqrt(df * math.pi) * math.gamma(df / 2)
+    assert t_inside(3.0, df) == pytest.approx(2 * np.trapezoid(density, x), abs=1e-8)
+
+
+def test_an_interval_is_students_and_covers_the_mean_as_often_as_it_says():
+    mean, low, high = t_interval([1.0, 2, 3, 6])
+    half = 3.18245 * np.std([1, 2, 3, 6], ddof=1) / 2
+    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
+    assert t_interval([2.0]) == (2, None, None) and t_interval([2.0, None]) == (None, None, None)
+    drawn = np.random.default_rng(0).normal(size=(2000, 3))
+    for confidence in (0.8, 0.95):
+        inside = [
+            low < 0 < high for _, low, high in (t_interval(x, confidence) for x in drawn.tolist())
+        ]
+        assert np.mean(inside) == pytest.approx(confidence, abs=0.03)
+
+
+def test_the_rank_correlation_needs_three_filters_with_both():
+    points = ((0.1, 0.2), (0.5, 0.3), (0.9, 0.8))
+    rows = [{"r2": (r2, 0, 1), "auc": (-r2, 0, 1), "outcome": (p, 0, 0)} for r2, p in points]
+    assert [rank_correlation(rows, name) for name in ("r2", "auc")] == pytest.approx([1, -1])
+    assert [regret(rows, name) for name in ("r2", "auc")] == pytest.approx([0, 0.6])
+    tied = [row | {"r2": (0.9, 0, 1)} for row in rows[1:]]  # the choice between them is a coin's
+    assert regret([rows[0], *tied], "r2") == pytest.approx(0.25)
+    unknown = {"r2": (None, None, None), "outcome": (1, 0, 0)}
+    assert np.isnan(rank_correlation([*rows[:2], unknown], "r2"))
+    assert np.isnan(regret([unknown], "r2"))
+
+
+def test_an_interaction_is_what_a_filter_gains_more_under_one_reward_than_under_another():
+    def rows(*less):
+        return [{"filter": "none"}, {"filter": "top", "outcome_differences": list(less)}]
+
+    text = interactions({"a": rows(0.3, 0.5), "b": rows(0.1, 0.1)}, Args())
+    assert text.splitlines()[-1] == "| top | a | b | +0.300 [-0.971, +1.571] |"
