@@ -87,9 +87,8 @@ def sample(
     waiting = deque(sorted(range(P), key=lambda i: -len(prompts[i])))
     longest, width = max(map(len, prompts), default=0), uniforms.shape[1]
     slots, ready = Slots(P * N, batch, longest, width, stop, device, compiled), None
-    tokens = sum(map(len, prompts)) + P * N * width  # at most; a prompt is read once
-    # Rows that a token is; a sum of rounded shares must not be more than all rows.
-    share = (1 - 1e-9) * P * N / max(1, tokens)
+    # Rows that a token is; a prompt is read once, and rounded shares must not exceed all rows.
+    share = (1 - 1e-9) * P * N / max(1, sum(map(len, prompts)) + P * N * width)
     for step in itertools.count(1):
         free = len(slots) - slots.live
         if ready is None and waiting and free >= max(1, FREE_SHARE * len(slots)):

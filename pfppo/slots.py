@@ -41,7 +41,7 @@ class RoomLayer(DynamicLayer):
     def __init__(self, past, slots, columns):
         """past: a layer of prompts, whose shapes and last column are taken over."""
         super().__init__()
-        self.slots, self.column, self.is_initialized = slots, past.keys.shape[2], True
+        self.column, self.is_initialized = past.keys.shape[2], True
         self.dtype, self.device = past.keys.dtype, past.keys.device
         for name in ("keys", "values"):
             like = getattr(past, name)
@@ -54,10 +54,10 @@ class RoomLayer(DynamicLayer):
         self.values[targets, :, columns] = past.values[sources]
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.keys[: self.slots, :, self.column] = key_states[:, :, 0]
-        self.values[: self.slots, :, self.column] = value_states[:, :, 0]
+        self.keys[:, :, self.column] = key_states[:, :, 0]
+        self.values[:, :, self.column] = value_states[:, :, 0]
         self.column += 1
-        return tuple(x[: self.slots, :, : self.column] for x in (self.keys, self.values))
+        return self.keys[:, :, : self.column], self.values[:, :, : self.column]
 
     def get_mask_sizes(self, query_length):
         return self.column + query_length, 0
@@ -67,7 +67,7 @@ class RoomLayer(DynamicLayer):
 
     def rewind(self, shift):
         """Drop the first `shift` columns."""
-        for x in (self.keys[: self.slots], self.values[: self.slots]):
+        for x in (self.keys, self.values):
             x[:, :, : self.column - shift] = x[:, :, shift : self.column].clone()
         self.column -= shift
 
@@ -75,7 +75,7 @@ class RoomLayer(DynamicLayer):
         """Copy slots over others, and keep the first `slots`."""
         for x in (self.keys, self.values):
             x[targets, :, : self.column] = x[sources, :, : self.column]
-        self.slots = slots
+        self.keys, self.values = self.keys[:slots], self.values[:slots]
 
 
 class FixedLayer(RoomLayer):
@@ -96,10 +96,6 @@ class FixedLayer(RoomLayer):
 
     def get_mask_sizes(self, query_length):
         return self.keys.shape[2], 0
-
-    def move(self, sources, targets, slots):
-        super().move(sources, targets, slots)
-        self.keys, self.values = self.keys[:slots], self.values[:slots]
 
 
 class Slots:

@@ -14,10 +14,11 @@ from pfppo.config import UserError
 from pfppo.reliability import binned_r2
 from pfppo.reward import Answers, RewardCard, load_reward, model_rewards
 from pfppo.rollout import collate
-from pfppo.run.pairs import edit_distance, farthest_pair, shares, split_by_prompt
+from pfppo.run.pairs import edit_distance, farthest_pair, raw_scores, shares, split_by_prompt
 
 import pytest
 import torch
+from conftest import ragged
 from ranks import refused
 
 SAVED = RewardCard(mean=1.25, std=0.5, template="aaaa", vocabulary="bbbb")
@@ -70,14 +71,31 @@ def test_the_pair_is_the_passing_and_the_failing_response_that_differ_most():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 def test_shares_of_all_ranks_are_equally_many_parts_and_hold_every_row_once(world, count):
-    rows, found, parts = list(range(count)), [], set()
+    rows, found, parts = [([i], [i] * (-i % 5)) for i in range(count)], [], set()
     for rank in range(world):
         mine = shares(rows, 2, SimpleNamespace(rank=rank, world=world))
         parts.add(len(mine))
         assert all(1 <= len(some) <= 2 for some, _ in mine)
         found += [row for some, weight in mine for row in some if weight == 1]
         assert all(weight == (rank < count) for _, weight in mine[:1])
+        lengths = [len(row[1]) for some, weight in mine for row in some if weight == 1]
+        assert lengths == sorted(lengths)
     assert sorted(found) == rows and parts == {math.ceil(math.ceil(count / world) / 2)}
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 50])
+def test_raw_scores_stand_in_the_order_of_the_rows_whose_like_share_a_pass(ranks, microbatch):
+    rows = list(zip(ragged([(7 * i) % 20 + 1 for i in range(40)]), [[1]] * 40, strict=True))
+    shapes = []
+
+    def model(ids, ends):
+        shapes.append(ids.shape)
+        return (ids > 0).sum(1)  # a row's length
+
+    scores = raw_scores(model, rows, 0, microbatch, ranks)
+    assert scores.tolist() == [len(prompt) + 1 for prompt, _ in rows]
+    padded = sum(math.prod(shape) for shape in shapes) - int(scores.sum())
+    assert padded <= (0 if microbatch == 1 else 0.2 if microbatch == 3 else 1) * scores.sum()
 
 
 def test_a_prompts_pairs_are_split_by_prompts_and_some_are_always_trained_on():

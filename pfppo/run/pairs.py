@@ -215,11 +215,6 @@ def split_by_prompt(pairs, share, seed):
     return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
 
 
-def tokens_in(row):
-    """Tokens of a row or a pair of lists of ids."""
-    return sum(map(len, row))
-
-
 def shares(rows, size, ranks):
     """[(rows, weight)]: this rank's every W-th of `rows`, at most `size` together, by length, so
     that there is little padding.
@@ -227,7 +222,7 @@ def shares(rows, size, ranks):
     All ranks get equally many such parts, whatever the number of rows, as a sharded model must run
     everywhere at once: a rank that has none left gets one row of weight 0, else the weight is 1.
     """
-    mine = sorted(rows, key=tokens_in)[ranks.rank :: ranks.world]
+    mine = sorted(rows, key=lambda row: sum(map(len, row)))[ranks.rank :: ranks.world]
     starts = range(0, math.ceil(len(rows) / ranks.world), size)
     return [(mine[i : i + size] or rows[:1], float(i < len(mine))) for i in starts]
 
@@ -237,7 +232,7 @@ def raw_scores(model, rows, pad_id, microbatch, ranks, bar=""):
     """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. bar: the name of a
     bar that rank 0 shows. A collective."""
     found, hidden = [], not (bar and ranks.is_main)
-    order = sorted(range(len(rows)), key=lambda i: tokens_in(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
     parts = shares([rows[i] for i in order], 2 * microbatch, ranks)
     for some, weight in tqdm(parts, bar, mininterval=1, disable=hidden):
         batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
