@@ -1,16 +1,15 @@
 """Tokens per second of the sampler against transformers' `generate`, at the same lengths, and
 against the machine: the matrix products of its passes alone.
 
-    python tests/bench/sampler.py                       # S1, all kinds of lengths, and S2 (slow)
+    python tests/bench/sampler.py                       # both settings, all kinds of lengths
     python tests/bench/sampler.py --only s1 --pairs 9
     python tests/bench/sampler.py --only real --kinds full,uniform
 
 S1: Llama of 1.2 M parameters (4 layers, width 128, vocabulary 512), 64 prompts of 64 tokens x 5
-samples, 64 new tokens. S2: Llama of 97 M (12 layers, width 768, vocabulary 16,384), 8 prompts of
-256 x 5, 128 new. Real: the shape of SmolLM2-135M (30 layers, width 576, 9 heads for 3 of keys and
-values, vocabulary 49,152), 4 prompts of 128 x 5, 64 new. Random weights, fp32. Lengths are imposed
-on both sides from one table: full, uniform over 1..most, or geometric with a mean of a quarter of
-it: a row ends at its length.
+samples, 64 new tokens. Real: the shape of SmolLM2-135M (30 layers, width 576, 9 heads for 3 of keys
+and values, vocabulary 49,152), 4 prompts of 128 x 5, 64 new. Random weights, fp32. Lengths are
+imposed on both sides from one table: full, uniform over 1..most, or geometric with a mean of a
+quarter of it: a row ends at its length.
 The three run in turn; the ratio is the median over the rounds, and so are the shares of our time in
 prefill, decode (the model's forward), sampling (`draw_tokens`) and bookkeeping (the rest). `limit`
 is the share of our time that the products of the same passes take alone: those of linear layers and
@@ -41,8 +40,6 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList  # noqa
 
 SETTINGS = {
     "s1": {"prompts": 64, "prompt": 64, "new": 64, "layers": 4, "width": 128, "vocabulary": 512},
-    "s2": {"prompts": 8, "prompt": 256, "new": 128, "layers": 12, "width": 768}
-    | {"vocabulary": 16384},
     "real": {"prompts": 4, "prompt": 128, "new": 64, "layers": 30, "width": 576}
     | {"vocabulary": 49152, "heads": 9, "shared": 3, "mlp": 1536},
 }
