@@ -41,6 +41,7 @@ class Answer:
     text: str
     verdict: object  # with `passed`, `outcome`, `seconds`: of problems/verifiers.py
     finished: bool  # ends with EOS
+    logp: list[float] = ()  # of each token, by the sampler
 
     @property
     def passed(self):
@@ -104,7 +105,7 @@ class Examiner(contextlib.AbstractContextManager):
         with fsdp.bar("verdicts", total=rows) as shown, agreed(self.ranks):
             of_keys = [asked.problems[i] for i, _ in keys]
             verdicts = self.verifier(of_keys, texts, progress or shown.update)
-        answers = list(map(Answer, drawn.ids, texts, verdicts, drawn.finished))
+        answers = list(map(Answer, drawn.ids, texts, verdicts, drawn.finished, drawn.logp))
         groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
         return gather_lists(groups, self.ranks)
 
@@ -136,8 +137,8 @@ class Examiner(contextlib.AbstractContextManager):
         with models.gathered(models.reference) as model:
             answers = sum(self.answers(model, asked, "rows", self.args.temperature), [])
         scores = torch.tensor([score_of(answer.verdict) for answer in answers])
-        ids = [answer.ids for answer in answers]
-        rows = collate(asked.prompts, ids, self.tokens.pad, self.ranks.device)
+        ids, logp = ([getattr(answer, name) for answer in answers] for name in ("ids", "logp"))
+        rows = collate(asked.prompts, ids, self.tokens.pad, self.ranks.device, logp)
         finished = torch.tensor([y[-1] in self.tokens.stop for y in ids])
         how = {"seed": self.args.seed, "reward_models": models.reward_models}
         how |= {"finished": finished, "rows": rows, "microbatch": self.args.microbatch}

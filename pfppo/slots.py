@@ -212,6 +212,7 @@ class Slots:
             tensor = getattr(self, name)
             tensor[targets] = tensor[sources]
             setattr(self, name, tensor[:keep])
+        self.alive[self.live :] = False  # whose rows have moved
 
     def samples(self, ended=None):
         """What all rows have drawn, in their order, up to where they have `ended`."""

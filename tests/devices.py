@@ -11,11 +11,12 @@ that runs, forward, backward and inside FSDP:
 
 Numbers are those of the CPU, so a run here equals a run there. FSDP2, DTensor, checkpoints and the
 collectives are the real ones, on a mesh of "cuda" whose group is gloo. Each group remembers which
-backend was asked for: nccl takes tensors of the device only, gloo those of the CPU.
+backend was asked for: nccl takes tensors of the device only, gloo those of the CPU. Slices
+of sharded tensors, which could meet by gloo too, from host to host, must meet on the device.
 
 Not covered: streams (all run in order, so no race is found), kernels and their numbers, memory,
 operators that a GPU lacks, gradients that cross devices (they raise), `grad` set to a tensor of
-another device, generators of the device, sparse and pickled tensors, a process with two devices.
+another device, generators of it, sparse and pickled tensors, a process with two devices.
 """
 
 import contextlib
@@ -77,7 +78,7 @@ class Tags:
                 return tensor.device
             tensor = getattr(tensor, "_local_tensor", tensor)
         real = device_of(tensor)
-        return real if real.type != "cpu" or self.kind(tensor) != "cuda" else self.device
+        return self.device if real == CPU and self.kind(tensor) == "cuda" else real
 
 
 class Operators(TorchDispatchMode):
@@ -132,8 +133,7 @@ class Operators(TorchDispatchMode):
     def common(self, func, args, kwargs, operands):
         """The device of an operator's results. RuntimeError where its operands are at two."""
         packet = func.overloadpacket
-        if packet in FILLS:
-            operands = [*tensors_in(args[:-1])]
+        operands = [*tensors_in(args[:-1])] if packet in FILLS else operands
         where = [self.tags.of(x) for x in operands]
         device = next((x for x in where if x.type == "cuda"), where[0] if where else CPU)
         if generator := kwargs.get("generator"):
@@ -168,6 +168,8 @@ class Operators(TorchDispatchMode):
         for x in (x for x in args if isinstance(x, torch.ScriptObject)):
             with contextlib.suppress(RuntimeError):  # a reduce op is one too
                 names.append(dist.ProcessGroup.unbox(x).group_name)
+        if func.overloadpacket.__name__ == "all_gather_into_tensor" and CPU in where:
+            raise RuntimeError(f"slices of a sharded tensor go from host to host ({func})")
         for asked in (self.backends[name] for name in names if name in self.backends):
             for device in where:
                 if f"{device.type}:" not in asked:
@@ -239,8 +241,7 @@ class Functions(TorchFunctionMode):
         return self.tags.put(new) if self.tags.of(tensor).type == "cuda" else new
 
     def make(self, data, *, device=None, pin_memory=False, **how):
-        kept = self.tags.of(data) if isinstance(data, torch.Tensor) else CPU
-        on = torch.device(kept if device is None else device)
+        on = torch.device(device or (self.tags.of(data) if isinstance(data, torch.Tensor) else CPU))
         with warnings.catch_warnings(action="ignore"):  # torch's, which the caller has had
             made = torch.tensor(data, device=None if on.type == "cuda" else on, **how)
         return self.tags.put(made) if on.type == "cuda" else made

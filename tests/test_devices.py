@@ -127,6 +127,11 @@ def test_a_group_takes_only_tensors_that_its_backend_has():
             dist.all_reduce(torch.ones(2, device=right), group=groups[name])
             with pytest.raises(RuntimeError, match=f"No backend type .* device type {wrong}"):
                 dist.all_reduce(torch.ones(2, device=wrong), group=groups[name])
+        functional, world = torch.ops._c10d_functional, dist.group.WORLD.group_name
+        gathered = functional.all_gather_into_tensor(torch.ones(2, device="cuda"), 1, world)
+        assert functional.wait_tensor(gathered).is_cuda
+        with pytest.raises(RuntimeError, match="from host to host"):
+            functional.all_gather_into_tensor(torch.ones(2), 1, world)
         dist.destroy_process_group()
 
 

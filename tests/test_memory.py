@@ -149,15 +149,35 @@ def test_with_compile_rows_count_as_they_are_padded(tmp_path):
         assert columns >= 112 and cache >= 2 * 2 * rows * 2 * (columns - 2) * 8 * 4  # as below
 
 
+def sampled(rounds, shape=None, **how):
+    """Peak of sampling in the slots of 8 x N rows, which are filled so many times."""
+    lm, uniforms = tiny_lm("llama", **shape or {}), torch.full((rounds * 8 * N, NEW), 0.5)
+    how |= {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
+    return measured(lambda: sample(lm, ragged([PROMPT] * 8 * rounds), uniforms, **how))
+
+
 def test_sampling_takes_what_is_estimated(plan):
-    lm, uniforms = tiny_lm("llama"), torch.full((8 * N, NEW), 0.5)
-    how = {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
-    run = measured(lambda: sample(lm, ragged([PROMPT] * 8), uniforms, **how))
     peak, cache, logits = plan.policy.sampling(8 * N, N)
-    assert peak == pytest.approx(run, rel=0.05)
+    assert peak == pytest.approx(sampled(1), rel=0.05)
     assert cache == 2 * 2 * 8 * N * 2 * (PROMPT + NEW - 1) * 8 * 4  # kv, layers, rows, heads, width
     assert logits >= 3 * 8 * N * 61 * 4  # in full precision, with their copies
     assert cache + logits < peak
+
+
+def test_prompts_that_wait_are_read_beside_the_block(plan):
+    first, again = (plan.policy.sampling(8 * N, N, total)[0] for total in (8 * N, 24 * N))
+    assert again == pytest.approx(sampled(3), rel=0.08) and again > 1.2 * first
+
+
+def test_what_top_p_sorts_is_counted(tmp_path):
+    args = arguments(tmp_path, shape=(shape := {"vocab_size": 8000}))
+    peaks = []
+    for top_p in (1.0, 0.9):
+        asked = eval_code.Args(policy=args.policy, max_new_tokens=NEW, top_p=top_p)
+        policy = AnswerPlan(asked, 1, torch.float32, PROMPT, 8).policy
+        peaks.append(policy.sampling(8 * N, N)[0])
+        assert peaks[-1] == pytest.approx(sampled(1, shape, top_p=top_p), rel=0.05)
+    assert peaks[1] > 1.5 * peaks[0]
 
 
 def test_checkpointing_keeps_inputs_of_blocks_only(tmp_path):
@@ -248,7 +268,10 @@ def test_training_a_reward_model_holds_16_bytes_per_parameter_and_two_rows_per_p
         shared = RewardPlan(rm, world, torch.float32, PROMPT, NEW).device
         assert shared["gradients"] == 4 * n // group
         passes = needs.scalar.passes(rows, True) - alone * needs.device["gradients"]
-        assert needs.training() == {"training": sum(needs.device.values()) + passes}
+        scores = needs.scalar.passes(2 * microbatch, False)  # however few a step has
+        training = {"training": passes, "scores": scores}
+        held = sum(needs.device.values())
+        assert needs.training() == {name: held + more for name, more in training.items()}
 
 
 def test_short_prompts_count_as_they_are(plan, tmp_path):

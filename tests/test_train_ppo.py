@@ -130,10 +130,10 @@ def test_other_options_run(tiny, tmp_path, own):
 
 
 def test_a_reward_that_fails_in_mid_run_leaves_what_is_done(tiny, tmp_path):
-    text = "calls = []\n\n\ndef score(prompts, responses, problems):\n    calls.append(1)\n"
-    text += (
-        "    assert len(calls) < 5, 'server away'\n    return [len(text) for text in responses]\n"
-    )
+    """One that asks for all that the sampler knows, which its first call, for mean and deviation,
+    gets too."""
+    text = "calls = []\n\n\ndef score(answers):\n    calls.append(1)\n"
+    text += "    assert len(calls) < 5, 'server away'\n    return answers.logp / answers.lengths\n"
     file = tmp_path / "own.py"  # it is tried once, and once more for its mean and deviation
     file.write_text(text)
     words = options(tiny, tmp_path / "run", **BARE | {"steps": 4, "reward": f"{file}:score"})

@@ -6,6 +6,7 @@ import shutil
 import train_ppo
 import train_rm
 from pfppo import data
+from pfppo.config import UserError
 from pfppo.loading import read_classifier
 from pfppo.model import ScalarModel
 from pfppo.rollout import collate
@@ -122,6 +123,16 @@ def test_pairs_are_built_by_executing_samples_and_all_samples_are_kept(tiny, tmp
     card = json.loads((tmp_path / "rm/reward_model.json").read_text())
     assert card["mean"] == pytest.approx(raw.mean().item(), abs=1e-5)
     assert card["std"] == pytest.approx(raw.std().item(), abs=1e-5)
+
+
+def test_memory_is_asked_for_a_part_of_the_samples(tiny, tmp_path, monkeypatch):
+    """Of 40 prompts x 5 some 64 samples are drawn, and written, together."""
+
+    def asked(args, ranks, needs):
+        raise UserError(f"{needs.keywords['prompts']} prompts")
+
+    monkeypatch.setattr("pfppo.run.pairs.rows_at_once", asked)
+    assert refused(run, train_rm, *sampled_words(tiny, tmp_path / "rm", 40)) == "13 prompts"
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,12 @@ def ranks_of_node(world):
 
 
 def device_bytes(args):
-    """Memory of a device: --device_memory, or what the GPU has, or 0 where that is not known."""
+    """Memory of a device: --device_memory, or what the GPU has (less where others use it), or 0
+    where that is not known."""
     if args.device_memory or args.device == "cpu" or not torch.cuda.is_available():
         return args.device_memory * GB
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    free, total = torch.cuda.mem_get_info()
+    return min(total, free / USABLE)
 
 
 def free_bytes(root="/"):
@@ -92,7 +94,7 @@ def _resolve(args, ranks, needs, limit, installed):
         return asked or CHUNK
     plan = _padded(needs(ranks.world, fsdp.compute_dtype(args.param_dtype, ranks)), args)
     try:
-        rows = min(asked or plan.most, plan.most)
+        rows = min(asked, plan.rows) or plan.most
         held = min(most_bytes, max((held for held, *_ in plan.draws.values()), default=0))
         room = most_bytes if ours else held + SHARED * (most_bytes - held)
         if most_bytes and plan.at_most(rows) > room:

@@ -95,6 +95,7 @@ class FakeModel:
         root, block = self.count - sum(counts), size * max(counts) * (1 + (shards > 1))
         self.copy, self.root = size * self.count, size * root
         matrices = [p for p in net.parameters() if p.ndim > 1]  # [a, b], of experts [n, a, b]
+        self.how = {}  # draw_tokens' top_k and top_p, which sort
         self.width = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in matrices)
         self.end = self.root + FULL * (root + root // shards)  # its gradients, and their sum
 
@@ -147,20 +148,27 @@ class FakeModel:
         `total` responses (0: as many), `samples` of each prompt. Of a policy."""
         lm = self.net.lm
         prompts = min(-(-rows // samples), max(1, sampler.READ // self.prompt))
-        with torch.no_grad(), self._counted() as live:
-            # `sampler.prefill`, but for its lengths: they depend on numbers.
+
+        def prefill():  # `sampler.prefill`, but for its lengths: they depend on numbers
             ids = torch.zeros(prompts, self.prompt, dtype=torch.long)
-            given = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
-            cache = lm(**given, use_cache=True, logits_to_keep=1).past_key_values
+            given = {"input_ids": ids, "position_ids": ids}
+            given |= {"attention_mask": ids + 1} if prompts > 1 else {}  # none is padded
+            return lm(**given, use_cache=True, logits_to_keep=1).past_key_values.layers
+
+        with torch.no_grad(), self._counted() as live:
             slots = Slots(total or rows, rows, self.prompt, self.new, [0], "cpu")
-            for past in cache.layers:
+            for past in (layers := prefill()):
                 slots.layers.append(layer := RoomLayer(past, rows, slots.columns))
                 layer.put(past, slots.row, torch.arange(rows))
                 layer.column = slots.columns - 1
-            del cache, past
+            del layers, past
+            if prompts * samples < (total or rows):  # then others are read beside the block
+                layers = prefill()
+                slots.layers[0].rewind(0)
+                del layers
             logits = sampler.decode_one(lm, slots)
             with LiveBytes([logits]) as drawing:
-                sampler.draw_tokens(logits, torch.zeros(rows))
+                sampler.draw_tokens(logits, torch.zeros(rows), **self.how)
         cache = sum(kept.nbytes for layer in slots.layers for kept in (layer.keys, layer.values))
         return live.peak, cache, logits.nbytes + drawing.peak
 
@@ -190,9 +198,14 @@ class Needs:
     others = "or take a device with more memory", "or use more ranks"  # help drawing, and training
 
     @property
+    def rows(self):
+        """The most rows that a phase draws, from 1 on."""
+        return max(1, *(rows for _, rows, _ in self.draws.values()), 1)
+
+    @property
     def most(self):
-        """The most rows that could decode together, from 1 on."""
-        return max(1, min(MOST, max((rows for _, rows, _ in self.draws.values()), default=1)))
+        """The most of them that decode together unasked."""
+        return min(MOST, self.rows)
 
     def drawing(self, rows):
         """{phase: bytes} of sampling where so many rows decode together."""
@@ -256,7 +269,7 @@ class Plan(Needs):
         self.host = FULL * (offloaded + 4 * (trained - here) + 3 * trained) // shards
         self.held = self.device["parameters"] + self.device["optimizer"]
         self.draws = self._draws()
-        self.sampling_batch = min(args.sampling_batch or CHUNK, self.most)
+        self.sampling_batch = min(args.sampling_batch or CHUNK, self.rows)
 
     def _draws(self):
         args, copy, N = self.args, self.policy.copy, self.args.samples_per_prompt
@@ -309,7 +322,7 @@ class RewardPlan(Needs):
     def __init__(self, args, world, dtype, prompt, new, prompts=0):
         N, pairs = args.samples_per_prompt, -(-args.batch // world)
         shards = args.shard_group_size or world
-        self.microbatch = min(args.microbatch, pairs)
+        self.microbatch, self.scored = min(args.microbatch, pairs), args.microbatch
         self.whole = self.microbatch == pairs  # gradients come as activations go
         sizes = prompt + new - 1, 1, shards, args.gradient_checkpointing  # one score at the end
         self.scalar = fake_scalar("", args.policy, dtype, *sizes)
@@ -322,7 +335,8 @@ class RewardPlan(Needs):
     def training(self):
         held, gradients = sum(self.device.values()), self.device["gradients"]
         passes = self.scalar.passes(2 * self.microbatch, True) - self.whole * gradients
-        return {"training": held + max(passes, self.scalar.end)}
+        scores = self.scalar.passes(2 * self.scored, False)
+        return {"training": held + max(passes, self.scalar.end), "scores": held + scores}
 
 
 class AnswerPlan(Needs):
@@ -331,6 +345,7 @@ class AnswerPlan(Needs):
     def __init__(self, args, world, dtype, prompt, prompts):
         N, sizes = args.samples_per_problem, (prompt, args.max_new_tokens)
         self.policy = fake_policy(args.policy, dtype, *sizes)
+        self.policy.how = {"top_k": args.top_k, "top_p": args.top_p}
         if paths := parts(args.reward_model):
             self.scalar = fake_scalar(paths[0], "", dtype, *sizes, world)
             self.device = {"reward models": FULL * self.scalar.count * len(paths) // world}

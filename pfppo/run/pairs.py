@@ -98,12 +98,14 @@ def pairs_by_tests(args, tokens, folder, ranks):
     samples = fsdp.on_main(ranks, _known, path, asked, N := args.samples_per_prompt)
     left = len(asked) - len(samples) // N
     how = {"prompt": asked.longest, "new": args.max_new_tokens}
-    slots = rows_at_once(args, ranks, partial(RewardPlan, args, **how, prompts=left))
+    size = max(-(-LEAST * ranks.world // N), -(-len(asked) // PARTS))  # prompts of a part
+    needs = partial(RewardPlan, args, **how, prompts=min(left, size))
+    slots = rows_at_once(args, ranks, needs)
     if samples:
         ranks.say(f"{path}: {len(samples)} samples are there, {left * N} are left to draw")
     if left:
         open_folder(folder, args, ranks)
-        _draw(args, tokens, asked, samples, slots, path, ranks)
+        _draw(args, tokens, asked, samples, slots, size, path, ranks)
     pairs, texts = [], []
     groups = [samples[i : i + N] for i in range(0, len(samples), N)]
     for prompt, group in zip(asked.prompts, groups, strict=True):
@@ -142,11 +144,10 @@ def _known(path, asked, N):
     return rows
 
 
-def _draw(args, tokens, asked, samples, slots, path, ranks):
-    """Sample, execute, pair, what `samples` lack; they are extended, and the file, part by part. A
-    collective."""
+def _draw(args, tokens, asked, samples, slots, size, path, ranks):
+    """Sample, execute, pair, what `samples` lack; they are extended, and the file, by parts of
+    `size` prompts. A collective."""
     N = args.samples_per_prompt
-    size = max(-(-LEAST * ranks.world // N), -(-len(asked) // PARTS))
     bar = fsdp.bar("samples, verdicts", total=len(asked) * N, stay=True)
     with Examiner(tokens, args, ranks, slots=slots) as examiner, bar:
         dtype = fsdp.compute_dtype(args.param_dtype, ranks)
