@@ -32,6 +32,11 @@ def test_all_ranks_decode_as_many_rows_as_fit_into_the_smallest_machine(ranks):
         needs.draws = {"sampling": (15, 60, 1)}  # of what is held beside rows nothing is left out
         needs.drawing = lambda rows: {"sampling": 15 + rows}
         assert rows_at_once(args, ranks, lambda *_: needs) == 3
+        needs.draws, needs.drawing = {"sampling": (0, 3000, 1)}, lambda rows: {"sampling": 0}
+        for asked, rows in {0: 1024, 2000: 2000, 5000: 3000}.items():  # as many as are asked for
+            args.sampling_batch = asked
+            assert rows_at_once(args, ranks, lambda *_: needs) == rows
+        needs.draws = {"sampling": (0, 60, 1)}
         needs.drawing, args.sampling_batch = lambda rows: {"sampling": rows}, 23
         patch.setattr(fitting, "_parts", lambda *_: {})
         assert "--sampling_batch" in refused(rows_at_once, args, ranks, lambda *_: needs)
@@ -102,6 +107,13 @@ def test_a_cpu_s_memory_is_what_is_free_over_its_ranks(ranks, monkeypatch):
     four = dataclasses.replace(ranks, world=4)
     where = "this machine", "92% of what is free, for 4 ranks"
     assert fitting.limit_of(Args(device="cpu"), four) == (230, *where)
+
+
+def test_a_gpu_s_memory_is_what_others_leave_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for free, found in ((790, 800), (460, 500)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 800))
+        assert fitting.device_bytes(Args()) == pytest.approx(found)
 
 
 def test_where_no_limit_is_known_nothing_is_estimated(tmp_path, ranks, monkeypatch):

@@ -241,8 +241,8 @@ def test_what_is_beyond_question_is_more_than_any_phase_needs(tmp_path, shape):
         RewardPlan(train_rm.Args(policy=args.policy), 1, torch.float32, new=NEW, **some),
         AnswerPlan(answers, 1, torch.float32, **some),
     ):
-        phases = needs.drawing(needs.most) | needs.training()
-        assert 1.5 * max(phases.values()) < needs.at_most(needs.most)
+        phases = needs.drawing(needs.rows) | needs.training()
+        assert 1.5 * max(phases.values()) < needs.at_most(needs.rows)
 
 
 def test_a_run_may_take_92_percent_of_a_device(plan, ranks, monkeypatch):

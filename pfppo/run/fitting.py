@@ -13,7 +13,7 @@ from pathlib import Path
 from pfppo import filters, fsdp, rollout
 from pfppo.answers import CHUNK, JUDGED
 from pfppo.config import UserError, divisors, near, require
-from pfppo.run.memory import NoEstimate, Plan
+from pfppo.run.memory import MOST, NoEstimate, Plan
 
 import torch
 
@@ -94,7 +94,7 @@ def _resolve(args, ranks, needs, limit, installed):
         return asked or CHUNK
     plan = _padded(needs(ranks.world, fsdp.compute_dtype(args.param_dtype, ranks)), args)
     try:
-        rows = min(asked, plan.rows) or plan.most
+        rows = min(asked or MOST, plan.rows)
         held = min(most_bytes, max((held for held, *_ in plan.draws.values()), default=0))
         room = most_bytes if ours else held + SHARED * (most_bytes - held)
         if most_bytes and plan.at_most(rows) > room:

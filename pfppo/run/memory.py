@@ -82,7 +82,7 @@ class FakeModel:
     """
 
     def __init__(self, net, path, prompt, new, shards=1, recompute=False):
-        self.net, self.path, self.prompt, self.new = net, path, prompt, new
+        self.net, self.path, self.prompt, self.new, self.how = net, path, prompt, new, {}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             net.to_empty(device="cpu")
@@ -95,7 +95,6 @@ class FakeModel:
         root, block = self.count - sum(counts), size * max(counts) * (1 + (shards > 1))
         self.copy, self.root = size * self.count, size * root
         matrices = [p for p in net.parameters() if p.ndim > 1]  # [a, b], of experts [n, a, b]
-        self.how = {}  # draw_tokens' top_k and top_p, which sort
         self.width = sum(p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in matrices)
         self.end = self.root + FULL * (root + root // shards)  # its gradients, and their sum
 
@@ -151,8 +150,8 @@ class FakeModel:
 
         def prefill():  # `sampler.prefill`, but for its lengths: they depend on numbers
             ids = torch.zeros(prompts, self.prompt, dtype=torch.long)
-            given = {"input_ids": ids, "position_ids": ids}
-            given |= {"attention_mask": ids + 1} if prompts > 1 else {}  # none is padded
+            mask = ids + 1 if prompts > 1 else None  # one alone is not padded, and needs none
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": ids}
             return lm(**given, use_cache=True, logits_to_keep=1).past_key_values.layers
 
         with torch.no_grad(), self._counted() as live:
@@ -200,12 +199,7 @@ class Needs:
     @property
     def rows(self):
         """The most rows that a phase draws, from 1 on."""
-        return max(1, *(rows for _, rows, _ in self.draws.values()), 1)
-
-    @property
-    def most(self):
-        """The most of them that decode together unasked."""
-        return min(MOST, self.rows)
+        return max(1, 1, *(rows for _, rows, _ in self.draws.values()))
 
     def drawing(self, rows):
         """{phase: bytes} of sampling where so many rows decode together."""
@@ -221,9 +215,8 @@ class Needs:
         return {}
 
     def at_most(self, rows):
-        """Bytes beyond all that a phase could need, without a look at passes: tiny models are no
-        question. A product with a matrix [a, b] has a + b numbers of a token; what comes before and
-        after it, in forward and backward passes, has some times as many."""
+        """Bytes beyond all that a phase could need, without passes: tiny models are no question. A
+        product with a matrix [a, b] has a + b numbers of a token; what is around it has more."""
         rows = max(rows, 2 * self.microbatch, JUDGED)
         size = sum(20 * total * self.policy.new for _, total, _ in self.draws.values())
         for fake in filter(None, (self.policy, self.scalar)):
@@ -232,15 +225,15 @@ class Needs:
         return size
 
     def rows_within(self, limit):
-        """How many rows can decode together in `limit` bytes, at most `most`; 0: not even one.
+        """How many rows can decode together in `limit` bytes, at most MOST; 0: not even one.
         Estimates take their time: few sizes are tried, each NEAR the next."""
 
         def size(rows):
             return max(self.drawing(rows).values(), default=0)
 
-        if size(self.most) <= limit:
-            return self.most
-        sizes = sorted({max(1, round(self.most * NEAR**i)) for i in range(250)})
+        if size(most := min(MOST, self.rows)) <= limit:
+            return most
+        sizes = sorted({max(1, round(most * NEAR**i)) for i in range(250)})
         return [0, *sizes][bisect_right(sizes, limit, key=size)]
 
 
@@ -345,7 +338,7 @@ class AnswerPlan(Needs):
     def __init__(self, args, world, dtype, prompt, prompts):
         N, sizes = args.samples_per_problem, (prompt, args.max_new_tokens)
         self.policy = fake_policy(args.policy, dtype, *sizes)
-        self.policy.how = {"top_k": args.top_k, "top_p": args.top_p}
+        self.policy.how = {"top_k": args.top_k, "top_p": args.top_p}  # which sort
         if paths := parts(args.reward_model):
             self.scalar = fake_scalar(paths[0], "", dtype, *sizes, world)
             self.device = {"reward models": FULL * self.scalar.count * len(paths) // world}
@@ -354,6 +347,4 @@ class AnswerPlan(Needs):
         self.draws = {"sampling": (self.held, rows, N)}
 
     def training(self):
-        if not self.device:
-            return {}
-        return {"rewards": self.held + self.scalar.passes(JUDGED, False)}
+        return {"rewards": self.held + self.scalar.passes(JUDGED, False)} if self.device else {}
