@@ -98,6 +98,15 @@ def test_raw_scores_stand_in_the_order_of_the_rows_whose_like_share_a_pass(ranks
     assert padded <= (0 if microbatch == 1 else 0.2 if microbatch == 3 else 1) * scores.sum()
 
 
+def test_a_rank_that_has_no_row_left_makes_the_passes_of_the_others(monkeypatch):
+    """A sharded model must run everywhere at once. 8 rows on 3 ranks are 3, 3 and 2."""
+    monkeypatch.setattr("pfppo.run.pairs.gather_lists", lambda found, ranks: [*found, *[0.0] * 6])
+    calls, ranks = [], SimpleNamespace(rank=2, world=3, is_main=False, device="cpu")
+    rows = [([3] * n, [1]) for n in range(1, 9)]
+    raw_scores(lambda ids, ends: calls.append(1) or ends.float(), rows, 0, 1, ranks)
+    assert len(calls) == len(shares(rows, 2, SimpleNamespace(rank=0, world=3))) == 2
+
+
 def test_a_prompts_pairs_are_split_by_prompts_and_some_are_always_trained_on():
     pairs = [([i // 2], [i], [-i]) for i in range(20)]
     for share, unseen in ((0, 0), (0.3, 3), (0.99, 9)):

@@ -237,7 +237,8 @@ def raw_scores(model, rows, pad_id, microbatch, ranks, bar=""):
     parts = shares([rows[i] for i in order], 2 * microbatch, ranks)
     for some, weight in tqdm(parts, bar, mininterval=1, disable=hidden):
         batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
-        found += model(batch.ids, batch.ends).flatten().tolist() if weight else []
+        mine = model(batch.ids, batch.ends).flatten().tolist()  # of weight 0 too: a collective
+        found += mine if weight else []
     scores = torch.empty(len(rows), dtype=torch.float64)
     scores[order] = torch.tensor(gather_lists(found, ranks), dtype=torch.float64)
     return scores
