@@ -188,7 +188,7 @@ def test_train_rm_says_what_is_wrong_in_one_line(tiny, tmp_path, changed, expect
         (("--samples", "x", "--stop", "y"), "--stop: with --samples nothing is sampled"),
         (("--stop", "", "y"), '--stop: expected strings, or "" alone for none, found both'),
         (
-            ("--device_memory", 2.8e-4),
+            ("--device_memory", 3.1e-4),
             "even with a single row: lower --max_new_tokens, or take a device",
         ),
         (("--device_memory", 1e-4), "with a single row of few tokens: take a device with more"),
