@@ -110,6 +110,7 @@ def main(args, ranks=None):
         epoch, part = divmod(step, per_epoch)
         shuffled = torch.randperm(len(training), generator=seeded("pairs", args.seed, epoch))
         batch = [training[i] for i in shuffled[part * size : (part + 1) * size]]
+        batch = [batch[i] for i in run.by_length(batch)]  # in any order the gradient is the same
         sums = torch.zeros(2, device=ranks.device)
         for some, weight in fsdp.accumulate(trained, run.shares(batch, args.microbatch, ranks)):
             prompts, chosen, rejected = zip(*some, strict=True)

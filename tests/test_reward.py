@@ -71,15 +71,13 @@ def test_the_pair_is_the_passing_and_the_failing_response_that_differ_most():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
 def test_shares_of_all_ranks_are_equally_many_parts_and_hold_every_row_once(world, count):
-    rows, found, parts = [([i], [i] * (-i % 5)) for i in range(count)], [], set()
+    rows, found, parts = list(range(count)), [], set()
     for rank in range(world):
         mine = shares(rows, 2, SimpleNamespace(rank=rank, world=world))
         parts.add(len(mine))
         assert all(1 <= len(some) <= 2 for some, _ in mine)
         found += [row for some, weight in mine for row in some if weight == 1]
         assert all(weight == (rank < count) for _, weight in mine[:1])
-        lengths = [len(row[1]) for some, weight in mine for row in some if weight == 1]
-        assert lengths == sorted(lengths)
     assert sorted(found) == rows and parts == {math.ceil(math.ceil(count / world) / 2)}
 
 

@@ -49,6 +49,7 @@ from pfppo.run.folder import check_shared, claim, differences, open_folder
 from pfppo.run.memory import AnswerPlan
 from pfppo.run.options import LongRun, Machine, Saved, styles
 from pfppo.run.pairs import (
+    by_length,
     pair_metrics,
     pairs_by_tests,
     raw_scores,

@@ -199,7 +199,7 @@ class Needs:
     @property
     def rows(self):
         """The most rows that a phase draws, from 1 on."""
-        return max(1, 1, *(rows for _, rows, _ in self.draws.values()))
+        return max([1, *(rows for _, rows, _ in self.draws.values())])
 
     def drawing(self, rows):
         """{phase: bytes} of sampling where so many rows decode together."""

@@ -216,14 +216,18 @@ def split_by_prompt(pairs, share, seed):
     return tuple(sum((groups[i] for i in part), []) for part in (order[cut:], order[:cut]))
 
 
+def by_length(rows):
+    """The order of rows, or pairs, of lists of ids in which neighbours need little padding."""
+    return sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+
+
 def shares(rows, size, ranks):
-    """[(rows, weight)]: this rank's every W-th of `rows`, at most `size` together, by length, so
-    that there is little padding.
+    """[(rows, weight)]: this rank's every W-th of `rows`, at most `size` together.
 
     All ranks get equally many such parts, whatever the number of rows, as a sharded model must run
     everywhere at once: a rank that has none left gets one row of weight 0, else the weight is 1.
     """
-    mine = sorted(rows, key=lambda row: sum(map(len, row)))[ranks.rank :: ranks.world]
+    mine = rows[ranks.rank :: ranks.world]
     starts = range(0, math.ceil(len(rows) / ranks.world), size)
     return [(mine[i : i + size] or rows[:1], float(i < len(mine))) for i in starts]
 
@@ -233,7 +237,7 @@ def raw_scores(model, rows, pad_id, microbatch, ranks, bar=""):
     """Raw scores [rows], fp64, of (prompt ids, response ids), spread over ranks. bar: the name of a
     bar that rank 0 shows. A collective."""
     found, hidden = [], not (bar and ranks.is_main)
-    order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+    order = by_length(rows)
     parts = shares([rows[i] for i in order], 2 * microbatch, ranks)
     for some, weight in tqdm(parts, bar, mininterval=1, disable=hidden):
         batch = collate(*zip(*some, strict=True), pad_id, ranks.device)
