@@ -166,9 +166,16 @@ def test_metrics_are_written_for_every_step_and_held_out_ones_after_every_epoch(
     assert rows[-1]["lr"] < rows[1]["lr"] and rows[2]["accuracy"] in (0, 0.5, 1)
 
 
-def test_the_loss_is_the_mean_over_the_real_pairs_of_a_batch_however_they_are_cut(tiny, tmp_path):
-    """With a rate that moves nothing, the losses of an epoch add up to that of one batch."""
-    losses = {}
+def test_the_loss_is_the_mean_over_the_real_pairs_of_a_batch_however_they_are_cut(
+    tiny, tmp_path, monkeypatch
+):
+    """With a rate that moves nothing, the losses of an epoch add up to that of one batch. Pairs of
+    like length share a pass."""
+    losses, cut = {}, []
+    shares = train_rm.run.shares
+    monkeypatch.setattr(
+        train_rm.run, "shares", lambda rows, *how: cut.append(rows) or shares(rows, *how)
+    )
     for name, batch in (("whole", 64), ("cut", 7)):  # 24 pairs: fewer than a batch; 7, 7, 7, 3
         how = {"batch": batch, "held_out": 0, "epochs": 1, "lr": 1e-20, "microbatch": 2}
         run(train_rm, *rm_words(tmp_path / name, tiny / "policy", tiny / "pairs.jsonl", **how))
@@ -176,6 +183,8 @@ def test_the_loss_is_the_mean_over_the_real_pairs_of_a_batch_however_they_are_cu
     assert len(losses["whole"]) == 1 and len(losses["cut"]) == 4
     total = sum(loss * n for loss, n in zip(losses["cut"], (7, 7, 7, 3), strict=True))
     assert total / 24 == pytest.approx(losses["whole"][0], rel=1e-5)
+    lengths = [[sum(map(len, pair)) for pair in rows] for rows in cut]
+    assert lengths == list(map(sorted, lengths)) and len({*sum(lengths, [])}) > 1
 
 
 @pytest.mark.parametrize("world, group", [(2, 1), (3, 0), FOUR])
