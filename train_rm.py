@@ -95,7 +95,8 @@ def main(args, ranks=None):
     run.prove_scalar(model, tokens, "policy", args.policy, ranks.device)
     trained = {"reward_model": (model, optimizer := fsdp.adamw(model, args.lr))}
     per_epoch = math.ceil(len(training) / size)
-    steps, how = per_epoch * args.epochs, (tokens.pad, args.microbatch, ranks)
+    most = min(args.microbatch, math.ceil(size / ranks.world))  # nothing takes more than training
+    steps, how = per_epoch * args.epochs, (tokens.pad, most, ranks)
     ranks.say(
         f"reward model: {len(training)} pairs for training, {len(held_out)} held out; "
         f"{args.epochs} epochs of {per_epoch} steps of {size} pairs"

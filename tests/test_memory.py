@@ -150,10 +150,20 @@ def test_with_compile_rows_count_as_they_are_padded(tmp_path):
 
 
 def sampled(rounds, shape=None, **how):
-    """Peak of sampling in the slots of 8 x N rows, which are filled so many times."""
+    """Peak of sampling in the slots of 8 x N rows, which are filled so many times. A token is never
+    drawn, as in most vocabularies."""
     lm, uniforms = tiny_lm("llama", **shape or {}), torch.full((rounds * 8 * N, NEW), 0.5)
-    how |= {"stop": [], "samples_per_prompt": N, "batch": 8 * N}
+    how = {"stop": [], "never": [3], "samples_per_prompt": N, "batch": 8 * N} | how
     return measured(lambda: sample(lm, ragged([PROMPT] * 8 * rounds), uniforms, **how))
+
+
+def test_with_compile_slots_are_as_many_as_their_rounded_number(tmp_path, monkeypatch):
+    plan, asked = plan_of(tmp_path, compile=True), []
+    fitting._padded(plan, plan.args)
+    plan.draws = {"test": (0, 33, 1)}
+    monkeypatch.setattr(plan.policy, "sampling", lambda *a: asked.append(a) or (0, 0, 0))
+    assert plan.drawing(256) == {"test": 8 * 33 * plan.policy.new}
+    assert asked == [(40, 1, 40)] and len(Slots(33, 256, 4, 4, [], "cpu", fixed=True)) == 40
 
 
 def test_sampling_takes_what_is_estimated(plan):
@@ -167,6 +177,13 @@ def test_sampling_takes_what_is_estimated(plan):
 def test_prompts_that_wait_are_read_beside_the_block(plan):
     first, again = (plan.policy.sampling(8 * N, N, total)[0] for total in (8 * N, 24 * N))
     assert again == pytest.approx(sampled(3), rel=0.08) and again > 1.2 * first
+
+
+def test_prompts_stay_until_all_of_their_rows_have_slots(tmp_path):
+    policy = plan_of(tmp_path, shape=(shape := {"vocab_size": 4000})).policy
+    for rounds in (1, 3):
+        peak = policy.sampling(8 * N - 1, N, rounds * 8 * N)[0]
+        assert peak == pytest.approx(sampled(rounds, shape, batch=8 * N - 1), rel=0.08)
 
 
 def test_what_top_p_sorts_is_counted(tmp_path):
@@ -268,10 +285,7 @@ def test_training_a_reward_model_holds_16_bytes_per_parameter_and_two_rows_per_p
         shared = RewardPlan(rm, world, torch.float32, PROMPT, NEW).device
         assert shared["gradients"] == 4 * n // group
         passes = needs.scalar.passes(rows, True) - alone * needs.device["gradients"]
-        scores = needs.scalar.passes(2 * microbatch, False)  # however few a step has
-        training = {"training": passes, "scores": scores}
-        held = sum(needs.device.values())
-        assert needs.training() == {name: held + more for name, more in training.items()}
+        assert needs.training() == {"training": sum(needs.device.values()) + passes}
 
 
 def test_short_prompts_count_as_they_are(plan, tmp_path):

@@ -113,7 +113,7 @@ def _resolve(args, ranks, needs, limit, installed):
 def _padded(plan, args):
     """A plan of rows as --compile pads them."""
     if args.compile:
-        plan.microbatch = fsdp.rounded(plan.microbatch)
+        plan.microbatch, plan.size = fsdp.rounded(plan.microbatch), fsdp.rounded
         for fake in filter(None, (plan.policy, plan.scalar)):
             fake.new = fsdp.rounded(fake.prompt + fake.new) - fake.prompt
     return plan

@@ -161,13 +161,12 @@ class FakeModel:
                 layer.put(past, slots.row, torch.arange(rows))
                 layer.column = slots.columns - 1
             del layers, past
-            if prompts * samples < (total or rows):  # then others are read beside the block
-                layers = prefill()
+            waiting = prefill() if prompts * samples < rows or rows < total else None
+            if waiting:  # read beside the block, and there until the last of their rows has a slot
                 slots.layers[0].rewind(0)
-                del layers
             logits = sampler.decode_one(lm, slots)
             with LiveBytes([logits]) as drawing:
-                sampler.draw_tokens(logits, torch.zeros(rows), **self.how)
+                sampler.draw_tokens(logits, torch.zeros(rows), never=[0], **self.how)
         cache = sum(kept.nbytes for layer in slots.layers for kept in (layer.keys, layer.values))
         return live.peak, cache, logits.nbytes + drawing.peak
 
@@ -194,6 +193,7 @@ class Needs:
     """
 
     policy, scalar, device, draws, microbatch = None, None, {}, {}, 0
+    size = staticmethod(int)  # slots for so many rows: fsdp.rounded with --compile
     others = "or take a device with more memory", "or use more ranks"  # help drawing, and training
 
     @property
@@ -203,12 +203,12 @@ class Needs:
 
     def drawing(self, rows):
         """{phase: bytes} of sampling where so many rows decode together."""
-        return {
-            phase: held
-            + 8 * total * self.policy.new  # what it draws with, in fp64
-            + self.policy.sampling(min(rows, total), samples, total)[0]
-            for phase, (held, total, samples) in self.draws.items()
-        }
+        phases = {}
+        for phase, (held, total, samples) in self.draws.items():
+            slots = min(rows, self.size(total))
+            peak, _, _ = self.policy.sampling(slots, samples, max(slots, total))
+            phases[phase] = held + 8 * total * self.policy.new + peak  # it draws with fp64
+        return phases
 
     def training(self):
         """{phase: bytes} of what does not sample, where it takes most."""
@@ -315,7 +315,7 @@ class RewardPlan(Needs):
     def __init__(self, args, world, dtype, prompt, new, prompts=0):
         N, pairs = args.samples_per_prompt, -(-args.batch // world)
         shards = args.shard_group_size or world
-        self.microbatch, self.scored = min(args.microbatch, pairs), args.microbatch
+        self.microbatch = min(args.microbatch, pairs)
         self.whole = self.microbatch == pairs  # gradients come as activations go
         sizes = prompt + new - 1, 1, shards, args.gradient_checkpointing  # one score at the end
         self.scalar = fake_scalar("", args.policy, dtype, *sizes)
@@ -328,8 +328,7 @@ class RewardPlan(Needs):
     def training(self):
         held, gradients = sum(self.device.values()), self.device["gradients"]
         passes = self.scalar.passes(2 * self.microbatch, True) - self.whole * gradients
-        scores = self.scalar.passes(2 * self.scored, False)
-        return {"training": held + max(passes, self.scalar.end), "scores": held + scores}
+        return {"training": held + max(passes, self.scalar.end)}
 
 
 class AnswerPlan(Needs):
