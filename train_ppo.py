@@ -189,7 +189,7 @@ def main(args, ranks=None):
             # 3. FILTER. Rank 0 weighs all rewards [P, N] (with --refill [rounds P, N]).
             rewards, given = answers.gathered(weigh.asks, N, ranks)
             generator = rollout.seeded("filter", args.seed, step)
-            weights = fsdp.on_main(ranks, weigh, rewards, generator, given)
+            weights = session.on_main(weigh, rewards, generator, given)
             if (weights.sum(1) > 0).sum() >= P:
                 break
         if more is None:

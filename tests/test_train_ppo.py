@@ -147,6 +147,19 @@ def test_a_reward_that_fails_in_mid_run_leaves_what_is_done(tiny, tmp_path):
     assert [row["step"] for row in numbers(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+def test_a_filter_that_fails_in_mid_run_leaves_what_is_done(tiny, tmp_path):
+    """It is called once per step, and before that on rewards of another shape."""
+    text = "seen = []\n\n\ndef rule(rewards, generator):\n    seen.append(len(rewards))\n"
+    text += "    assert seen[-3:] != [4] * 3, 'too much'\n    return rewards * 0 + 1\n"
+    (file := tmp_path / "own.py").write_text(text)
+    words = options(tiny, tmp_path / "run", **BARE | {"steps": 4, "filter": f"{file}:rule"})
+    message = refused(run, train_ppo, *words)
+    assert "too much (own.py, line 6); saved after step 2; go on with --run_dir" in message
+    file.write_text(text.replace("!= [4] * 3", "is not None"))
+    run(train_ppo, "--run_dir", tmp_path / "run", "--resume")
+    assert [row["step"] for row in numbers(tmp_path / "run")] == [1, 2, 3, 4]
+
+
 def test_a_reward_without_spread_over_sft_samples_stays_as_it_is(tiny, tmp_path):
     run(train_ppo, *options(tiny, tmp_path / "run", **BARE, reward="tests"))
     samples = read(tmp_path / "run/samples.jsonl")  # of an untaught policy, which fails all

@@ -22,7 +22,7 @@ from pfppo.run.fitting import rows_at_once
 from pfppo.run.folder import claim, open_folder
 from pfppo.run.memory import Plan
 from pfppo.run.proofs import apart
-from pfppo.run.stopping import NAMES, Stop
+from pfppo.run.stopping import NAMES, Stop, Stopped
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Session:
         """A context in which so many rows of this rank are sampled, which changes nothing. What it
         gives is called with the rows that are done since: it moves a bar, and ends the phase early
         if this rank has been asked to end. No collective."""
-        with self.stop.giving_up(), fsdp.bar("samples", total=rows) as shown:
+        with contextlib.suppress(Stopped), fsdp.bar("samples", total=rows) as shown:
 
             def progress(done):
                 shown.update(done)
@@ -140,6 +140,11 @@ class Session:
             self.keep(self.trained, self.state)
             how = f"saved after step {self.state.step}; go on with --run_dir {self.folder} --resume"
             raise UserError(f"{error}; {how}") from error
+
+    def on_main(self, work, *args):
+        """`fsdp.on_main`, of a user's function, which may fail."""
+        with self.rescues():
+            return fsdp.on_main(self.ranks, work, *args)
 
     def keep(self, trained, state):
         """Save what is not saved yet."""

@@ -18,7 +18,6 @@ The sandbox's processes are in sessions of their own: no Ctrl-C reaches them. No
 signals; a rank that waits in a collective hears of a signal only when that has ended.
 """
 
-import contextlib
 import os
 import signal
 import sys
@@ -31,7 +30,7 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stopped(Exception):
-    """Raised inside a phase that can be given up."""
+    """Raised inside a phase that can be given up: it ends the phase and nothing else."""
 
 
 class Stop:
@@ -79,10 +78,6 @@ class Stop:
         """Raise Stopped if this rank has been asked."""
         if self.asked:
             raise Stopped
-
-    def giving_up(self):
-        """A context in which Stopped ends the block and nothing else."""
-        return contextlib.suppress(Stopped)
 
     def agreed(self):
         """The name of the signal by which any rank has been asked, or "". A collective."""
