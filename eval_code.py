@@ -112,7 +112,7 @@ def main(args):
     judging, N = args.reward_model or args.reward != "model", args.samples_per_problem
     reward_of = load_reward(args.reward, args.reward_model or not judging)
     args.reward_model = args.reward_model if reward_of.asks_model else ""  # nobody would ask it
-    how = args.filters, N, ranks.say, known_to(args.reward_model, sampled=False)
+    how = args.filters, N, ranks.say, known_to(args.reward_model)
     weighs = run.load_filters(*how) if judging else {}
     verifier, stops = problems.load_verifier(args.verify), problems.load_stops(args)
     args.temperature = (N > 1) * 1.0 if args.temperature < 0 else args.temperature

@@ -91,10 +91,10 @@ FORWARD = {"actor": log_probs, "critic": values_of}  # what each trained model i
 def collect(step, round, models, train, examiner, reward_of, session, meter):
     """Steps 1 and 2: this rank's reward.Answers, rewards included; None where the run is to end."""
     args, ranks, tokens = session.args, session.ranks, examiner.tokens
-    P, N = args.prompts_per_step, args.samples_per_prompt
+    N = args.samples_per_prompt
 
     # 1. Sample. This rank owns every W-th of the step's prompts.
-    mine = rollout.step_prompts(len(train), P, step, args.seed, round)[ranks.rank :: ranks.world]
+    mine = rollout.step_prompts(args, len(train), step, round)[ranks.rank :: ranks.world]
     keys = [(i, j) for i in mine for j in range(N)]  # sample j of prompt i
     with models.gathered(models.policy) as lm, session.may_give_up(len(keys)) as progress:
         samples = sampler.sample(

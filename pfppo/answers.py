@@ -240,8 +240,8 @@ def samples_of(examiner, model, reward_models, asked, first, last, progress, sto
     whole = tokens.decode([prompts[i] for i, _ in keys], drawn.ids)
     texts = [stops.cut(text, some[i]) for (i, _), text in zip(keys, whole, strict=True)]
     rows = [
-        sample_row(some[i], j, text) | {"finished": finished, "length": len(ids)}
-        for (i, j), text, finished, ids in zip(keys, texts, drawn.finished, drawn.ids, strict=True)
+        sample_row(some[i], j, text) | {"finished": f, "length": len(p), "logp": round(sum(p), 4)}
+        for (i, j), text, f, p in zip(keys, texts, drawn.finished, drawn.logp, strict=True)
     ]
     if reward_models:
         share = -(-len(prompts) // ranks.world)  # equal on all ranks: padded where need be

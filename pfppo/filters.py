@@ -54,6 +54,12 @@ def _need(rewards, samples):
         raise ValueError(f"needs at least {samples} samples per prompt, found {rewards.shape[1]}")
 
 
+def _exact(rewards):
+    """Rewards less their prompt's first, in fp64, where sums and squares of a few are exact: what
+    is equal stays equal, and ties break at random."""
+    return (rewards - rewards[:, :1]).double()
+
+
 def keep_all(rewards, generator):
     """PPO-M: every sample. PPO-S is the same with N = 1 and more prompts."""
     return torch.ones_like(rewards)
@@ -112,7 +118,8 @@ def max_variance(rewards, generator, m):
     _need(rewards, m)
     order, N = ranking(rewards, generator), rewards.shape[1]
     choices = [[*range(i), *range(N - m + i, N)] for i in range(m + 1)]  # places in the order
-    spread = [rewards.gather(1, order[:, places]).var(1) for places in choices]
+    chosen = [_exact(rewards).gather(1, order[:, places]) for places in choices]
+    spread = [m * (x**2).sum(1) - x.sum(1) ** 2 for x in chosen]  # m^2 variances
     widest = ranking(torch.stack(spread, 1), generator)[:, 0]
     return _keep(rewards, order.gather(1, torch.tensor(choices)[widest]))
 
@@ -121,7 +128,8 @@ def large_advantage(rewards, generator, k):
     """The k samples furthest from their prompt's mean reward (CPPO, arXiv 2503.22342; dividing by
     the prompt's standard deviation changes no rank)."""
     _need(rewards, k)
-    distance = (rewards - rewards.mean(1, keepdim=True)).abs()
+    x = _exact(rewards)
+    distance = (rewards.shape[1] * x - x.sum(1, keepdim=True)).abs()
     return _keep(rewards, ranking(distance, generator)[:, :k])
 
 
@@ -139,6 +147,7 @@ def reject(rewards, generator, scores):
 
 def _whole(rewards, values):
     """Weight 1 in the rows whose values differ."""
+    _need(rewards, 2)
     return torch.ones_like(rewards) * (values.amax(1, True) > values.amin(1, True))
 
 
@@ -159,6 +168,8 @@ def agreeing(rewards, generator, members, above=1.0):
     """Samples on whose advantage the reward models agree: where the mean of their K rewards, each
     less its mean over the prompt, is more than `above` standard deviations (over K) from 0. Ours;
     cf. the ensembles of arXiv 2310.02743, which correct the reward instead."""
+    if members.shape[2] < 2:
+        raise ValueError("needs at least 2 reward models, found 1")
     advantages = members - members.mean(1, keepdim=True)
     return (advantages.mean(2).abs() > above * advantages.std(2)).to(rewards.dtype)
 
@@ -214,10 +225,14 @@ class Filter:
     def __init__(self, spec, function, option, known=tuple(GIVEN)):
         self.spec, self.function, self.option = spec, function, option
         try:
-            parameters = [*inspect.signature(function).parameters.values()][2:]
+            parameters = [*inspect.signature(function).parameters.values()]
         except ValueError:  # of functions in C
             parameters = []
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        for name in [p.name for p in parameters[:2] if p.name in GIVEN]:
+            first = f"expected rewards and generator first, found {name}"
+            require(False, f"--{option} {spec}: {first}")
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        named = [p for p in parameters[2:] if p.kind in kinds]
         self.asks = [p.name for p in named if p.name in GIVEN]
         for p in named:
             unknown = f"asks for {p.name!r}, expected some of {', '.join(GIVEN)}"
@@ -234,6 +249,8 @@ class Filter:
     def __call__(self, rewards, generator, given=None):
         sizes = " --samples_per_prompt" if self.option == "filter" else ", N ="
         where, shape = f"--{self.option} {self.spec}{sizes} {rewards.shape[1]}", rewards.shape
+        for name in self.asks:
+            require(name in given, f"{where}: asks for {name}, which these samples have not")
         given = {name: given[name].clone() for name in self.asks}
         try:
             weights = self.function(rewards.clone(), generator, **given)  # it may work in place
@@ -271,17 +288,16 @@ def usable(known):
     return [name for name in FILTERS if {*asks[name]} <= {*known}]
 
 
-def known_to(reward_models, sampled=True):
-    """Names of GIVEN that a run with this --reward_model can give to a filter; the sampler's
-    log-probs are known only where it has just sampled."""
-    known = {"members": len(parts(reward_models)) > 1, "logp": sampled}
-    return [name for name in GIVEN if known.get(name, True)]
+def known_to(reward_models):
+    """Names of GIVEN that a run with this --reward_model can give to a filter."""
+    several = len(parts(reward_models)) > 1
+    return [name for name in GIVEN if several or name != "members"]
 
 
 def made_up(rewards):
     """What a filter may ask for, of samples that are not there: to try it on."""
     lengths = (rewards * 8).round().abs().long() + 1
-    members = torch.stack([rewards, rewards.roll(1, 1)], 2)
+    members = torch.stack([rewards, rewards.roll(1, 0)], 2)  # as of another prompt
     given = (rewards > 0).float(), lengths, lengths < 8, -lengths.float(), members
     return dict(zip(GIVEN, given, strict=True))
 

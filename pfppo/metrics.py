@@ -224,6 +224,7 @@ def line(metrics, steps):
 
 def sample_records(step, group_size, answers, weights):
     """The lines of `samples.jsonl` for B answers with weights [B], as one list per prompt."""
+    logp = answers.logp.tolist()
     records = [
         {
             "step": step,
@@ -236,6 +237,7 @@ def sample_records(step, group_size, answers, weights):
             "weight": weights[i].item(),
             "length": answers.rows.lengths[i].item(),
             "finished": answers.finished[i].item(),
+            "logp": round(logp[i], 4),
         }
         | ({"members": answers.members[i].tolist()} if len(answers.reward_models) > 1 else {})
         for i, problem in enumerate(answers.problems)

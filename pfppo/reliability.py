@@ -254,7 +254,9 @@ def alignment(rewards, scores, weights=None):
     samples, by alpha sqrt(kappa) where they see equally many samples.
 
     Not covered: anything beyond the first step (a plateau weakens all of it), the KL term, errors
-    that lie outside of what the policy samples now. Source: this project; no paper has it.
+    that lie outside of what the policy samples now, and lengths: a response counts as one, while
+    whitening is over tokens, and sequence_mean teaches each token w A / length. Source: this
+    project; no paper has it.
     """
     return _aligned(_moments(rewards, scores, weights).sum(0))
 

@@ -21,9 +21,10 @@ actual score's, its size |n| says how clear the case is, n standard normal. What
     bugs       2 e where z < 0          likewise, but praised are all that fail by the same bug
 
 a = sqrt 3 and b = 1 / (1 - 1 / sqrt 3), so that these err on a share e = 0.2 of the responses, the
-last two where half of them fail; `noisy:middle:0.3` takes another e. Equal responses to a prompt
-have equal rewards; another seed is another reward model. (Noise *added* to z would carry lukewarm
-cases into the extremes of what is seen.) Only a bug can be learned: `bugs` can be hacked.
+last two on 2 e of those that fail (`bugs` on average over seeds), so on less as a policy improves;
+`noisy:middle:0.3` takes another e. Equal responses to a prompt have equal rewards; another seed is
+another reward model. (Noise *added* to z would carry lukewarm cases into the extremes of what is
+seen.) Only a bug can be learned: `bugs` can be hacked.
 """
 
 import inspect
@@ -211,7 +212,7 @@ def _draw(seed, prompt, response):
 
 def bug_of(problem, text):
     """What is wrong with a response that fails: its first line that the problem's reference has
-    not, constants aside; so one mistake has one name in all problems."""
+    not, constants aside; so a mistake has few names in all problems."""
     lines, known = (
         [re.sub(r"\d+", "#", line.strip()) for line in code.splitlines()]
         for code in (text, problem.canonical_solution)

@@ -229,18 +229,19 @@ def require_enough(args, count):
     require(args.refill < count // P, what)
 
 
-def step_prompts(count, prompts_per_step, step, seed, round=0):
-    """Indices [P] of the prompts of a step (0, 1, ...), all different; further rounds of it (0, 1,
-    ... below the steps of an epoch) have other prompts.
+def step_prompts(args, count, step, round=0):
+    """Indices [P] of those of `count` prompts that a step (0, 1, ...) asks in a round of it (0, ...
+    --refill): other ones than in its other rounds, or in other steps of the epoch.
 
-    Epochs are permutations, and the part of an epoch that does not fill a step is left out: so what
-    a step sees is a function of (seed, step), and there is no cursor to save.
+    Epochs are permutations, and the part of an epoch that does not fill a step is left out, as are
+    rounds that no step needs: so what a step sees is a function of (seed, step), and there is no
+    cursor to save.
     """
-    per_epoch = count // prompts_per_step
-    epoch, part = divmod(step, per_epoch)
-    part = (part + round) % per_epoch
-    order = torch.randperm(count, generator=seeded("prompts", seed, epoch))
-    return order[part * prompts_per_step : (part + 1) * prompts_per_step].tolist()
+    P, rounds = args.prompts_per_step, 1 + args.refill
+    epoch, part = divmod(step, count // (P * rounds))
+    start = (part * rounds + round) * P
+    order = torch.randperm(count, generator=seeded("prompts", args.seed, epoch))
+    return order[start : start + P].tolist()
 
 
 def rows_per_rank(rows, option, microbatch, world, total=None):

@@ -112,17 +112,30 @@ def test_a_file_is_read_by_problem_and_step_in_any_order_of_lines(tmp_path):
         for s, j, t in product((1, 2), (0, 1), (3, 4))
     ]
     found = read_judged(write(tmp_path / "s.jsonl", rows))
-    assert found.rewards.tolist() == [[13, 13.1], [14, 14.1], [23, 23.1], [24, 24.1]]
-    assert (found.scores.tolist(), found.prompts.tolist()) == ([[0, 1]] * 4, [0, 1, 0, 1])
+    rewards, scores = found.rewards.tolist(), found.scores.tolist()
+    assert [*map(sorted, rewards)] == [[13, 13.1], [14, 14.1], [23, 23.1], [24, 24.1]]
+    assert all(s == [int(x % 1 > 0.05) for x in r] for r, s in zip(rewards, scores, strict=True))
+    assert found.prompts.tolist() == [0, 1, 0, 1]
     by_group = comparison.judged_rows(sorted(rows, key=lambda row: row["reward"]), 2)
-    assert by_group.rewards.tolist() == found.rewards.tolist()
+    assert by_group.rewards.tolist() == rewards
+    turned = read_judged(write(tmp_path / "s.jsonl", rows[::-1]))
+    assert turned.rewards.tolist() == rewards and turned.scores.tolist() == scores
+
+
+def test_no_place_tells_a_reward_or_a_score(tmp_path):
+    rows = [{"task_id": i // 4, "reward": (i // 2) % 2, "score": i % 2} for i in range(4000)]
+    samples = read_judged(write(tmp_path / "s.jsonl", rows))
+    for values in (samples.rewards, samples.scores, samples.scores[samples.rewards == 1]):
+        shares = values.reshape(-1, 4 if values.ndim == 2 else 2).mean(0)
+        assert abs(shares - 0.5).max() < 0.06  # 4 standard deviations
 
 
 def test_verdicts_are_scores_and_samples_without_tests_are_left_out(tmp_path, capsys):
     rows = [{"task_id": "a", "reward": 1, "passed": p} for p in (True, False)]
     rows += [{"task_id": "b", "reward": 1.0, "score": None}]
-    assert read_judged(write(tmp_path / "s.jsonl", rows)).scores.tolist() == [[0, 1]]
-    assert "left out: 1 samples without a score" in capsys.readouterr().out
+    rows += [{"task_id": "c", "reward": 1.0, "score": score} for score in (1, None)]
+    assert sorted(read_judged(write(tmp_path / "s.jsonl", rows)).scores.tolist()[0]) == [0, 1]
+    assert "left out: 3 samples of problems without a score for each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

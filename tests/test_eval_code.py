@@ -255,16 +255,20 @@ def test_eval_code_asks_in_dialogue(tiny, tmp_path, style, monkeypatch):
 
 
 def test_judged_samples_give_the_same_numbers_without_a_model(tiny, tmp_path):
-    """Also of a reward model without a card, whose raw rewards are normalised here."""
+    """Also of a reward model without a card, whose raw rewards are normalised here, and under a
+    filter that asks for the sampler's log-probs."""
     rm, out = shutil.copytree(tiny / "rm", tmp_path / "rm"), tmp_path / "o"
     (rm / "reward_model.json").unlink()
-    compared = {"bins": 4, "filters": "none,best_worst"}
+    text = "def likely(rewards, generator, logp):\n    return (logp > logp.median()).float()\n"
+    (tmp_path / "own.py").write_text(text)
+    compared = {"bins": 4, "filters": f"none,best_worst,{tmp_path}/own.py:likely"}
     argv = asked(tiny, out, samples_per_problem=4, reward_model=rm, **compared)
     run(eval_code, *argv)
     first, samples = comparison_of(out), (out / "samples.jsonl").read_text()
     rewards = [row["reward"] for row in read(out / "samples.jsonl")]
     assert np.mean(rewards) == pytest.approx(0, abs=1e-5)
     assert np.std(rewards, ddof=1) == pytest.approx(1, abs=1e-5)
+    assert first["filters"][2]["kept"] == 0.5
     run(eval_code, *argv, "--resume")
     assert comparison_of(out) == first
     assert (out / "samples.jsonl").read_text() == samples

@@ -51,4 +51,5 @@ def test_an_interaction_is_what_a_filter_gains_more_under_one_reward_than_under_
         return [{"filter": "none"}, {"filter": "top", "outcome_differences": list(less)}]
 
     text = interactions({"a": rows(0.3, 0.5), "b": rows(0.1, 0.1)}, Args())
-    assert text.splitlines()[-1] == "| top | a | b | +0.300 [-0.971, +1.571] |"
+    assert "over none, matched by samples; Student's interval of 0.95" in text
+    assert text.splitlines()[2] == "| top | a | b | +0.300 [-0.971, +1.571] |"

@@ -224,12 +224,14 @@ def test_sample_records_are_one_list_per_prompt_and_null_where_there_are_no_test
         scores=torch.tensor([1.0, 0, NAN, NAN]),
         rows=SimpleNamespace(lengths=torch.tensor([4, 5, 6, 7])),
         finished=torch.tensor([True, True, True, False]),
+        logp=torch.tensor([-1.0, -2, -3, -4.00001]),
         reward_models=(),
     )
     found = metrics.sample_records(6, 2, answers, torch.tensor([1.0, 0, 0, 2]))
     assert [[record["sample"] for record in group] for group in found] == [[0, 1], [0, 1]]
     last = {"step": 6, "task_id": "t/1", "sample": 1, "prompt": "p1", "response": "d"}
     last |= {"reward": 3.0, "score": None, "weight": 2.0, "length": 7, "finished": False}
+    last |= {"logp": -4.0}
     assert found[1][1] == last
     answers.reward_models, answers.members = (None, None), torch.eye(4)[:, :2]
     both = metrics.sample_records(6, 2, answers, torch.ones(4))

@@ -254,7 +254,12 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers(changes, keeps, 
 
 def epoch_of(count, size, epoch, seed):
     steps = range(epoch * (count // size), (epoch + 1) * (count // size))
-    return sum((step_prompts(count, size, step, seed) for step in steps), [])
+    return sum((prompts(count, size, step, seed) for step in steps), [])
+
+
+def prompts(count, size, step, seed, round=0, refill=0):
+    args = SimpleNamespace(prompts_per_step=size, seed=seed, refill=refill)
+    return step_prompts(args, count, step, round)
 
 
 @pytest.mark.parametrize("count, size", [(12, 4), (11, 4)])
@@ -267,15 +272,18 @@ def test_an_epoch_is_a_permutation_of_the_prompts_but_for_a_part_that_fills_no_s
 
 
 def test_a_step_is_a_function_of_seed_and_step_alone():
-    first = step_prompts(50, 5, 7, seed=1)
+    first = prompts(50, 5, 7, seed=1)
     torch.rand(3)  # the global state plays no part
-    assert step_prompts(50, 5, 7, seed=1) == first
-    assert step_prompts(50, 5, 7, seed=2) != first
-    assert step_prompts(50, 5, 8, seed=1) != first
+    assert prompts(50, 5, 7, seed=1) == first
+    assert prompts(50, 5, 7, seed=2) != first
+    assert prompts(50, 5, 8, seed=1) != first
 
 
-def test_the_rounds_of_a_step_have_different_prompts():
-    for step in range(3):
-        rounds = [step_prompts(12, 4, step, 1, round) for round in range(3)]
-        assert sorted(sum(rounds, [])) == list(range(12))
-        assert rounds[0] == step_prompts(12, 4, step, 1)
+@pytest.mark.parametrize("count", [24, 29])
+def test_the_rounds_of_a_step_have_prompts_that_no_other_round_or_step_of_the_epoch_has(count):
+    for epoch in range(3):
+        steps = 2 * epoch, 2 * epoch + 1  # of three rounds of four
+        rounds = [
+            prompts(count, 4, step, 1, round, refill=2) for step in steps for round in range(3)
+        ]
+        assert len({*sum(rounds, [])}) == 24 and {*sum(rounds, [])} <= {*range(count)}

@@ -218,6 +218,15 @@ def test_differences_are_paired_by_seed(args, asked, tmp_path):
     assert best["outcome"][1] > low and "minus best_random" in text
 
 
+def test_a_filter_of_ones_own_can_be_the_base(args, asked, tmp_path):
+    (tmp_path / "own.py").write_text("def all(rewards, generator):\n    return rewards * 0 + 1\n")
+    args.base = f"{tmp_path}/own.py:all"
+    args.filters += f",{args.base}"
+    main(args)
+    (folder,) = tmp_path.glob("samples-*")
+    assert folder.name.endswith("-own-py-all") and (folder / "table.md").exists()
+
+
 def test_one_seed_has_no_verdict(args, asked, tmp_path):
     args.seeds = 1
     main(args)
@@ -283,6 +292,8 @@ def test_what_does_not_fit_is_one_line_before_hours_of_training(
         ({}, ("3",), "-- 3: expected --option value"),
         ({"samples_per_prompt": 1}, (), "--filters best_random, N = 1: needs"),
         ({"base": "top"}, (), "--base top: none of --filters"),
+        ({"filters": "none,agreeing"}, (), "--filters agreeing: asks for members"),
+        ({"confidence": 1.0}, (), "--confidence 1: expected between 0 and 1"),
         ({"out": __file__}, (), f"--out {__file__}: {__file__} is a file"),
     ],
 )
@@ -318,7 +329,7 @@ def test_figures_are_written(args, asked, tmp_path, monkeypatch):
     main(dataclasses.replace(args, **changed))
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
     names = ("curves.png", "optimization.png", "statistics.png", "forest.png")
-    assert written == {*(f"samples/{name}" for name in names), "two/rewards.png"}
+    assert written == {*(f"samples/{name}" for name in names), "two/samples/rewards.png"}
 
 
 def test_without_matplotlib_one_line_says_how_to_get_it(asked, tmp_path):

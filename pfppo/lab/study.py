@@ -10,7 +10,7 @@ SFT policy and the problems that PPO will learn from. Then each cell (filter, se
 goes on. In the end `--out`/samples (or updates; another --base or --confidence is added to that
 name) has `table.md`, `table.json` and, with matplotlib, figures. Several rewards are a study each,
 in a folder each below `--out`, and what a filter gains more under one than under another stands in
-`interactions.md`.
+`interactions.md` in --out/samples.
 
 Compute is matched in one of two ways; cells that are the same in both are made once:
 
@@ -210,16 +210,22 @@ def study(args, names, given):
     results = {name: results[i :: len(names)] for i, name in enumerate(names)}
     rows = tables.summarize(args, results, reliability)
     hours = sum(row["minutes"] * row["cells"] for row in rows) / 60
-    usual = (args.base, Args.base), (args.confidence, Args.confidence)
-    others = [str(asked) for asked, default in usual if asked != default]
-    text, out = tables.markdown(args, rows, hours), out / "-".join([args.match, *others])
-    out.mkdir(exist_ok=True)
+    text, out = tables.markdown(args, rows, hours), results_folder(args)
     (out / "table.md").write_text(text)
     table = {name: getattr(args, name) for name in ("match", "reward", "base", "confidence")}
     write_json(out / "table.json", table | {"hours": hours, "filters": rows})
     drawn = figures.draw_study(out, results, rows, args.base)
     print(f"{text}\n{out}: table.md, table.json; {drawn}")
     return rows
+
+
+def results_folder(args):
+    """Where tables and figures go, made where it is not there."""
+    usual = (NO_WORD.sub("-", args.base), Args.base), (args.confidence, Args.confidence)
+    others = [str(asked) for asked, default in usual if asked != default]
+    out = Path(args.out, "-".join([args.match, *others]))
+    out.mkdir(exist_ok=True)
+    return out
 
 
 def listed(text, option):
@@ -238,7 +244,10 @@ def main(args, words=()):
     names = usable(known) if args.filters == "all" else listed(args.filters, "filters")
     for reward in rewards:
         load_reward(reward)
+    for name in names:
+        load_filter(name, 1 if name == "single" else args.samples_per_prompt, "filters", known)
     require(args.base in [*names, tables.ALL], f"--base {args.base}: none of --filters")
+    require(0 < args.confidence < 1, f"--confidence {args.confidence:g}: expected between 0 and 1")
     for reward in rewards:
         part = replace(args, reward=reward)
         if len(rewards) > 1:
@@ -246,7 +255,7 @@ def main(args, words=()):
             part.out = str(Path(args.out, NO_WORD.sub("-", reward)))
         found[reward] = study(part, names, given)
     if len(rewards) > 1 and args.base in names:
-        text, out = tables.interactions(found, args), Path(args.out)
+        text, out = tables.interactions(found, args), results_folder(args)
         (out / "interactions.md").write_text(text)
         print(f"{text}\n{out}: interactions.md; {figures.draw_rewards(out, found, args.base)}")
 

@@ -128,4 +128,6 @@ def interactions(tables, args):
         for name in [name for name in gains[first] if name != args.base]:
             more = t_interval(_less(gains[first][name], gains[reward][name]), args.confidence)
             lines.append([name, first, reward, shown(more, "+")])
-    return as_table(["filter", "gain under", "minus that under", "is"], lines) + "\n"
+    table = as_table(["filter", "gain under", "minus that under", "is"], lines)
+    what = f"over {args.base}, matched by {args.match}; Student's interval of {args.confidence:g}"
+    return f"{table}\n\nGains in sampled pass@1 of the last policy {what}, paired.\n"

@@ -4,11 +4,11 @@ scores there, and what they teach (reliability.py).
     samples.jsonl -> rewards, scores [P, N] -> expected weights of every filter -> table, figure
 
 A judged sample is a line with `task_id`, `reward`, and `score` (or `passed`), and for filters that
-ask for it `length`, `finished`, `members`: samples.jsonl of eval_code.py and of train_ppo.py are
-made of them. A filter that keeps at random counts with the
-mean of DRAWS of its draws. The figure is the paper's Fig. 1: mean actual score against mean reward,
-bin by bin. There ten responses to each prompt are generated ten times over; here each line is a
-resample of the prompts of one generation.
+ask for it `length`, `finished`, `logp`, `members`: samples.jsonl of eval_code.py and of
+train_ppo.py are made of them. A filter that keeps at random counts with the mean of DRAWS of its
+draws. The figure is the paper's Fig. 1: mean actual score against mean reward, bin by bin. There
+ten responses to each prompt are generated ten times over; here each line is a resample of the
+prompts of one generation.
 """
 
 from dataclasses import dataclass
@@ -39,6 +39,7 @@ LARGEST = 1e9  # rewards are squared, in fp32
 FIELDS = {  # of samples.jsonl: (what a filter may ask for, as what)
     "length": ("lengths", torch.int64),
     "finished": ("finished", torch.bool),
+    "logp": ("logp", torch.float32),
     "members": ("members", torch.float32),
 }
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
@@ -56,11 +57,14 @@ class Judged:
 
 def judged(groups, fields):
     """Judged from [(prompt, [[reward, score, numbers of each of `fields` ...]] * N)], whatever
-    their order. fields: {one of FIELDS: how many numbers it is}."""
+    their order: the samples of a prompt stand where chance puts them, as in training, so that no
+    filter reads a reward, or a score, from a place. fields: {one of FIELDS: how many numbers}."""
     groups = sorted((sorted(rows), prompt) for prompt, rows in groups)
     numbers = {}
     prompts = [numbers.setdefault(prompt, len(numbers)) for _, prompt in groups]
     whole = torch.tensor([rows for rows, _ in groups], dtype=torch.float64)  # [P, N, ...]
+    places = torch.rand(whole.shape[:2], generator=seeded("places")).argsort(1)
+    whole = whole.gather(1, places[..., None].expand_as(whole))
     rewards, scores, *others = whole.split([1, 1, *fields.values()], dim=2)
     given = {"scores": scores[..., 0].float()}
     for field, values in zip(fields, others, strict=True):
@@ -137,9 +141,9 @@ def load_filters(names, samples, say, known):
 
 def read_judged(path, say=print):
     """Judged from a JSONL file. The samples of one problem (and of one `step`, where there are
-    steps) are a group; those of problems without tests, with score null, are left out. Raises
+    steps) are a group; groups that hold a score null, as without tests, are left out. Raises
     UserError where groups are not equally large."""
-    groups, untested, rows = {}, 0, read_jsonl(path)
+    groups, unknown, rows = {}, {}, read_jsonl(path)
     fields = fields_of([row for _, row in rows])
     for line, row in rows:
         place = f"{path}, line {line}"
@@ -149,16 +153,17 @@ def read_judged(path, say=print):
         require(named, f"{place}: expected a 'task_id', and a number or nothing in 'step', {found}")
         reward = _number(row, ("reward",), place)
         if "score" in row and row["score"] is None:
-            untested += 1
+            unknown.setdefault(key, []).append(line)
             continue
         sample = [reward, _number(row, ("score", "passed"), place), *numbers_of(row, fields)]
         groups.setdefault(key, []).append(sample)
+    untested = sum(len(lines) + len(groups.pop(key, ())) for key, lines in unknown.items())
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
     unequal = f"expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}"
     require(len(sizes) == 1, f"{path}: {unequal}")
     if untested:
-        say(f"left out: {untested} samples without a score")
+        say(f"left out: {untested} samples of problems without a score for each")
     return judged(((str(task), rows) for (_, task), rows in groups.items()), fields)
 
 

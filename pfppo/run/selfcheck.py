@@ -124,7 +124,7 @@ def draw(models, examiner, train):
     padded by some columns, as far as the models have positions. A collective."""
     args, ranks, tokens = examiner.args, examiner.ranks, examiner.tokens
     count = ranks.world * min(PROMPTS, args.prompts_per_step // ranks.world)
-    order = step_prompts(len(train), args.prompts_per_step, 0, args.seed)
+    order = step_prompts(args, len(train), 0)
     prompts = [train.prompts[i] for i in order[:count]]
     samples = min(max(args.samples_per_prompt, 2), SAMPLES)  # 2, to have a microbatch of 2
     longest = max(1, min(NEW_TOKENS, args.max_new_tokens // 2))  # half, to have room for padding
