@@ -1,11 +1,13 @@
-"""The study's tables again, from the runs that a table.json holds, with t-intervals over seeds.
+"""A study's tables again, from the runs that a table.json holds, with t-intervals.
 
-    python tests/study/again.py tests/study/table.json tests/study/updates.json
+    python tests/study/again.py tests/study/look-1/table.json --confidence 0.99855
+    python tests/study/again.py tests/study/table.json tests/study/updates.json --base none
 
-For tables whose runs were made before intervals were Student's: the runs are the same, and what is
-said of them is not. Prints one table per file; differences are paired by seed.
+Of every outcome, also those that `table.md` leaves out, and of tables whose runs were made before
+intervals were Student's: the runs are the same. Differences are paired, by reward model or by seed.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,23 +15,31 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pfppo.lab.intervals import t_interval  # noqa: E402
-from pfppo.lab.tables import shown  # noqa: E402
-
-BASE, KEYS = "none", ("selected_greedy", "selected_sampled", "last_greedy", "last_sampled")
+from pfppo.lab.tables import KEYS, as_table, shown  # noqa: E402
 
 
 def main():
-    for path in sys.argv[1:]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="+")
+    parser.add_argument("--base", default="none")
+    parser.add_argument("--confidence", type=float, default=0.95)
+    args = parser.parse_args()
+    for path in args.tables:
         rows = {row["filter"]: row for row in json.loads(Path(path).read_text())["filters"]}
-        print(f"\n{path}\n| filter | " + " | ".join(f"{key} | minus {BASE}" for key in KEYS) + " |")
+        unit = "by_unit" if "outcome_by_unit" in rows[args.base] else "by_seed"
+        keys = [key for key in KEYS if f"{key}_{unit}" in rows[args.base]]
+        keys = [key for key in keys if (unit, key) != ("by_unit", "last_sampled")]  # the outcome
+        lines = []
         for name, row in rows.items():
             cells = []
-            for key in KEYS:
-                mine, base = (x[f"{key}_by_seed"] for x in (row, rows[BASE]))
+            for key in keys:
+                mine, base = (x[f"{key}_{unit}"] for x in (row, rows[args.base]))
                 differ = [one - other for one, other in zip(mine, base, strict=True)]
-                differ = None if name == BASE else t_interval(differ)
-                cells += [shown(t_interval(mine)), shown(differ, "+")]
-            print(f"| {name} | {' | '.join(cells)} |")
+                differ = None if name == args.base else t_interval(differ, args.confidence)
+                cells += [shown(t_interval(mine, args.confidence)), shown(differ, "+")]
+            lines.append([name, *cells])
+        head = sum(([key, f"minus {args.base}"] for key in keys), ["filter"])
+        print(f"\n{path}\n{as_table(head, lines)}")
 
 
 if __name__ == "__main__":
