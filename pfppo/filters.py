@@ -118,7 +118,8 @@ def max_variance(rewards, generator, m):
     _need(rewards, m)
     order, N = ranking(rewards, generator), rewards.shape[1]
     choices = [[*range(i), *range(N - m + i, N)] for i in range(m + 1)]  # places in the order
-    chosen = [_exact(rewards).gather(1, order[:, places]) for places in choices]
+    best_first = _exact(rewards).gather(1, order)
+    chosen = [best_first[:, places] for places in choices]
     spread = [m * (x**2).sum(1) - x.sum(1) ** 2 for x in chosen]  # m^2 variances
     widest = ranking(torch.stack(spread, 1), generator)[:, 0]
     return _keep(rewards, order.gather(1, torch.tensor(choices)[widest]))
@@ -228,9 +229,9 @@ class Filter:
             parameters = [*inspect.signature(function).parameters.values()]
         except ValueError:  # of functions in C
             parameters = []
-        for name in [p.name for p in parameters[:2] if p.name in GIVEN]:
-            first = f"expected rewards and generator first, found {name}"
-            require(False, f"--{option} {spec}: {first}")
+        early = [p.name for p in parameters[:2] if p.name in GIVEN]
+        first = f"expected rewards and generator first, found {', '.join(early)}"
+        require(not early, f"--{option} {spec}: {first}")
         kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
         named = [p for p in parameters[2:] if p.kind in kinds]
         self.asks = [p.name for p in named if p.name in GIVEN]

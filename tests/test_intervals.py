@@ -1,6 +1,9 @@
 """Statistics of the study: Student's t, rank correlation, regret, interactions."""
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 from pfppo.lab.intervals import t_inside, t_interval, t_quantile
 from pfppo.lab.study import Args
@@ -53,3 +56,15 @@ def test_an_interaction_is_what_a_filter_gains_more_under_one_reward_than_under_
     text = interactions({"a": rows(0.3, 0.5), "b": rows(0.1, 0.1)}, Args())
     assert "over none, matched by samples; Student's interval of 0.95" in text
     assert text.splitlines()[2] == "| top | a | b | +0.300 [-0.971, +1.571] |"
+
+
+def test_the_intervals_of_the_readme_are_those_of_the_table_that_is_kept(monkeypatch, capsys):
+    root = Path(__file__).parent
+    table, text = str(root / "study/look-1/table.json"), (root.parent / "README.md").read_text()
+    for more in ([], ["--base", "random_two"], ["--confidence", "0.99855"]):
+        monkeypatch.setattr(sys, "argv", ["again.py", table, *more])
+        runpy.run_path(str(root / "study/again.py"), run_name="__main__")
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+        rows = {row[0].strip("| "): row for row in rows if len(row) > 5}
+        for name in ("best_random", "best_worst"):  # outcome, then its difference
+            assert all(value in text for value in rows[name][1 if not more else 2 : 3])

@@ -43,7 +43,7 @@ from typing import Literal
 
 from pfppo.config import Count, Natural, Share, UserError, launch, reason, require
 from pfppo.files import check_writable, read_jsonl, write_json, write_jsonl
-from pfppo.filters import kept_per_prompt, known_to, load_filter, usable
+from pfppo.filters import GIVEN, kept_per_prompt, known_to, load_filter, usable
 from pfppo.lab import cells, default, figures, tables, world
 from pfppo.reward import load_reward
 from pfppo.run import Machine, differences, is_trained
@@ -83,7 +83,7 @@ def model_of(args, seed):
     return number, Path(args.out, "reward_models", str(number))
 
 
-def cells_of(args, names):
+def cells_of(args, names, known=tuple(GIVEN)):
     """All cells, seed by seed, so that an interrupted study has whole seeds; of several reward
     models one after the other, each with seeds that no other has. Raises UserError."""
     made, models = [], max(1, args.rm_seeds)
@@ -91,7 +91,7 @@ def cells_of(args, names):
     for seed in (1 + m + step * s for m in range(models) for s in range(args.seeds)):
         for name in names:
             N = 1 if name == "single" else args.samples_per_prompt
-            kept = kept_per_prompt(load_filter(name, N, "filters"), N) or N
+            kept = kept_per_prompt(load_filter(name, N, "filters", known), N) or N
             scale = N / kept if args.match == "updates" else 1
             options = {"filter": name, "seed": seed, "reward": args.reward}
             options |= {"steps": round(args.steps * scale), "minibatch": args.minibatch}
@@ -196,7 +196,7 @@ def check_study(args, given):
 
 def study(args, names, given):
     """One reward: run what is missing, write table and figures. Returns the table's rows."""
-    planned, out = cells_of(args, names), Path(args.out)
+    planned, out = cells_of(args, names, known_of(given)), Path(args.out)
     own = sorted(given.keys() & {*planned[0], "resume", "export", "plan", "selfcheck", "refill"})
     require(not own, f"-- --{' --'.join(own)}: the study itself sets this option of its cells")
     what = "makes reward models for the lab's policy, from the lab's problems"
@@ -217,6 +217,11 @@ def study(args, names, given):
     drawn = figures.draw_study(out, results, rows, args.base)
     print(f"{text}\n{out}: table.md, table.json; {drawn}")
     return rows
+
+
+def known_of(given):
+    """What a cell can give to a filter."""
+    return known_to(given.get("reward_model") or "lab")
 
 
 def results_folder(args):
@@ -240,12 +245,9 @@ def main(args, words=()):
     """Run what is missing of every reward's cells, then write the tables and figures of all. words:
     options for the runs themselves, as they stood behind `--`. Raises UserError."""
     rewards, given, found = listed(args.reward, "reward"), parse_words(words), {}
-    known = known_to(given.get("reward_model") or "lab")
-    names = usable(known) if args.filters == "all" else listed(args.filters, "filters")
+    names = usable(known_of(given)) if args.filters == "all" else listed(args.filters, "filters")
     for reward in rewards:
         load_reward(reward)
-    for name in names:
-        load_filter(name, 1 if name == "single" else args.samples_per_prompt, "filters", known)
     require(args.base in [*names, tables.ALL], f"--base {args.base}: none of --filters")
     require(0 < args.confidence < 1, f"--confidence {args.confidence:g}: expected between 0 and 1")
     for reward in rewards:

@@ -11,6 +11,7 @@ ten responses to each prompt are generated ten times over; here each line is a r
 prompts of one generation.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from pfppo.config import UserError, parts, require
@@ -143,7 +144,7 @@ def read_judged(path, say=print):
     """Judged from a JSONL file. The samples of one problem (and of one `step`, where there are
     steps) are a group; groups that hold a score null, as without tests, are left out. Raises
     UserError where groups are not equally large."""
-    groups, unknown, rows = {}, {}, read_jsonl(path)
+    groups, unknown, rows = {}, Counter(), read_jsonl(path)
     fields = fields_of([row for _, row in rows])
     for line, row in rows:
         place = f"{path}, line {line}"
@@ -153,11 +154,11 @@ def read_judged(path, say=print):
         require(named, f"{place}: expected a 'task_id', and a number or nothing in 'step', {found}")
         reward = _number(row, ("reward",), place)
         if "score" in row and row["score"] is None:
-            unknown.setdefault(key, []).append(line)
+            unknown[key] += 1
             continue
         sample = [reward, _number(row, ("score", "passed"), place), *numbers_of(row, fields)]
         groups.setdefault(key, []).append(sample)
-    untested = sum(len(lines) + len(groups.pop(key, ())) for key, lines in unknown.items())
+    untested = sum(some + len(groups.pop(key, ())) for key, some in unknown.items())
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
     unequal = f"expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}"

@@ -1,7 +1,7 @@
 """A study's tables again, from the runs that a table.json holds, with t-intervals.
 
     python tests/study/again.py tests/study/look-1/table.json --confidence 0.99855
-    python tests/study/again.py tests/study/table.json tests/study/updates.json --base none
+    python tests/study/again.py tests/study/table.json tests/study/updates.json
 
 Of every outcome, also those that `table.md` leaves out, and of tables whose runs were made before
 intervals were Student's: the runs are the same. Differences are paired, by reward model or by seed.
@@ -28,7 +28,6 @@ def main():
         rows = {row["filter"]: row for row in json.loads(Path(path).read_text())["filters"]}
         unit = "by_unit" if "outcome_by_unit" in rows[args.base] else "by_seed"
         keys = [key for key in KEYS if f"{key}_{unit}" in rows[args.base]]
-        keys = [key for key in keys if (unit, key) != ("by_unit", "last_sampled")]  # the outcome
         lines = []
         for name, row in rows.items():
             cells = []
