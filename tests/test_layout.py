@@ -114,7 +114,7 @@ def test_the_house_has_the_size_that_can_be_read():
     main = (ROOT / "train_ppo.py").read_text().partition("\ndef main(")[2].partition("\n\n\n")[0]
     assert main.count("\n") <= 130
     tests = sum(path.read_text().count("\n") for path in (ROOT / "tests").glob("*.py"))
-    assert tests <= 14960
+    assert tests <= 14980
 
 
 @pytest.mark.parametrize("room", ROOMS)

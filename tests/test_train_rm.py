@@ -10,6 +10,7 @@ from pfppo.config import UserError
 from pfppo.loading import read_classifier
 from pfppo.model import ScalarModel
 from pfppo.rollout import collate
+from pfppo.run import pairs
 
 import pytest
 import torch
@@ -185,6 +186,14 @@ def test_the_loss_is_the_mean_over_the_real_pairs_of_a_batch_however_they_are_cu
     assert total / 24 == pytest.approx(losses["whole"][0], rel=1e-5)
     lengths = [[sum(map(len, pair)) for pair in rows] for rows in cut]
     assert lengths == list(map(sorted, lengths)) and len({*sum(lengths, [])}) > 1
+
+
+def test_measuring_takes_no_more_rows_than_training(tiny, tmp_path, monkeypatch):
+    rows, collate = [], pairs.collate
+    monkeypatch.setattr(pairs, "collate", lambda a, *b: rows.append(len(a)) or collate(a, *b))
+    how = {"batch": 3, "held_out": 0.25, "epochs": 1, "microbatch": 16}
+    run(train_rm, *rm_words(tmp_path / "rm", tiny / "policy", tiny / "pairs.jsonl", **how))
+    assert max(rows) == 2 * 3  # of a pair both are read
 
 
 @pytest.mark.parametrize("world, group", [(2, 1), (3, 0), FOUR])
