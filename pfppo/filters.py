@@ -22,6 +22,7 @@ that draw: the same gradient on average, with less noise.
 """
 
 import inspect
+from difflib import get_close_matches
 from functools import partial
 
 from pfppo.config import UserError, load_function, own_reason, parts, require
@@ -232,12 +233,13 @@ class Filter:
         early = [p.name for p in parameters[:2] if p.name in GIVEN]
         first = f"expected rewards and generator first, found {', '.join(early)}"
         require(not early, f"--{option} {spec}: {first}")
-        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-        named = [p for p in parameters[2:] if p.kind in kinds]
+        named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.asks = [p.name for p in named if p.name in GIVEN]
         for p in named:
+            # A default may be its own affair, or that of a name that is misspelt.
+            own = p.default is not p.empty and not get_close_matches(p.name, GIVEN, cutoff=0.8)
             unknown = f"asks for {p.name!r}, expected some of {', '.join(GIVEN)}"
-            require(p.name in GIVEN or p.default is not p.empty, f"--{option} {spec}: {unknown}")
+            require(p.name in GIVEN or own, f"--{option} {spec}: {unknown}")
         for name in self.asks:
             missing = f"asks for {name} ({GIVEN[name]}), which are not known here"
             require(name in known, f"--{option} {spec}: {missing}")
@@ -285,8 +287,7 @@ def reads_scores(spec):
 
 def usable(known):
     """Names of FILTERS that ask for nothing but what is known."""
-    asks = {name: Filter(name, function, "filter").asks for name, function in FILTERS.items()}
-    return [name for name in FILTERS if {*asks[name]} <= {*known}]
+    return [name for name in FILTERS if {*Filter(name, FILTERS[name], "filter").asks} <= {*known}]
 
 
 def known_to(reward_models):

@@ -6,6 +6,7 @@ has a process group must not fork: such a test asks for no fixture `ranks`, and 
 those that do come last in their file.
 """
 
+import faulthandler
 import gc
 import inspect
 import os
@@ -99,6 +100,7 @@ def _end_with(work, output):
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        faulthandler.enable(output)  # of a rank that a signal ends: where each thread was
         signal.alarm(240)
         work()
         status = 0

@@ -34,6 +34,9 @@ def test_a_filter_gets_what_it_asks_for_by_name_and_nothing_else(tmp_path):
     (tmp_path / "mine.py").write_text("def own(rewards, scores):\n    return scores\n")
     said = refused(load_filter, f"{tmp_path}/mine.py:own", 2)
     assert said.endswith("expected rewards and generator first, found scores")
+    (tmp_path / "mine.py").write_text("def own(rewards, g, score=None):\n    return rewards * 0\n")
+    said = refused(load_filter, f"{tmp_path}/mine.py:own", 2)
+    assert said.endswith(f"mine.py:own: asks for 'score', expected some of {names}")
 
 
 def test_oracles_are_marked_and_members_need_several_reward_models():
