@@ -36,6 +36,9 @@ GIVEN = {  # what a filter may ask for, of the samples [P, N] that the rewards a
     "logp": "the sampler's log-probs of the responses",
     "members": "[P, N, K] rewards by each of several --reward_model",
 }
+KNOWN = dict.fromkeys(GIVEN, 1) | {
+    "members": 2
+}  # {name: how many of it a sample has}, K for members
 
 
 def ranking(rewards, generator):
@@ -56,9 +59,10 @@ def _need(rewards, samples):
 
 
 def _exact(rewards):
-    """Rewards less their prompt's first, in fp64, where sums and squares of a few are exact: what
-    is equal stays equal, and ties break at random."""
-    return (rewards - rewards[:, :1]).double()
+    """Rewards as whole numbers, 0 to 2^20 over their prompt's range: sums and squares of a few are
+    exact, so what is equal but for fp32's last bits is equal, and ties break at random."""
+    low, high = rewards.double().aminmax(dim=1, keepdim=True)
+    return ((rewards - low) / (high - low).clamp(min=1e-30) * 2**20).round()
 
 
 def keep_all(rewards, generator):
@@ -170,6 +174,7 @@ def agreeing(rewards, generator, members, above=1.0):
     """Samples on whose advantage the reward models agree: where the mean of their K rewards, each
     less its mean over the prompt, is more than `above` standard deviations (over K) from 0. Ours;
     cf. the ensembles of arXiv 2310.02743, which correct the reward instead."""
+    _need(rewards, 2)
     if members.shape[2] < 2:
         raise ValueError("needs at least 2 reward models, found 1")
     advantages = members - members.mean(1, keepdim=True)
@@ -221,20 +226,22 @@ class Filter:
     """A filter that is checked: rewards [P, N], generator, {name: tensor} -> weights [P, N]. Raises
     UserError wherever it fails, or gives nonsense.
 
-    asks: those of GIVEN that are parameters of the function; known: those that it will be given.
+    asks: those of GIVEN that are parameters of the function, without those that have a default and
+    are not `known`, which are what it will be given, and how many of each for a sample.
     """
 
-    def __init__(self, spec, function, option, known=tuple(GIVEN)):
-        self.spec, self.function, self.option = spec, function, option
+    def __init__(self, spec, function, option, known=KNOWN):
+        self.spec, self.function, self.option, self.known = spec, function, option, known
         try:
             parameters = [*inspect.signature(function).parameters.values()]
         except ValueError:  # of functions in C
             parameters = []
-        early = [p.name for p in parameters[:2] if p.name in GIVEN]
+        early = [p.name for p in parameters[:2] if p.name in GIVEN and p.kind != p.KEYWORD_ONLY]
         first = f"expected rewards and generator first, found {', '.join(early)}"
         require(not early, f"--{option} {spec}: {first}")
         named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.asks = [p.name for p in named if p.name in GIVEN]
+        asks = [p for p in named if p.name in GIVEN and (p.name in known or p.default is p.empty)]
+        self.asks = [p.name for p in asks]
         for p in named:
             # A default may be its own affair, or that of a name that is misspelt.
             own = p.default is not p.empty and not get_close_matches(p.name, GIVEN, cutoff=0.8)
@@ -264,19 +271,19 @@ class Filter:
         kind = type(weights).__name__ if size is None else f"a tensor of shape {size}"
         expected = f"expected weights, a tensor of shape {tuple(shape)}, found {kind}"
         require(size == shape, f"{where}: {expected}")
-        weights = weights.detach().to(rewards.dtype)
+        weights = torch.empty_like(rewards).copy_(weights.detach())  # nobody else's memory
         fits = torch.isfinite(weights).all() and (weights >= 0).all()
         require(fits, f"{where}: expected weights that are finite and >= 0")
         return weights
 
 
-def load_filter(spec, samples, option="filter", known=tuple(GIVEN)):
+def load_filter(spec, samples, option="filter", known=KNOWN):
     """The Filter of that name or place, tried on random rewards and on equal ones. Raises UserError
     where it is unknown, asks for what is not `known`, or fails."""
     chosen = Filter(spec, load_function(spec, option, FILTERS), option, known)
     generator = torch.Generator().manual_seed(0)
     for rewards in (torch.randn(2, samples, generator=generator), torch.zeros(3, samples)):
-        chosen(rewards, generator, made_up(rewards))
+        chosen(rewards, generator, made_up(rewards, chosen.known))
     return chosen
 
 
@@ -291,15 +298,16 @@ def usable(known):
 
 
 def known_to(reward_models):
-    """Names of GIVEN that a run with this --reward_model can give to a filter."""
-    several = len(parts(reward_models)) > 1
-    return [name for name in GIVEN if several or name != "members"]
+    """{name: how many of it for a sample} of what a run with this --reward_model can give."""
+    known = KNOWN | {"members": len(parts(reward_models))}
+    return {name: count for name, count in known.items() if name != "members" or count > 1}
 
 
-def made_up(rewards):
+def made_up(rewards, known=KNOWN):
     """What a filter may ask for, of samples that are not there: to try it on."""
     lengths = (rewards * 8).round().abs().long() + 1
-    members = torch.stack([rewards, rewards.roll(1, 0)], 2)  # as of another prompt
+    K = known.get("members", KNOWN["members"])
+    members = torch.stack([rewards.roll(k, 0) for k in range(K)], 2)  # as of other prompts
     given = (rewards > 0).float(), lengths, lengths < 8, -lengths.float(), members
     return dict(zip(GIVEN, given, strict=True))
 
@@ -308,5 +316,5 @@ def kept_per_prompt(chosen, samples):
     """How many samples a filter keeps of each prompt; None where that depends on the rewards."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.cat([torch.randn(256, samples, generator=generator), torch.ones(2, samples)])
-    counts = (chosen(rewards, generator, made_up(rewards)) > 0).sum(1).unique()
+    counts = (chosen(rewards, generator, made_up(rewards, chosen.known)) > 0).sum(1).unique()
     return int(counts) if len(counts) == 1 else None

@@ -1,6 +1,6 @@
 """What is measured: every metric of `metrics.jsonl` is named, defined and summed over ranks here.
 
-Over all P x N samples of the step (`Meter.samples`), "kept" means weight > 0:
+Over all samples of the step, P x N of each round (`Meter.samples`), "kept" means weight > 0:
     reward_all, reward_kept        mean normalised reward; of kept samples weighted by the filter
     score_all, score_kept, score_dropped    share that is right (--verify), likewise
     kept                           share of samples with weight > 0

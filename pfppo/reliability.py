@@ -159,7 +159,7 @@ def bootstrap_r2(rewards, scores, weights, bins, resamples, rng, kind="equal_cou
     """(low, high): 95 % percentile interval of R^2 over prompts; rewards, scores, weights [P, N].
     Resamples in which R^2 is undefined are left out; NaN if all are, or if there is one prompt."""
     drawn = resampled_bins(rewards, scores, weights, bins, kind, resamples, rng, prompts)
-    return _percentiles([binned.r2 for binned in drawn], len(rewards))
+    return _percentiles([binned.r2 for binned in drawn], len(rewards), prompts)
 
 
 def _resampled(rows, resamples, rng, prompts=None):
@@ -170,10 +170,10 @@ def _resampled(rows, resamples, rng, prompts=None):
         yield np.bincount(rng.integers(count, size=count), minlength=count)[prompts]
 
 
-def _percentiles(values, rows):
-    """(low, high), 95 %, of values in resamples of so many rows; those that are NaN left out."""
+def _percentiles(values, rows, prompts=None):
+    """(low, high), 95 %, of values in resamples as of `_resampled`; those that are NaN left out."""
     known = [value for value in values if not np.isnan(value)]
-    if rows < 2 or not known:
+    if (rows if prompts is None else len(np.unique(prompts))) < 2 or not known:
         return np.nan, np.nan
     return tuple(np.quantile(known, [0.025, 0.975]).tolist())
 
@@ -305,4 +305,5 @@ def bootstrap_alignment(rewards, scores, weights, resamples, rng, prompts=None):
     """(low, high): 95 % percentile interval of alpha over prompts, as `bootstrap_r2`."""
     moments = _moments(rewards, scores, weights)
     drawn = _resampled(len(moments), resamples, rng, prompts)
-    return _percentiles([_aligned(times @ moments).alpha for times in drawn], len(moments))
+    alphas = [_aligned(times @ moments).alpha for times in drawn]
+    return _percentiles(alphas, len(moments), prompts)

@@ -237,7 +237,8 @@ def row_of(spec):
     """(its name in REWARDS, its function), of `noisy:PLACE:RATE` too; (None, None) of a user's own.
     Raises UserError."""
     name, _, rate = spec.rpartition(":")
-    if spec in REWARDS or name not in REWARDS:
+    own = rate.isidentifier() and ":" not in name  # a module of one's own may be called model
+    if spec in REWARDS or name not in REWARDS or own:
         return (spec, REWARDS[spec]) if spec in REWARDS else (None, None)
     fits = name.startswith("noisy:") and re.fullmatch(r"0?\.\d+", rate) and 0 < float(rate) <= MOST
     require(fits, f"--reward {spec}: expected noisy:PLACE:RATE with a rate up to {MOST}, like 0.3")

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
-from pfppo.filters import FILTERS, GIVEN
+from pfppo.filters import FILTERS, KNOWN
 from pfppo.reliability import Weights
 from pfppo.run import comparison
 from pfppo.run.comparison import read_judged
@@ -99,7 +99,7 @@ def report(tmp_path, monkeypatch):
         samples = read_judged(write(tmp_path / "s.jsonl", rows))
         args = SimpleNamespace(bins=bins, bin_kind=kind, repetitions=3, seed=1)
         N = samples.rewards.shape[1]
-        chosen = comparison.load_filters(names, N, print, samples.given)
+        chosen = comparison.load_filters(names, N, print, dict.fromkeys(samples.given, 2))
         comparison.compare_filters(args, chosen, samples, tmp_path)
         return json.loads((tmp_path / "reliability.json").read_text())
 
@@ -163,15 +163,15 @@ def test_a_file_that_was_not_judged_is_one_line(tmp_path, rows, said):
 
 
 def test_all_filters_are_those_that_take_so_many_samples(capsys):
-    assert list(comparison.load_filters("all", 5, print, GIVEN)) == [
+    assert list(comparison.load_filters("all", 5, print, KNOWN)) == [
         n for n in FILTERS if n != "single"
     ]
     assert "left out: " in capsys.readouterr().out
-    assert "best_random" not in comparison.load_filters("all", 1, print, GIVEN)
-    assert list(comparison.load_filters("none,top", 5, print, ())) == ["none", "top"]
-    assert not {"agreeing", "reject"} & comparison.load_filters("all", 5, print, ()).keys()
+    assert "best_random" not in comparison.load_filters("all", 1, print, KNOWN)
+    assert list(comparison.load_filters("none,top", 5, print, {})) == ["none", "top"]
+    assert not {"agreeing", "reject"} & comparison.load_filters("all", 5, print, {}).keys()
     assert "agreeing: asks for members ([P, N, K] rewards by" in capsys.readouterr().out
-    said = refused(comparison.load_filters, "reject", 5, print, ["members"])
+    said = refused(comparison.load_filters, "reject", 5, print, {"members": 2})
     assert (
         said
         == "--filters reject: asks for scores (actual scores, 1 right, 0 wrong), "
@@ -181,7 +181,7 @@ def test_all_filters_are_those_that_take_so_many_samples(capsys):
 
 def test_random_choices_count_with_their_expectation():
     samples = SimpleNamespace(rewards=np.arange(5.0)[None].repeat(40, 0), given={})
-    chosen = comparison.load_filters("best_random,best_worst", 5, print, ())
+    chosen = comparison.load_filters("best_random,best_worst", 5, print, {})
     found = comparison.expected_weights(chosen, samples, 0)
     assert (found["best_worst"].mean == [[1, 0, 0, 0, 1]]).all()
     assert found["best_random"].mean[:, 4].tolist() == [1] * 40

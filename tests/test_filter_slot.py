@@ -39,12 +39,33 @@ def test_a_filter_gets_what_it_asks_for_by_name_and_nothing_else(tmp_path):
     assert said.endswith(f"mine.py:own: asks for 'score', expected some of {names}")
 
 
+def test_a_filter_is_tried_with_as_many_reward_models_as_there_are_and_may_do_without(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def third(rewards, generator, members):\n    return members[..., 2].abs()\n"
+        "def soft(r, g, members=None, scores=None):\n"
+        "    return r.exp() if members is None else (scores + members.abs().sum(2))\n"
+        "def late(rewards, *both, finished):\n    return finished.expand_as(rewards)\n"
+    )
+    third, rewards = f"{tmp_path}/mine.py:third", torch.ones(2, 2)
+    chosen = load_filter(third, 2, known=known_to("a,b,c"))
+    assert kept_per_prompt(chosen, 2) == 2
+    assert "index 2 is out of bounds" in refused(load_filter, third, 2, known=known_to("a,b"))
+    assert load_filter(f"{tmp_path}/mine.py:soft", 2, known=known_to("a")).asks == ["scores"]
+    assert load_filter(f"{tmp_path}/mine.py:soft", 2, known=known_to("a,b")).label.endswith(
+        "(oracle)"
+    )
+    wide = torch.ones(2, 1, dtype=torch.bool)
+    weights = load_filter(f"{tmp_path}/mine.py:late", 2)(rewards, None, {"finished": wide})
+    weights[0] = 0  # it is nobody else's, and whole
+    assert weights.tolist() == [[0, 0], [1, 1]] and wide.all()
+
+
 def test_oracles_are_marked_and_members_need_several_reward_models():
     assert load_filter("reject", 5).label == "reject (oracle)"
     assert load_filter("agreeing", 5).label == "agreeing"
     said = refused(load_filter, "agreeing", 5, "filter", known_to("rm"))
     assert said.startswith("--filter agreeing: asks for members ([P, N, K] rewards by each of")
-    assert known_to("a, b") == list(GIVEN) and [*GIVEN] == [*known_to("a"), "members"]
+    assert [*known_to("a, b")] == list(GIVEN) == [*known_to("a"), "members"]
     alone = {"members": torch.ones(2, 5, 1)}
     said = refused(load_filter("agreeing", 5), torch.ones(2, 5), torch.Generator(), alone)
     assert said.endswith("needs at least 2 reward models, found 1")

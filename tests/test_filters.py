@@ -166,6 +166,10 @@ def test_halves_that_are_equally_far_break_even_whatever_fp32_makes_of_the_rewar
         rewards = repeated([(x - mean) / sd for x in (1, 1, 1, 0, 0, 0)][i % 2 : 6 - i % 2], 400)
         high = weights_of(name, rewards)[:, : rewards.shape[1] // 2].sum()
         assert 0.4 < high / (400 * kept) < 0.6
+    for turn in range(5):  # ties between steps that fp32 does not have, wherever a sample stands
+        rewards = repeated([-0.3, -0.3, 0.1, 0.2, 0.2], 400).roll(turn, 1)
+        low = (weights_of("max_variance", rewards) * (rewards < 0)).sum(1)
+        assert 0.4 < (low - 1).mean() < 0.6  # {-.3, -.3, .2} or {-.3, .2, .2}
 
 
 @pytest.mark.parametrize("m", [2, 3, 4, 5])
@@ -233,6 +237,7 @@ def test_one_sample_per_prompt_is_kept(name):
         ("best_worst", 1, "at least 2 samples"),
         ("informative", 1, "at least 2 samples"),
         ("reject", 1, "at least 2 samples"),
+        ("agreeing", 1, "at least 2 samples"),
     ],
 )
 def test_a_number_of_samples_that_a_filter_cannot_use_is_refused(name, samples, needed):

@@ -44,6 +44,8 @@ def test_the_rank_correlation_needs_three_filters_with_both():
     assert [regret(rows, name) for name in ("r2", "auc")] == pytest.approx([0, 0.6])
     tied = [row | {"r2": (0.9, 0, 1)} for row in rows[1:]]  # the choice between them is a coin's
     assert regret([rows[0], *tied], "r2") == pytest.approx(0.25)
+    drawn = [row | {"r2": (r2, 0, 1)} for row, r2 in zip(rows[1:], (0.8761, 0.8759), strict=True)]
+    assert regret(drawn, "r2") == pytest.approx(0.25)  # equal as far as the table shows
     unknown = {"r2": (None, None, None), "outcome": (1, 0, 0)}
     assert np.isnan(rank_correlation([*rows[:2], unknown], "r2"))
     assert np.isnan(regret([unknown], "r2"))

@@ -161,6 +161,9 @@ def test_an_interval_holds_the_value_of_a_line_has_no_width_and_of_one_prompt_is
     assert low < binned_r2(rewards, scores).r2 < high
     close(bootstrap_r2(rewards, 2 * rewards, np.ones((300, 5)), 5, 50, rng()), (1, 1))
     one = bootstrap_r2(rewards[:1], rewards[:1], np.ones((1, 5)), 2, 50, rng())
+    steps = np.zeros(300, int)  # one prompt in many steps
+    one += bootstrap_r2(rewards, scores, np.ones((300, 5)), 10, 9, rng(), prompts=steps)
+    one += bootstrap_alignment(rewards, scores, Weights.of(np.ones((300, 5))), 9, rng(), steps)
     constant = bootstrap_r2(rewards, 0 * rewards, np.ones((300, 5)), 5, 50, rng())
     # Left out where it is undefined: here, where the second of two prompts is drawn twice.
     some = bootstrap_r2([[0, 1, 2]] * 2, [[0, 0, 1], [1, 1, 1]], np.ones((2, 3)), 3, 50, rng())

@@ -245,6 +245,7 @@ def test_sizes_that_divide_are_one_line():
         ({"microbatch": 3}, None, 2, ["--microbatch 3", "4 rows", "--minibatch 8"]),
         ({"minibatch": 16}, 2, 1, ["--minibatch 16", "24 samples", "--filter best_random"]),
         ({"minibatch": 48}, 2, 1, ["--minibatch 48", "24 samples", "12 prompts x 5 samples"]),
+        ({"filter": "mine.py:own"}, 0, 1, ["--filter mine.py:own: keeps none"]),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused_with_both_numbers(changes, keeps, world, numbers):

@@ -31,7 +31,7 @@ def write_cell(folder, options, greedy=0.5):
     folder.mkdir(parents=True)
     rate = {"greedy": {"pass@1": greedy}, "sampled": {"pass@1": 0.5}}
     rates = dict.fromkeys(("before", "best on validation, step 4", "last, step 4"), rate)
-    (folder / "args.json").write_text(json.dumps({"ppo_epochs": options.get("ppo_epochs", 1)}))
+    (folder / "args.json").write_text(json.dumps({"ppo_epochs": 1} | options, default=str))
     (folder / "result.json").write_text(json.dumps({"problems": 500, "rates": rates}))
     (folder / "outcome.json").write_text(json.dumps({"answers": 8000, "pass": greedy}))
     row = {"kept": 0.4, "reward_all": 0.1, "score_all": 0.5}
@@ -155,6 +155,18 @@ def test_problems_of_the_lab_are_not_asked_again(args, monkeypatch, tmp_path):
     path.unlink()
     again = [row["prompt"] for row in cells.whole_lines(study.asked_of(args, {})["problems"])]
     assert again[0] == rows[2]["prompt"] and len(again) == 3
+
+
+def test_filters_of_ones_own_share_no_cells(args, tmp_path):
+    names = [f"{tmp_path}/a/b.py:f", f"{tmp_path}/a-b.py:f"]
+    (tmp_path / "a").mkdir()
+    for name in names:
+        Path(name[:-2]).write_text("def f(rewards, generator):\n    return rewards**2\n")
+    said = refused(cells_of, args, names)
+    assert said.startswith("--filters: the cells of ") and said.endswith("rename one")
+    (one,), (other,) = (cells_of(args, [name])[:1] for name in names)
+    write_cell(one["run_dir"], one)
+    assert refused(read_cell, other).endswith(f"filter {names[0]}, expected {names[1]})")
 
 
 def test_only_what_is_not_finished_is_run_and_a_failure_ends_it(args, asked):

@@ -133,7 +133,9 @@ def read_cell(cell):
     folder, steps = cell["run_dir"], cell["steps"]
     drawn = cell["prompts_per_step"] * cell["samples_per_prompt"]  # samples of a step
     try:
-        passes = json.loads((folder / "args.json").read_text()).get("ppo_epochs", 1)
+        asked = json.loads((folder / "args.json").read_text())
+        if asked["filter"] != cell["filter"]:
+            raise ValueError(f"filter {asked['filter']}, expected {cell['filter']}")
         rates = json.loads((folder / "result.json").read_text())["rates"].values()
         result = {
             f"{when}_{kind}": rate[kind]["pass@1"]
@@ -147,7 +149,7 @@ def read_cell(cell):
         known = [row["score_all"] for row in rows]
         result["area"] = None if None in known else sum(known) / steps
         kept = [round(row["kept"] * drawn) for row in rows]
-        updates = [passes * math.ceil(n / cell["minibatch"]) for n in kept]
+        updates = [asked.get("ppo_epochs", 1) * math.ceil(n / cell["minibatch"]) for n in kept]
         seconds = [row[name] for row in rows for name in row if name.startswith("seconds_")]
         result |= {name: [row[name] for row in rows] for name in CURVES}
         result |= {"samples": [drawn * row["step"] for row in rows]}

@@ -43,7 +43,7 @@ from typing import Literal
 
 from pfppo.config import Count, Natural, Share, UserError, launch, reason, require
 from pfppo.files import check_writable, read_jsonl, write_json, write_jsonl
-from pfppo.filters import GIVEN, kept_per_prompt, known_to, load_filter, usable
+from pfppo.filters import KNOWN, kept_per_prompt, known_to, load_filter, usable
 from pfppo.lab import cells, default, figures, tables, world
 from pfppo.reward import load_reward
 from pfppo.run import Machine, differences, is_trained
@@ -83,7 +83,7 @@ def model_of(args, seed):
     return number, Path(args.out, "reward_models", str(number))
 
 
-def cells_of(args, names, known=tuple(GIVEN)):
+def cells_of(args, names, known=KNOWN):
     """All cells, seed by seed, so that an interrupted study has whole seeds; of several reward
     models one after the other, each with seeds that no other has. Raises UserError."""
     made, models = [], max(1, args.rm_seeds)
@@ -101,6 +101,10 @@ def cells_of(args, names, known=tuple(GIVEN)):
             options |= {"reward_model": model_of(args, seed)[1]} if args.rm_seeds else {}
             folder = Path(args.out, "cells", folder)
             made.append(options | {"samples_per_prompt": N, "run_dir": folder})
+    whose = {cell["run_dir"]: cell["filter"] for cell in made}
+    for name, other in ((cell["filter"], whose[cell["run_dir"]]) for cell in made):
+        shared = f"--filters: the cells of {name} and {other} would share a folder, rename one"
+        require(name == other, shared)
     return made
 
 
@@ -209,7 +213,7 @@ def study(args, names, given):
     results = [cells.read_cell(cell) for cell in planned]  # seed by seed
     results = {name: results[i :: len(names)] for i, name in enumerate(names)}
     rows = tables.summarize(args, results, reliability)
-    hours = sum(row["minutes"] * row["cells"] for row in rows) / 60
+    hours = sum(row["minutes"][0] * row["cells"] for row in rows) / 60
     text, out = tables.markdown(args, rows, hours), results_folder(args)
     (out / "table.md").write_text(text)
     table = {name: getattr(args, name) for name in ("match", "reward", "base", "confidence")}

@@ -13,6 +13,7 @@ import numpy as np
 ALL = "none"  # PPO-M, all samples kept: `single` has its statistics
 KEYS = ["outcome", "area"]  # of a cell; the first is what the study is about
 KEYS += [f"{when}_{kind}" for when in ("selected", "last") for kind in ("greedy", "sampled")]
+KEYS += ["minutes"]
 STATISTICS = ("r2", "auc", "alpha", "at_updates", "at_samples")  # of the reliability table
 
 
@@ -31,7 +32,6 @@ def summarize(args, results, reliability):
                 row[f"{key}_difference"] = t_interval(less, args.confidence)
         row["samples"] = mine[0]["samples"][-1]
         row["updates"] = round(np.mean([result["updates"][-1] for result in mine]))
-        row["minutes"] = float(np.mean([result["minutes"] for result in mine]))
         known = [measured[ALL if name == "single" else name] for measured in reliability]
         for key in STATISTICS:
             one = [known[0].get(key + end) for end in ("", "_low", "_high")]
@@ -57,16 +57,23 @@ def _less(values, others):
 
 def rank_correlation(rows, name):
     """Spearman of a statistic before training and the outcome; NaN of less than 3 filters."""
-    both = [(row[name][0], row["outcome"][0]) for row in rows if row[name][0] is not None]
+    both = _with_outcome(rows, name)
     return spearman(*np.array(both).T) if len(both) > 2 else float("nan")
 
 
 def regret(rows, name):
     """What the filter with the highest statistic lacks to the best one's outcome, of several that
     have it their mean; NaN of none."""
-    known = [(row[name][0], row["outcome"][0]) for row in rows if row[name][0] is not None]
+    known = _with_outcome(rows, name)
     chosen = [outcome for value, outcome in known if value == max(known)[0]]
     return max(outcome for _, outcome in known) - np.mean(chosen) if known else float("nan")
+
+
+def _with_outcome(rows, name):
+    """(statistic, outcome) of each row that has both; the first to three decimals, as it is shown:
+    `random_two` has R^2 and AUC of `none` but for its draws, which would decide the order."""
+    found = [(row[name][0], row["outcome"][0]) for row in rows]
+    return [(round(value, 3), outcome) for value, outcome in found if value is not None]
 
 
 def shown(value, sign=""):
@@ -89,7 +96,7 @@ def markdown(args, rows, hours):
     lines = []
     for row in rows:
         name = row["filter"] + " (oracle)" * row["oracle"]
-        line = [name, f"{row['samples']:,}", f"{row['updates']:,}", f"{row['minutes']:.1f}"]
+        line = [name, f"{row['samples']:,}", f"{row['updates']:,}", f"{row['minutes'][0]:.1f}"]
         for key in ("outcome", "area", "selected_greedy"):
             line += [shown(row[key]), shown(row.get(f"{key}_difference"), "+")]
         line += [f"{row[key][0]:.3f}" for key in ("selected_sampled", "last_greedy")]
@@ -102,13 +109,14 @@ def markdown(args, rows, hours):
 them; differences are paired, and an interval that holds 0 is no verdict."""
     differ = args.match == "updates" and len({row["updates"] for row in rows}) > 1
     but = " as far as filters keep a fixed number (see the column)" if differ else ""
+    of_one = "" if args.rm_seeds > 1 else ", of one sampling, percentiles of 95 % over its prompts"
     found = (f"{n} {rank_correlation(rows, n):.2f}, {regret(rows, n):.3f}" for n in STATISTICS)
     return f"""{as_table(head, lines)}
 
 Test pass@1, {mean} Sampled, last: {args.draws} answers to each problem. Area: share of all \
 samples that is right, mean over the steps. Selected: the step that was best on validation. \
 Compute: matched by {args.match}{but}. Reward: {args.reward}. Minutes: wall-clock of a cell's \
-steps. R^2, AUC, alpha: before training.
+steps. R^2, AUC, alpha: before training{of_one}.
 
 Spearman correlation with the outcome over filters, and regret of the filter that is highest: \
 {"; ".join(found).replace("nan", "undefined")}. The steps of all cells took {hours:.1f} hours.

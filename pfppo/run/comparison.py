@@ -294,7 +294,8 @@ def compare_again(args, ranks):
     def report():
         samples = read_judged(args.from_samples)
         N = samples.rewards.shape[1]
-        chosen = load_filters(args.filters, N, print, samples.given)
+        known = {name: values[0, 0].numel() for name, values in samples.given.items()}
+        chosen = load_filters(args.filters, N, print, known)
         compare_filters(args, chosen, samples, out)
 
     on_main(ranks, report)

@@ -170,7 +170,8 @@ def show(args):
     """`--plan`: print what a run on --world_size ranks would need. No ranks, no weights."""
     world, N = args.world_size or int(os.environ.get("WORLD_SIZE", 1)), args.samples_per_prompt
     shards, memory = args.shard_group_size or world, device_bytes(args)
-    kept = filters.kept_per_prompt(filters.load_filter(args.filter, N), N)
+    weigh = filters.load_filter(args.filter, N, known=filters.known_to(args.reward_model))
+    kept = filters.kept_per_prompt(weigh, N)
     print(rollout.check_sizes(args, kept, world))
     divides = f"--shard_group_size {shards}: does not divide the {world} ranks there are"
     divides += near(shards, divisors(world))
