@@ -62,9 +62,9 @@ def test_an_interaction_is_what_a_filter_gains_more_under_one_reward_than_under_
 
 def test_the_intervals_of_the_readme_are_those_of_the_table_that_is_kept(monkeypatch, capsys):
     root = Path(__file__).parent
-    table, text = str(root / "study/look-1/table.json"), (root.parent / "README.md").read_text()
-    for more in ([], ["--base", "random_two"], ["--confidence", "0.99855"]):
-        monkeypatch.setattr(sys, "argv", ["again.py", table, *more])
+    table, text = str(root / "study/look-2/table.json"), (root.parent / "README.md").read_text()
+    for more in ("", "--base random_two", "--confidence 0.97569", "--confidence 0.9"):
+        monkeypatch.setattr(sys, "argv", ["again.py", table, *more.split()])
         runpy.run_path(str(root / "study/again.py"), run_name="__main__")
         rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
         rows = {row[0].strip("| "): row for row in rows if len(row) > 5}

@@ -1,6 +1,6 @@
 """A study's tables again, from the runs that a table.json holds, with t-intervals.
 
-    python tests/study/again.py tests/study/look-1/table.json --confidence 0.99855
+    python tests/study/again.py tests/study/look-2/table.json --confidence 0.97569
     python tests/study/again.py tests/study/table.json tests/study/updates.json
 
 Of every outcome, also those that `table.md` leaves out, and of tables whose runs were made before
