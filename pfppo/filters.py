@@ -36,9 +36,8 @@ GIVEN = {  # what a filter may ask for, of the samples [P, N] that the rewards a
     "logp": "the sampler's log-probs of the responses",
     "members": "[P, N, K] rewards by each of several --reward_model",
 }
-KNOWN = dict.fromkeys(GIVEN, 1) | {
-    "members": 2
-}  # {name: how many of it a sample has}, K for members
+# How many of each there are of a sample where nobody says how many reward models: K for members.
+KNOWN = dict.fromkeys(GIVEN, 1) | {"members": 2}
 
 
 def ranking(rewards, generator):
@@ -226,8 +225,8 @@ class Filter:
     """A filter that is checked: rewards [P, N], generator, {name: tensor} -> weights [P, N]. Raises
     UserError wherever it fails, or gives nonsense.
 
-    asks: those of GIVEN that are parameters of the function, without those that have a default and
-    are not `known`, which are what it will be given, and how many of each for a sample.
+    known: what it will be given, {name: how many of it for a sample}. asks: the parameters of the
+    function that are in GIVEN, without those that have a default and are not known.
     """
 
     def __init__(self, spec, function, option, known=KNOWN):

@@ -27,7 +27,7 @@ import os, torch
 def first(rewards, generator):
     return (torch.arange(rewards.shape[1]) == 0) * torch.ones_like(rewards) * 0.5
 def nothing(rewards, generator):
-    return (rewards > 0) * (len(rewards) != 4)  # but when it is tried
+    return (rewards > 0) * (len(rewards) != 4)  # some only when it is tried
 def late(rewards, generator, scores, lengths, finished, logp):
     weights = lengths + 100 * finished + 1000 * scores + 10_000 * (logp < 0)
     return weights * (torch.arange(len(rewards)) >= 3)[:, None]

@@ -1,4 +1,4 @@
-"""What the plan's two looks can find, and its equivalence test: chances by simulation.
+"""What the plan's two looks can find, its equivalence test, and S4: chances by simulation.
 
     python tests/study/power.py
 
@@ -41,6 +41,10 @@ def main():
         lines.append([f"{x:.3f}" for x in (sd, *found, equal.mean())])
     head = ["standard deviation", *(f"found: {true:g}" for true in TRUE), f"within {MARGIN:g}"]
     print(as_table(head, lines))
+    noise = 0.05 * rng.standard_normal((RUNS, 12))
+    for true in (0.02, 0.05):  # 95 %, 12 seeds
+        found = abs((noise + true).mean(1)) > half_width(noise, 0.95)
+        print(f"S4, standard deviation 0.05, found: {true:g}: {found.mean():.3f}")
 
 
 if __name__ == "__main__":
