@@ -312,8 +312,14 @@ def made_up(rewards, known=KNOWN):
 
 
 def kept_per_prompt(chosen, samples):
-    """How many samples a filter keeps of each prompt; None where that depends on the rewards."""
-    generator = torch.Generator().manual_seed(0)
-    rewards = torch.cat([torch.randn(256, samples, generator=generator), torch.ones(2, samples)])
-    counts = (chosen(rewards, generator, made_up(rewards, chosen.known)) > 0).sum(1).unique()
-    return int(counts) if len(counts) == 1 else None
+    """How many samples a filter keeps of each prompt; None where that depends on the rewards, or on
+    the call: one that draws once for all prompts may keep nothing now and all of them later."""
+    generator, found = torch.Generator().manual_seed(0), set()
+    for std in [1] * 16 + [10]:
+        if std > 1 and found != {0}:  # large rewards are for a filter that waits for them
+            continue
+        rewards = std * torch.randn(16, samples, generator=generator)
+        rewards = torch.cat([rewards, torch.ones(2, samples)])
+        weights = chosen(rewards, generator, made_up(rewards, chosen.known))
+        found |= {*(weights > 0).sum(1).tolist()}
+    return found.pop() if len(found) == 1 else None

@@ -274,7 +274,7 @@ def check_sizes(args, kept_per_prompt, world):
     what, below = f"--prompts_per_step {P}: does not divide over {world} ranks", P // world * world
     require(P % world == 0, what + near(P, [x for x in (below, below + world) if x]))
     nothing = f"--filter {args.filter}: keeps none of the samples that it was tried on (rewards of"
-    require(kept_per_prompt != 0, f"{nothing} mean 0 and standard deviation 1, and equal ones)")
+    require(kept_per_prompt != 0, f"{nothing} mean 0, standard deviation 1 and 10, and equal ones)")
     total = kept_per_prompt and P * kept_per_prompt
     share, size = rows_per_rank(minibatch, "minibatch", args.microbatch, world, total)
     kept = f"what {args.filter} keeps, a number that varies"

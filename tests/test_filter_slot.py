@@ -41,7 +41,7 @@ def test_a_filter_gets_what_it_asks_for_by_name_and_nothing_else(tmp_path):
 
 def test_a_filter_is_tried_with_as_many_reward_models_as_there_are_and_may_do_without(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def third(rewards, generator, members):\n    return members[..., 2].abs()\n"
+        "def third(rewards, generator, members):\n    return members[..., 2].exp()\n"
         "def soft(r, g, members=None, scores=None):\n"
         "    return r.exp() if members is None else (scores + members.abs().sum(2))\n"
         "def late(rewards, *both, finished):\n    return finished.expand_as(rewards)\n"
@@ -58,6 +58,15 @@ def test_a_filter_is_tried_with_as_many_reward_models_as_there_are_and_may_do_wi
     weights = load_filter(f"{tmp_path}/mine.py:late", 2)(rewards, None, {"finished": wide})
     weights[0] = 0  # it is nobody else's, and whole
     assert weights.tolist() == [[0, 0], [1, 1]] and wide.all()
+
+
+ALL_OR_NONE = "torch.randint(2, (1,), generator=generator).expand_as(rewards)"
+SELDOM = [(ALL_OR_NONE, None), ("rewards > 5", None), ("rewards < -1000", 0)]
+
+
+@pytest.mark.parametrize("rule, kept", [*SELDOM, ("(rewards / 0.1).softmax(1)", 3)])
+def test_a_filter_that_keeps_seldom_is_not_taken_for_one_that_keeps_none(tmp_path, rule, kept):
+    assert kept_per_prompt(load_own(tmp_path, rule), 3) == kept
 
 
 def test_oracles_are_marked_and_members_need_several_reward_models():

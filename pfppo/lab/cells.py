@@ -128,8 +128,8 @@ def at_once(work, items, jobs, tick=lambda: None):
 
 def read_cell(cell):
     """What a finished cell says: pass rates; `area` under the curve, the mean over the steps of the
-    share of samples that is right (None where that is not known); minutes; and from metrics.jsonl
-    curves, a list of one number per step each. Raises UserError."""
+    share of samples that is right; minutes; and from metrics.jsonl curves, a list of one number per
+    step each. Raises UserError."""
     folder, steps = cell["run_dir"], cell["steps"]
     drawn = cell["prompts_per_step"] * cell["samples_per_prompt"]  # samples of a step
     try:
@@ -146,8 +146,7 @@ def read_cell(cell):
         if [row["step"] for row in rows] != list(range(1, steps + 1)):
             raise ValueError(f"metrics.jsonl has not the steps 1 to {steps}")
         result["outcome"] = json.loads((folder / "outcome.json").read_text())["pass"]
-        known = [row["score_all"] for row in rows]
-        result["area"] = None if None in known else sum(known) / steps
+        result["area"] = sum(row["score_all"] for row in rows) / steps
         kept = [round(row["kept"] * drawn) for row in rows]
         updates = [asked.get("ppo_epochs", 1) * math.ceil(n / cell["minibatch"]) for n in kept]
         seconds = [row[name] for row in rows for name in row if name.startswith("seconds_")]

@@ -28,7 +28,7 @@ def summarize(args, results, reliability):
             row[key] = t_interval(values, args.confidence)
             if base and name != args.base:
                 others = _by_unit(base, key, args.rm_seeds)
-                row[f"{key}_differences"] = less = _less(values, others)
+                row[f"{key}_differences"] = less = np.subtract(values, others).tolist()
                 row[f"{key}_difference"] = t_interval(less, args.confidence)
         row["samples"] = mine[0]["samples"][-1]
         row["updates"] = round(np.mean([result["updates"][-1] for result in mine]))
@@ -44,15 +44,7 @@ def summarize(args, results, reliability):
 def _by_unit(cells, key, models):
     """One value per unit."""
     values = [cell[key] for cell in cells]
-    if not models or None in values:
-        return values
-    return np.reshape(values, (models, -1)).mean(1).tolist()
-
-
-def _less(values, others):
-    """Differences, paired; of what is not known None."""
-    pairs = zip(values, others, strict=True)
-    return [None if None in (x, y) else x - y for x, y in pairs]
+    return values if not models else np.reshape(values, (models, -1)).mean(1).tolist()
 
 
 def rank_correlation(rows, name):
@@ -134,7 +126,8 @@ def interactions(tables, args):
     lines = []
     for reward in others:
         for name in [name for name in gains[first] if name != args.base]:
-            more = t_interval(_less(gains[first][name], gains[reward][name]), args.confidence)
+            more = np.subtract(gains[first][name], gains[reward][name]).tolist()
+            more = t_interval(more, args.confidence)
             lines.append([name, first, reward, shown(more, "+")])
     table = as_table(["filter", "gain under", "minus that under", "is"], lines)
     what = f"over {args.base}, matched by {args.match}; Student's interval of {args.confidence:g}"
