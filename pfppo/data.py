@@ -216,9 +216,16 @@ class Tokens:
         differently, or any token has another id; of another tokenizer where given."""
         tokenizer = tokenizer or self.tokenizer
         template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
-        vocabulary = sorted(tokenizer.get_vocab().items())
-        texts = (json.dumps(value).encode() for value in (template, vocabulary))
-        return tuple(hashlib.sha256(text).hexdigest()[:12] for text in texts)
+        return _hash(template), vocabulary_hash(tokenizer)
+
+
+def vocabulary_hash(tokenizer):
+    """12 hex digits that change when any token has another id."""
+    return _hash(sorted(tokenizer.get_vocab().items()))
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def end_of_turn(tokenizer, stop, style):

@@ -197,6 +197,8 @@ def power(rewards, generator, k):
     return torch.tanh(rewards / 2).abs() ** k
 
 
+LARGEST = 1e30  # of a weight
+
 FILTERS = {
     "single": single,
     "none": keep_all,
@@ -238,7 +240,7 @@ class Filter:
         early = [p.name for p in parameters[:2] if p.name in GIVEN and p.kind != p.KEYWORD_ONLY]
         first = f"expected rewards and generator first, found {', '.join(early)}"
         require(not early, f"--{option} {spec}: {first}")
-        named = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        named = [p for p in parameters[2:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         asks = [p for p in named if p.name in GIVEN and (p.name in known or p.default is p.empty)]
         self.asks = [p.name for p in asks]
         for p in named:
@@ -261,18 +263,19 @@ class Filter:
         for name in self.asks:
             require(name in given, f"{where}: asks for {name}, which these samples have not")
         given = {name: given[name].clone() for name in self.asks}
+        weights = torch.empty_like(rewards)  # nobody else's memory
         try:
-            weights = self.function(rewards.clone(), generator, **given)  # it may work in place
+            found = self.function(rewards.clone(), generator, **given)  # it may work in place
+            size = tuple(found.shape) if isinstance(found, torch.Tensor) else None
+            if right := size == shape and not found.is_complex():
+                weights.copy_(found.detach())
         except (Exception, SystemExit) as error:
             why = str(error) if type(error) is ValueError else own_reason(error)
             raise UserError(f"{where}: {why}") from error
-        size = tuple(weights.shape) if isinstance(weights, torch.Tensor) else None
-        kind = type(weights).__name__ if size is None else f"a tensor of shape {size}"
-        expected = f"expected weights, a tensor of shape {tuple(shape)}, found {kind}"
-        require(size == shape, f"{where}: {expected}")
-        weights = torch.empty_like(rewards).copy_(weights.detach())  # nobody else's memory
-        fits = torch.isfinite(weights).all() and (weights >= 0).all()
-        require(fits, f"{where}: expected weights that are finite and >= 0")
+        kind = type(found).__name__ if size is None else f"a tensor of shape {size}, {found.dtype}"
+        require(right, f"{where}: expected weights, a tensor of shape {tuple(shape)}, found {kind}")
+        fits = ((weights >= 0) & (weights <= LARGEST)).all()  # losses add them, in float32
+        require(fits, f"{where}: expected weights that are finite and >= 0, at most {LARGEST:g}")
         return weights
 
 

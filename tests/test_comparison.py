@@ -162,6 +162,38 @@ def test_a_file_that_was_not_judged_is_one_line(tmp_path, rows, said):
     assert message.startswith(str(path)) and said in message
 
 
+@pytest.mark.parametrize(
+    "field, values, why",
+    [
+        ("members", [[1, 2], [0.5, math.nan]], "no list of as many numbers in line 2"),
+        ("members", [[1, 2], [3]], "no list of as many numbers in line 2"),
+        ("members", ["a", "b"], "no list of as many numbers in line 1"),
+        ("finished", [True, "yes"], "no true or false in line 2"),
+        ("finished", [[True, False]] * 2, "no true or false in line 1"),
+        ("length", [3, -3], "no whole number >= 0 in line 2"),
+        ("logp", [[-1.0, -2.0]] * 2, "no number in line 1"),  # per token, as other tools have it
+        ("logp", [-1.0, None], "no number in line 2"),
+        ("logp", [None, None], ""),
+    ],
+)
+def test_a_field_that_is_not_what_filters_know_is_said_and_not_given_to_them(
+    tmp_path, capsys, field, values, why
+):
+    rows = [ROW | {field: value} for value in values]
+    assert list(read_judged(write(tmp_path / "s.jsonl", rows)).given) == ["scores"]
+    said = f"note: filters cannot ask for {field!r}: {why}\n" if why else ""
+    assert capsys.readouterr().out == said
+
+
+def test_samples_that_stand_twice_are_told(tmp_path, capsys):
+    rows = [ROW | {"sample": number} for number in (0, 1)]
+    assert read_judged(write(tmp_path / "s.jsonl", [*rows, *rows])).rewards.shape == (1, 4)
+    said = capsys.readouterr().out
+    assert said.startswith("note: 2 samples have the problem and number of another one")
+    read_judged(write(tmp_path / "s.jsonl", [*rows, *(row | {"step": 1} for row in rows)]))
+    assert not capsys.readouterr().out
+
+
 def test_all_filters_are_those_that_take_so_many_samples(capsys):
     assert list(comparison.load_filters("all", 5, print, KNOWN)) == [
         n for n in FILTERS if n != "single"

@@ -37,6 +37,9 @@ def test_a_filter_gets_what_it_asks_for_by_name_and_nothing_else(tmp_path):
     (tmp_path / "mine.py").write_text("def own(rewards, g, score=None):\n    return rewards * 0\n")
     said = refused(load_filter, f"{tmp_path}/mine.py:own", 2)
     assert said.endswith(f"mine.py:own: asks for 'score', expected some of {names}")
+    (tmp_path / "mine.py").write_text("def own(rewards, g, scores=1, /):\n    return rewards * 0\n")
+    said = refused(load_filter, f"{tmp_path}/mine.py:own", 2)
+    assert "positional-only arguments passed as keyword arguments: 'scores'" in said
 
 
 def test_a_filter_is_tried_with_as_many_reward_models_as_there_are_and_may_do_without(tmp_path):
@@ -115,6 +118,10 @@ def test_a_filter_of_ones_own_gives_plain_weights_and_cannot_change_the_rewards(
         ("torch.full_like(rewards, -1.0)", "finite and >= 0"),
         ("torch.full_like(rewards, float('nan'))", "finite and >= 0"),
         ("torch.full_like(rewards, float('inf'))", "finite and >= 0"),
+        ("torch.full_like(rewards, 1e38)", "finite and >= 0, at most 1e\\+30"),  # sums are not
+        ("torch.ones_like(rewards).to_sparse()", "RuntimeError: copy_"),
+        ("torch.ones_like(rewards, device='meta')", "NotImplementedError: Cannot copy"),
+        ("torch.ones_like(rewards) * 1j", r"shape \(., 3\), torch.complex64"),
         ("(rewards - rewards.mean()) / rewards.std() * 0 + 1", "finite and >= 0"),  # if all equal
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("exit(0)", "SystemExit: 0"),

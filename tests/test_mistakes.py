@@ -42,6 +42,8 @@ TOLD = [  # script, options, the line; what they leave out is the lab's
     (train_ppo, {"policy": "cut"} | RM, "--policy cut/model.safetensors: damaged or cut short"),
     (train_ppo, {"policy": "mute"} | RM, "--policy mute: cannot read the tokenizer: there is none"),
     (train_ppo, {"policy": "large"}, "--reward_model is the lab's, whose tokens are not those of"),
+    (train_ppo, {"policy": "other"}, "--reward_model is the lab's, whose tokens are not those of"),
+    (train_ppo, {"reward_model": "rm"}, "--policy is the lab's, whose tokens are not those of"),
     (train_ppo, {"policy": "a/b"}, "--reward_model is the lab's, whose tokens are not those of"),
     (train_ppo, {"policy": "a/b", "prompts": "broken.jsonl"} | RM, "line 2: not JSON"),
     (train_ppo, {"reward_model": "cut"}, "--reward_model cut: not a reward model but a causal LM"),
@@ -73,7 +75,7 @@ def users(tiny, tmp_path_factory):
     for name, text in USERS.items():
         (here / name).write_text(text)
     shutil.copytree(tiny / "rm", here / "rm")
-    for name in ("cut", "mute", "large"):
+    for name in ("cut", "mute", "large", "other"):
         shutil.copytree(tiny / "policy", here / name)
     with open(here / "cut/model.safetensors", "r+b") as file:
         file.truncate(1000)

@@ -63,7 +63,7 @@ def is_to_come(option, path):
 def check_fits(args):
     """Raise UserError where options ask more of the lab's policy than it has."""
     models = model_folders(args)
-    ours = {name for name, path in models if default.is_ours(path)}
+    ours = {name: path for name, path in models if default.is_ours(path)}
     for one, other in (MODELS, MODELS[::-1]):
         theirs = [p for name, p in models if name == other and not default.is_ours(p)]
         for path in theirs if one in ours else []:
@@ -74,13 +74,23 @@ def check_fits(args):
             if other == "policy":
                 advice = "train one from it (train_rm.py --policy), or give --reward tests and "
                 advice += "--reward_model ''"
-            require(rows == default.VOCABULARY, f"{what}: {advice}")
+            fits = rows == default.VOCABULARY
+            fits = fits and (os.path.exists(ours[one]) or _has_its_tokens(path, other))
+            require(fits, f"{what}: {advice}")
     if "policy" in ours:
         bare = "--prompt_style chat: the tokenizer of the lab's policy has no chat template"
         require(args.prompt_style != "chat", bare)
         new, most = args.max_new_tokens, default.POSITIONS
         beyond = f"--max_new_tokens {new}: expected less than {most}, the lab's policy's positions"
         require(new < most, beyond)
+
+
+def _has_its_tokens(path, option):
+    """Whether a folder has the tokens that the lab will have."""
+    check_folder(path, option)  # what is wrong with the folder itself is told first
+    card = load_card(path) if option == "reward_model" else None
+    theirs = card.vocabulary if card else data.vocabulary_hash(data.load_tokenizer(path, option))
+    return theirs == data.vocabulary_hash(default.make_tokenizer())
 
 
 def check_files(args, verifier, later=()):

@@ -128,8 +128,10 @@ def make_problems():
             print(f"lab: {count} problems in {paths[name]}")
 
 
-def make_tokenizer(corpus):
-    """A byte-level BPE whose tokens stay within a line and never join digits."""
+def make_tokenizer(corpus=None):
+    """A byte-level BPE whose tokens stay within a line and never join digits; learned from the
+    beginning of the SFT corpus, in two seconds."""
+    corpus = corpus or world.draw_corpus(SEED, 4000)
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r"\n|[0-9]"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -149,7 +151,7 @@ def make_policy(device, seed=SEED):
     """Train the SFT policy and write it, with its tokenizer, to `policy/`. seed: of its initial
     weights (tests/study/spread.py)."""
     corpus = world.draw_corpus(SEED, SFT_STEPS * SFT_BATCH)
-    tokenizer = make_tokenizer(corpus[:4000])
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,

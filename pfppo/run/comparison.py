@@ -37,11 +37,11 @@ import torch
 
 DRAWS = 2000  # of a filter that keeps at random: its expected weights are known to about 0.01
 LARGEST = 1e9  # rewards are squared, in fp32
-FIELDS = {  # of samples.jsonl: (what a filter may ask for, as what)
-    "length": ("lengths", torch.int64),
-    "finished": ("finished", torch.bool),
-    "logp": ("logp", torch.float32),
-    "members": ("members", torch.float32),
+FIELDS = {  # of samples.jsonl: (what a filter may ask for, as what, what is right, in words)
+    "length": ("lengths", torch.int64, lambda x: x >= 0 and x == int(x), "whole number >= 0"),
+    "finished": ("finished", torch.bool, lambda x: x in (0, 1), "true or false"),
+    "logp": ("logp", torch.float32, lambda x: True, "number"),
+    "members": ("members", torch.float32, lambda x: True, "list of as many numbers"),
 }
 NAMES = {"equal_count": "equal weight", "equal_width": "equal width"}
 
@@ -69,30 +69,48 @@ def judged(groups, fields):
     rewards, scores, *others = whole.split([1, 1, *fields.values()], dim=2)
     given = {"scores": scores[..., 0].float()}
     for field, values in zip(fields, others, strict=True):
-        name, kind = FIELDS[field]
+        name, kind, *_ = FIELDS[field]
         given[name] = (values if field == "members" else values[..., 0]).to(kind)
     return Judged(rewards[..., 0].numpy(), scores[..., 0].numpy(), np.array(prompts), given)
 
 
 def judged_rows(rows, group):
     """Judged from rows of samples.jsonl, `group` of each problem together."""
-    fields = fields_of(rows)
+    fields = fields_of([*enumerate(rows, 1)])
     found = [[row["reward"], row["score"], *numbers_of(row, fields)] for row in rows]
     groups = (found[i : i + group] for i in range(0, len(found), group))
     return judged(zip((row["task_id"] for row in rows[::group]), groups, strict=True), fields)
 
 
-def fields_of(rows):
-    """{field: how many numbers it is} of those of FIELDS that all rows have."""
-    sizes = {name: {len(numbers_of(row, [name])) for row in rows} for name in FIELDS}
-    return {name: size.pop() for name, size in sizes.items() if len(size) == 1 and max(size)}
+def fields_of(rows, say=print):
+    """{field: how many numbers it is} of those of FIELDS that all rows [(line, row)] have as they
+    should be; of others that some have the first line without is said."""
+    known = {}
+    for name, (*_, words) in FIELDS.items():
+        count = len(numbers_of(rows[0][1], [name])) if rows else 0
+        line = next((line for line, row in rows if not _fits(row, name, count)), None)
+        if line is None:
+            known[name] = count
+        elif any(row.get(name) is not None for _, row in rows):
+            say(f"note: filters cannot ask for {name!r}: no {words} in line {line}")
+    return known
+
+
+def _fits(row, name, count):
+    """Whether a row has in this field what it should be."""
+    values, right = numbers_of(row, [name]), FIELDS[name][2]
+    listed = isinstance(row.get(name), list) == (name == "members")
+    return listed and 0 < len(values) == count and all(_is_number(x) and right(x) for x in values)
 
 
 def numbers_of(row, fields):
-    """What a row has in these fields, one number after the other."""
-    found = [row.get(name) for name in fields]
-    found = sum((x if isinstance(x, list) else [x] for x in found), [])
-    return [float(x) for x in found if isinstance(x, bool | int | float)]
+    """What a row has in these fields, one value after the other."""
+    found = (row.get(name) for name in fields)
+    return sum((x if isinstance(x, list) else [x] for x in found), [])
+
+
+def _is_number(value):
+    return isinstance(value, bool | int | float) and abs(value) <= LARGEST  # NaN is not
 
 
 def judge(args, reward_of, problems, rows, results):
@@ -144,8 +162,8 @@ def read_judged(path, say=print):
     """Judged from a JSONL file. The samples of one problem (and of one `step`, where there are
     steps) are a group; groups that hold a score null, as without tests, are left out. Raises
     UserError where groups are not equally large."""
-    groups, unknown, rows = {}, Counter(), read_jsonl(path)
-    fields = fields_of([row for _, row in rows])
+    groups, unknown, rows, seen = {}, Counter(), read_jsonl(path), Counter()
+    fields = fields_of(rows, say)
     for line, row in rows:
         place = f"{path}, line {line}"
         key = row.get("step"), row.get("task_id")
@@ -156,13 +174,16 @@ def read_judged(path, say=print):
         if "score" in row and row["score"] is None:
             unknown[key] += 1
             continue
-        sample = [reward, _number(row, ("score", "passed"), place), *numbers_of(row, fields)]
-        groups.setdefault(key, []).append(sample)
+        score = _number(row, ("score", "passed"), place)
+        groups.setdefault(key, []).append([reward, score, *numbers_of(row, fields)])
+        seen[(*key, str(row.get("sample", line)))] += 1
     untested = sum(some + len(groups.pop(key, ())) for key, some in unknown.items())
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
     unequal = f"expected equally many samples of each problem, found {sizes[0]} to {sizes[-1]}"
     require(len(sizes) == 1, f"{path}: {unequal}")
+    if again := sum(seen.values()) - len(seen):
+        say(f"note: {again} samples have the problem and number of another one: both count")
     if untested:
         say(f"left out: {untested} samples of problems without a score for each")
     return judged(((str(task), rows) for (_, task), rows in groups.items()), fields)
@@ -171,11 +192,12 @@ def read_judged(path, say=print):
 def _number(row, names, place):
     """The number in one of these fields. Raises UserError."""
     value = next((row[name] for name in names if row.get(name) is not None), None)
-    fits = isinstance(value, bool | int | float) and abs(value) <= LARGEST  # NaN is not
     found = f"found {str(value)[:40]!r}"
     if value is None:
         found = "found none: samples are judged by eval_code.py with a reward, or by train_ppo.py"
-    require(fits, f"{place}: expected a number in {' or '.join(map(repr, names))}, {found}")
+    require(
+        _is_number(value), f"{place}: expected a number in {' or '.join(map(repr, names))}, {found}"
+    )
     return float(value)
 
 
@@ -216,8 +238,7 @@ def reliability_table(
         }
         numbers = {key: float(x) if np.isfinite(x) else None for key, x in numbers.items()}
         notes = [binned.note, aligned.note and f"alpha: {aligned.note}"]
-        if aligned.note == binned.note:
-            notes.pop()
+        notes = notes[: 1 if aligned.note == binned.note else 2]
         rows.append({"filter": name, **numbers, "note": "; ".join(filter(None, notes))})
     return rows
 
@@ -276,8 +297,7 @@ def compare_filters(args, chosen, samples, out):
     bins |= {"resamples": args.repetitions, "rng": np.random.default_rng(args.seed)}
     drawn = resampled_bins(rewards, scores, np.ones_like(rewards), **bins)
     lines = [
-        {"mean_reward": binned.mean_reward.tolist(), "mean_score": binned.mean_score.tolist()}
-        for binned in drawn
+        {"mean_reward": b.mean_reward.tolist(), "mean_score": b.mean_score.tolist()} for b in drawn
     ]
     known = {"problems": count, "groups": P, "samples_per_problem": N, "bins": args.bins}
     known |= {"bin_kind": args.bin_kind, "filters": rows, "repetitions": lines}
@@ -293,9 +313,8 @@ def compare_again(args, ranks):
 
     def report():
         samples = read_judged(args.from_samples)
-        N = samples.rewards.shape[1]
         known = {name: values[0, 0].numel() for name, values in samples.given.items()}
-        chosen = load_filters(args.filters, N, print, known)
+        chosen = load_filters(args.filters, samples.rewards.shape[1], print, known)
         compare_filters(args, chosen, samples, out)
 
     on_main(ranks, report)
