@@ -9,13 +9,12 @@ Not covered: streaming, prompts that change while a run goes on.
 
 import contextlib
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from pfppo.config import UserError, model_folders, reason, require, require_folder, told_in
-from pfppo.files import is_pointer, name_eos, no_tokenizer
+from pfppo.files import is_pointer, name_eos, no_tokenizer, short_hash
 from pfppo.model import check_cache, read_config, room_of, stop_ids
 from pfppo.problems import (
     load_prompts,
@@ -216,16 +215,7 @@ class Tokens:
         differently, or any token has another id; of another tokenizer where given."""
         tokenizer = tokenizer or self.tokenizer
         template = [self.style, tokenizer.chat_template if self.style == "chat" else None]
-        return _hash(template), vocabulary_hash(tokenizer)
-
-
-def vocabulary_hash(tokenizer):
-    """12 hex digits that change when any token has another id."""
-    return _hash(sorted(tokenizer.get_vocab().items()))
-
-
-def _hash(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+        return short_hash(template), short_hash(sorted(tokenizer.get_vocab().items()))
 
 
 def end_of_turn(tokenizer, stop, style):

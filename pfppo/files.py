@@ -7,6 +7,7 @@ names a file or a folder of another kind is told what it is and how to make the 
 import bz2
 import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -150,6 +151,11 @@ def whole_lines(path):
 def write_json(path, value):
     """Write a JSON file so that it is there whole or not at all."""
     _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def short_hash(value):
+    """12 hex digits of what JSON can say."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def append_jsonl(path, rows):

@@ -9,7 +9,7 @@ import os
 
 from pfppo import data, fsdp
 from pfppo.config import is_hub_id, model_folders, require, told_in
-from pfppo.files import read_jsonl
+from pfppo.files import read_jsonl, short_hash
 from pfppo.lab import default, world
 from pfppo.model import check_folder, read_config
 from pfppo.problems import (
@@ -88,9 +88,10 @@ def check_fits(args):
 def _has_its_tokens(path, option):
     """Whether a folder has the tokens that the lab will have."""
     check_folder(path, option)  # what is wrong with the folder itself is told first
-    card = load_card(path) if option == "reward_model" else None
-    theirs = card.vocabulary if card else data.vocabulary_hash(data.load_tokenizer(path, option))
-    return theirs == data.vocabulary_hash(default.make_tokenizer())
+    ours, card = default.make_tokenizer().get_vocab(), option == "reward_model" and load_card(path)
+    if card:  # it need not have a tokenizer beside it
+        return card.vocabulary == short_hash(sorted(ours.items()))
+    return data.load_tokenizer(path, option).get_vocab() == ours
 
 
 def check_files(args, verifier, later=()):
