@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pfppo.lab.intervals import t_inside, t_interval, t_quantile
 from pfppo.lab.study import Args
-from pfppo.lab.tables import interactions, rank_correlation, regret
+from pfppo.lab.tables import KEYS, interactions, rank_correlation, regret
 
 import numpy as np
 import pytest
@@ -35,6 +35,20 @@ def test_an_interval_is_students_and_covers_the_mean_as_often_as_it_says():
             low < 0 < high for _, low, high in (t_interval(x, confidence) for x in drawn.tolist())
         ]
         assert np.mean(inside) == pytest.approx(confidence, abs=0.03)
+
+
+def test_a_crossed_interval_covers_where_units_and_problems_are_drawn():
+    crossed = runpy.run_path(str(Path(__file__).parent / "study/crossed.py"))["crossed_interval"]
+    rng, inside, alone = np.random.default_rng(0), [], []
+    for _ in range(600):
+        parts = (rng.normal(size=shape) for shape in ((8, 1), (1, 40), (8, 40)))
+        d = sum(scale * part for scale, part in zip((0.2, 1.0, 1.0), parts, strict=True))
+        (_, low, high), errors = crossed(d)
+        inside.append(low < 0 < high)
+        _, low, high = t_interval(d.mean(1).tolist())
+        alone.append(low < 0 < high)
+        assert errors[2] >= errors[0] == pytest.approx(d.mean(1).std(ddof=1) / 8**0.5)
+    assert np.mean(alone) < 0.8 < 0.92 < np.mean(inside) < 0.99
 
 
 def test_the_rank_correlation_needs_three_filters_with_both():
@@ -72,3 +86,5 @@ def test_the_intervals_of_the_readme_are_those_of_the_table_that_is_kept(monkeyp
         for name in ("best_random", "best_worst", *(() if wide else ("none", "random_two"))):
             outcome, difference = rows[name][1:3]
             assert difference in text and (wide or outcome in text)
+            if not more and name.startswith("best"):
+                assert rows[name][1 + 2 * KEYS.index("last_sampled") + 1] in text

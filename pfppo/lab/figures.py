@@ -113,7 +113,8 @@ def draw_study(plot, folder, results, rows, base):
         correlation = rank_correlation(rows, name)
         axis.set(xlabel=f"{label} before training", title=f"Spearman {correlation:.2f}")
     axes[0].set(ylabel="sampled pass@1 of the last policy")
-    axes[0].legend(fontsize="small")
+    if axes[0].containers:  # none where every statistic is undefined
+        axes[0].legend(fontsize="small")
     figure.savefig(folder / "statistics.png", dpi=120)
     return "curves.png, optimization.png, statistics.png" + ", forest.png" * bool(others)
 

@@ -35,7 +35,8 @@ def summarize(args, results, reliability):
         known = [measured[ALL if name == "single" else name] for measured in reliability]
         for key in STATISTICS:
             one = [known[0].get(key + end) for end in ("", "_low", "_high")]
-            several = t_interval([found[key] for found in known], args.confidence)
+            row[f"{key}_by_unit"] = values = [found[key] for found in known]
+            several = t_interval(values, args.confidence)
             row[key] = several if len(known) > 1 else one
         rows.append(row)
     return rows
