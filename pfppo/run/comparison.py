@@ -176,7 +176,7 @@ def read_judged(path, say=print):
             continue
         score = _number(row, ("score", "passed"), place)
         groups.setdefault(key, []).append([reward, score, *numbers_of(row, fields)])
-        seen[(*key, str(row.get("sample", line)))] += 1
+        seen[(*key, str(row.get("sample", f"line {line}")))] += 1
     untested = sum(some + len(groups.pop(key, ())) for key, some in unknown.items())
     sizes = sorted({len(group) for group in groups.values()})
     require(sizes, f"{path}: expected samples with a score, found none")
