@@ -4,7 +4,7 @@
     policy/                                                 tokenizer and SFT policy
     reward_model/                                           made by train_rm.py from rm.jsonl
 
-Everything is a function of `SEED` and takes about two minutes on two CPU cores. The policy is a
+Everything is a function of `SEED` and takes some minutes on two CPU cores. The policy is a
 Llama of 4 layers and width 128, trained from scratch to the end of its schedule on programs with
 common bugs: it knows the tasks and makes the mistakes of the corpus. No network, no GPU.
 
