@@ -63,11 +63,15 @@ def test_a_filter_is_tried_with_as_many_reward_models_as_there_are_and_may_do_wi
     assert weights.tolist() == [[0, 0], [1, 1]] and wide.all()
 
 
-ALL_OR_NONE = "torch.randint(2, (1,), generator=generator).expand_as(rewards)"
-SELDOM = [(ALL_OR_NONE, None), ("rewards > 5", None), ("rewards < -1000", 0)]
-
-
-@pytest.mark.parametrize("rule, kept", [*SELDOM, ("(rewards / 0.1).softmax(1)", 3)])
+@pytest.mark.parametrize(
+    "rule, kept",
+    [
+        ("torch.randint(2, (1,), generator=generator).expand_as(rewards)", None),  # all or none
+        ("rewards > 5", None),
+        ("rewards < -1000", 0),
+        ("(rewards / 0.1).softmax(1)", 3),
+    ],
+)
 def test_a_filter_that_keeps_seldom_is_not_taken_for_one_that_keeps_none(tmp_path, rule, kept):
     assert kept_per_prompt(load_own(tmp_path, rule), 3) == kept
 

@@ -1,5 +1,6 @@
 """Statistics of the study: Student's t, rank correlation, regret, interactions."""
 
+import json
 import math
 import runpy
 import sys
@@ -88,3 +89,7 @@ def test_the_intervals_of_the_readme_are_those_of_the_table_that_is_kept(monkeyp
             assert difference in text and (wide or outcome in text)
             if not more and name.startswith("best"):
                 assert rows[name][1 + 2 * KEYS.index("last_sampled") + 1] in text
+    paths = {reward: root / f"study/block-c/{reward}.json" for reward in ("middle", "uniform")}
+    tables = {reward: json.loads(path.read_text())["filters"] for reward, path in paths.items()}
+    shown = interactions(tables, Args()).splitlines()[2].split(" | ")[3].strip("| ")
+    assert shown in text

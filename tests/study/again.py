@@ -43,7 +43,8 @@ def main():
             cells = []
             for key in keys:
                 mine, base = (x[f"{key}_{unit}"] for x in (row, rows[args.base]))
-                differ = [one - other for one, other in zip(mine, base, strict=True)]
+                pairs = zip(mine, base, strict=True)
+                differ = [None if None in pair else pair[0] - pair[1] for pair in pairs]
                 differ = None if name == args.base else t_interval(differ, args.confidence)
                 cells += [shown(t_interval(mine, args.confidence)), shown(differ, "+")]
             lines.append([name, *cells])
@@ -57,7 +58,7 @@ def foretold(rows, outcomes, confidence):
     """What statistics before training say of these outcomes, as Markdown. rows: of a table.json."""
     lines = []
     for name, key in ((name, key) for key in outcomes for name in STATISTICS if name in rows[0]):
-        whole = [{name: _mean(row[name]), "outcome": _mean(row[key])} for row in rows]
+        whole = [{name: _listed(row[name]), "outcome": _listed(row[key])} for row in rows]
         line = [name, key]
         for measure in (rank_correlation, regret):
             values, base = (_by_unit(rows, one, key, measure) for one in (name, "r2"))
@@ -72,8 +73,8 @@ def foretold(rows, outcomes, confidence):
     return as_table(head, lines)
 
 
-def _mean(value):
-    """[mean, ...], of a number too."""
+def _listed(value):
+    """A mean, or [mean, low, high], as a list."""
     return value if isinstance(value, list) else [value]
 
 
